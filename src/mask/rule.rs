@@ -1,0 +1,314 @@
+//! The rules a mask is made of, and their answers for one score and for a tile of scores.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{Coverage, ScoreShape};
+use crate::error::AttentionError;
+
+/// A value that every sequence of the batch shares, or one for each.
+#[derive(Clone, Debug)]
+pub(super) enum PerSequence<T> {
+    Same(T),
+    Each(Arc<[T]>),
+}
+
+impl<T> PerSequence<T> {
+    fn get(&self, b: usize) -> &T {
+        match self {
+            PerSequence::Same(value) => value,
+            PerSequence::Each(values) => &values[b],
+        }
+    }
+}
+
+/// One condition on (sequence, head, query, key), or two combined.
+#[derive(Clone, Debug, Default)]
+pub(super) enum Rule {
+    #[default]
+    Full,
+    /// -below <= key - position of the query <= above.
+    Band {
+        below: Option<i64>,
+        above: Option<i64>,
+        /// Position of the first query; none means kv_len - q_len.
+        offset: Option<usize>,
+    },
+    FirstKeys(PerSequence<usize>),
+    /// The document of every key. A query belongs to the document at its position.
+    Documents {
+        ids: PerSequence<Arc<[u32]>>,
+        offset: Option<usize>,
+    },
+    Table(Arc<Table>),
+    Both(Arc<(Rule, Rule)>),
+    Either(Arc<(Rule, Rule)>),
+}
+
+impl Rule {
+    pub(super) fn with_offset(self, offset: usize) -> Self {
+        let both =
+            |pair: &(Rule, Rule)| Arc::new((pair.0.clone().with_offset(offset), pair.1.clone().with_offset(offset)));
+        match self {
+            Rule::Band { below, above, .. } => Rule::Band {
+                below,
+                above,
+                offset: Some(offset),
+            },
+            Rule::Documents { ids, .. } => Rule::Documents {
+                ids,
+                offset: Some(offset),
+            },
+            Rule::Both(pair) => Rule::Both(both(&pair)),
+            Rule::Either(pair) => Rule::Either(both(&pair)),
+            other => other,
+        }
+    }
+
+    pub(super) fn varies_by_sequence(&self) -> bool {
+        match self {
+            Rule::Full | Rule::Band { .. } => false,
+            Rule::FirstKeys(lengths) => matches!(lengths, PerSequence::Each(_)),
+            Rule::Documents { ids, .. } => matches!(ids, PerSequence::Each(_)),
+            Rule::Table(table) => table.dims[0] != 1,
+            Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_sequence() || pair.1.varies_by_sequence(),
+        }
+    }
+
+    pub(super) fn varies_by_head(&self) -> bool {
+        match self {
+            Rule::Table(table) => table.dims[1] != 1,
+            Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_head() || pair.1.varies_by_head(),
+            _ => false,
+        }
+    }
+
+    pub(super) fn check(&self, shape: &ScoreShape) -> Result<(), AttentionError> {
+        match self {
+            Rule::Full | Rule::Band { .. } | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
+            Rule::FirstKeys(PerSequence::Each(lengths)) => check_key_lengths(lengths, shape),
+            Rule::Documents { ids, offset } => check_documents(ids, *offset, shape),
+            Rule::Table(table) => table.check(shape),
+            Rule::Both(pair) | Rule::Either(pair) => pair.0.check(shape).and_then(|()| pair.1.check(shape)),
+        }
+    }
+
+    /// Whether query `i` of head `h` of sequence `b` may attend to key `j`. The shape has been checked.
+    pub(super) fn allows(&self, shape: &ScoreShape, b: usize, h: usize, i: usize, j: usize) -> bool {
+        match self {
+            Rule::Full => true,
+            Rule::Band { below, above, offset } => {
+                let distance = j as i64 - position(shape, *offset, i);
+                below.is_none_or(|below| distance >= -below) && above.is_none_or(|above| distance <= above)
+            }
+            Rule::FirstKeys(lengths) => j < *lengths.get(b),
+            Rule::Documents { ids, offset } => {
+                let ids = ids.get(b);
+                ids[j] == ids[position(shape, *offset, i) as usize]
+            }
+            Rule::Table(table) => table.get(b, h, i, j),
+            Rule::Both(pair) => pair.0.allows(shape, b, h, i, j) && pair.1.allows(shape, b, h, i, j),
+            Rule::Either(pair) => pair.0.allows(shape, b, h, i, j) || pair.1.allows(shape, b, h, i, j),
+        }
+    }
+
+    /// How much of a tile, which isn't empty, is let through. The shape has been checked.
+    pub(super) fn tile(&self, shape: &ScoreShape, at: (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
+        match self {
+            Rule::Full => Coverage::All,
+            Rule::Band { below, above, offset } => {
+                let (first, last) = (position(shape, *offset, q.start), position(shape, *offset, q.end - 1));
+                // key - position is least at the bottom left of the tile and greatest at its top right.
+                let (least, greatest) = (k.start as i64 - last, (k.end - 1) as i64 - first);
+                interval(
+                    least,
+                    greatest,
+                    below.map_or(i64::MIN, |below| -below),
+                    above.unwrap_or(i64::MAX),
+                )
+            }
+            Rule::FirstKeys(lengths) => match *lengths.get(at.0) {
+                len if k.end <= len => Coverage::All,
+                len if k.start >= len => Coverage::None,
+                _ => Coverage::Some,
+            },
+            Rule::Documents { ids, offset } => {
+                let start = position(shape, *offset, q.start) as usize;
+                documents_tile(ids.get(at.0), start..start + q.len(), k.clone())
+            }
+            Rule::Table(table) => table.tile(at, q, k),
+            Rule::Both(pair) => match (pair.0.tile(shape, at, q, k), pair.1.tile(shape, at, q, k)) {
+                (Coverage::None, _) | (_, Coverage::None) => Coverage::None,
+                (Coverage::All, Coverage::All) => Coverage::All,
+                _ => Coverage::Some,
+            },
+            Rule::Either(pair) => match (pair.0.tile(shape, at, q, k), pair.1.tile(shape, at, q, k)) {
+                (Coverage::All, _) | (_, Coverage::All) => Coverage::All,
+                (Coverage::None, Coverage::None) => Coverage::None,
+                _ => Coverage::Some,
+            },
+        }
+    }
+}
+
+/// Where query `i` stands among the keys; before the first of them if there are more queries than keys.
+fn position(shape: &ScoreShape, offset: Option<usize>, i: usize) -> i64 {
+    let first = offset.map_or(shape.kv_len as i64 - shape.q_len as i64, |offset| {
+        i64::try_from(offset).unwrap_or(i64::MAX)
+    });
+    first.saturating_add(i as i64)
+}
+
+/// How much of the values `from..=to`, each of which occurs, lies in `lowest..=highest`.
+fn interval(from: i64, to: i64, lowest: i64, highest: i64) -> Coverage {
+    if from >= lowest && to <= highest {
+        Coverage::All
+    } else if to < lowest || from > highest || lowest > highest {
+        Coverage::None
+    } else {
+        Coverage::Some
+    }
+}
+
+fn documents_tile(ids: &[u32], queries: Range<usize>, keys: Range<usize>) -> Coverage {
+    let extremes = |ids: &[u32]| {
+        ids.iter()
+            .fold((u32::MAX, 0), |(low, high), &id| (id.min(low), id.max(high)))
+    };
+    let (q_low, q_high) = extremes(&ids[queries]);
+    let (k_low, k_high) = extremes(&ids[keys]);
+    if q_high < k_low || k_high < q_low {
+        Coverage::None
+    } else if q_low == q_high && (q_low, q_high) == (k_low, k_high) {
+        Coverage::All
+    } else {
+        Coverage::Some
+    }
+}
+
+fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), AttentionError> {
+    if lengths.len() != shape.batch {
+        return Err(AttentionError::Mask {
+            part: "key lengths",
+            expected: format!("one for each of {} sequences", shape.batch),
+            got: format!("{}", lengths.len()),
+        });
+    }
+    match lengths.iter().find(|&&len| len > shape.kv_len) {
+        None => Ok(()),
+        Some(len) => Err(AttentionError::Mask {
+            part: "key lengths",
+            expected: format!("at most kv_len {}", shape.kv_len),
+            got: format!("{len}"),
+        }),
+    }
+}
+
+fn check_documents(
+    ids: &PerSequence<Arc<[u32]>>,
+    offset: Option<usize>,
+    shape: &ScoreShape,
+) -> Result<(), AttentionError> {
+    let error = |expected, got| {
+        Err(AttentionError::Mask {
+            part: "documents",
+            expected,
+            got,
+        })
+    };
+    let rows = match ids {
+        PerSequence::Same(ids) => std::slice::from_ref(ids),
+        PerSequence::Each(rows) if rows.len() == shape.batch => rows,
+        PerSequence::Each(rows) => {
+            return error(
+                format!("one row for each of {} sequences", shape.batch),
+                format!("{} rows", rows.len()),
+            );
+        }
+    };
+    if let Some(row) = rows.iter().find(|row| row.len() != shape.kv_len) {
+        return error(
+            format!("documents of {} keys together", shape.kv_len),
+            format!("{} keys", row.len()),
+        );
+    }
+    let (first, end) = (position(shape, offset, 0), position(shape, offset, shape.q_len));
+    if first < 0 || end > shape.kv_len as i64 {
+        return error(
+            format!("queries at positions 0 to {}", shape.kv_len),
+            format!("positions {first} to {end}"),
+        );
+    }
+    Ok(())
+}
+
+/// A boolean tensor: (batch or 1, num_heads or 1, q_len or 1, kv_len or 1), row by row.
+#[derive(Debug)]
+pub(super) struct Table {
+    dims: [usize; 4],
+    allowed: Vec<bool>,
+}
+
+impl Table {
+    pub(super) fn new(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> candle_core::Result<Self> {
+        if !tensor.dtype().is_int() {
+            return Err(AttentionError::DType {
+                tensor: "mask",
+                expected: "u8 or another integer (a float mask is added to the scores: pass it as attn_bias)".into(),
+                got: tensor.dtype(),
+            }
+            .into());
+        }
+        let rank = tensor.rank();
+        if !(2..=4).contains(&rank) {
+            return Err(AttentionError::Rank {
+                tensor: "mask",
+                expected: "2 to 4 axes that broadcast to (batch, num_heads, q_len, kv_len)",
+                shape: tensor.dims().to_vec(),
+            }
+            .into());
+        }
+        let mut dims = [1; 4];
+        dims[4 - rank..].copy_from_slice(tensor.dims());
+        let values = tensor
+            .to_device(&Device::Cpu)?
+            .flatten_all()?
+            .to_dtype(DType::I64)?
+            .to_vec1::<i64>()?;
+        Ok(Self {
+            dims,
+            allowed: values.into_iter().map(allows).collect(),
+        })
+    }
+
+    fn check(&self, shape: &ScoreShape) -> Result<(), AttentionError> {
+        let scores = [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
+        if self.dims.iter().zip(scores).all(|(&dim, size)| dim == size || dim == 1) {
+            return Ok(());
+        }
+        Err(AttentionError::Mask {
+            part: "tensor",
+            expected: format!("a shape that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}"),
+            got: format!("{:?}", self.dims),
+        })
+    }
+
+    fn get(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
+        let at = |axis: usize, index: usize| if self.dims[axis] == 1 { 0 } else { index };
+        let row = (at(0, b) * self.dims[1] + at(1, h)) * self.dims[2] + at(2, i);
+        self.allowed[row * self.dims[3] + at(3, j)]
+    }
+
+    fn tile(&self, (b, h): (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
+        let first = self.get(b, h, q.start, k.start);
+        if q.clone().any(|i| k.clone().any(|j| self.get(b, h, i, j) != first)) {
+            Coverage::Some
+        } else if first {
+            Coverage::All
+        } else {
+            Coverage::None
+        }
+    }
+}

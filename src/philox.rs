@@ -1,0 +1,133 @@
+//! Random numbers that can be computed anywhere, in any order: the Philox4x32-10 counter-based generator.
+//!
+//! Dropout needs the same number for the same score whether the score is computed in a matrix, in a tile, or once more
+//! in the backward pass; and candle's CPU generator can't be seeded. A counter-based generator has no state: a number
+//! is a function of the seed and of its place.
+//!
+//! Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), section 3.3.
+
+/// Multipliers of the two halves of a round (table 2 of the paper).
+const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+/// What is added to the key between rounds: the golden ratio and sqrt(3) - 1, as 32-bit fractions.
+const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+/// The number of rounds that the paper recommends; seven pass every test, ten leave a margin.
+const ROUNDS: usize = 10;
+
+/// The four numbers at a counter, for a seed.
+pub(crate) fn philox(seed: u64, mut counter: [u32; 4]) -> [u32; 4] {
+    let mut key = [seed as u32, (seed >> 32) as u32];
+    for _ in 0..ROUNDS {
+        let product = [
+            u64::from(MULTIPLIER[0]) * u64::from(counter[0]),
+            u64::from(MULTIPLIER[1]) * u64::from(counter[2]),
+        ];
+        counter = [
+            (product[1] >> 32) as u32 ^ counter[1] ^ key[0],
+            product[1] as u32,
+            (product[0] >> 32) as u32 ^ counter[3] ^ key[1],
+            product[0] as u32,
+        ];
+        key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+    }
+    counter
+}
+
+/// A seed of its own for everything that has a name: two layers of one config differ, and each is the same every time.
+pub(crate) fn seed_for(seed: u64, name: &str) -> u64 {
+    // FNV-1a spreads the name over 64 bits, Philox mixes it with the seed.
+    let hash = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
+    });
+    let [low, high, ..] = philox(seed, [hash as u32, (hash >> 32) as u32, 0, 0]);
+    u64::from(low) | u64::from(high) << 32
+}
+
+/// `count` numbers, uniform in [-bound, bound).
+pub(crate) fn uniform(seed: u64, bound: f64, count: usize) -> Vec<f64> {
+    let mut numbers = Vec::with_capacity(count.next_multiple_of(4));
+    for block in 0..count.div_ceil(4) as u64 {
+        for bits in philox(seed, [block as u32, (block >> 32) as u32, 0, 0]) {
+            numbers.push((f64::from(bits) / 2f64.powi(32) * 2.0 - 1.0) * bound);
+        }
+    }
+    numbers.truncate(count);
+    numbers
+}
+
+/// What dropout multiplies the weights by, for scores of shape (batch, num_heads, q_len, kv_len): 0 with probability
+/// `p`, else 1 / (1 - p).
+///
+/// The score at (b, h, i, j) takes number j mod 4 at the counter (j / 4, i, b * num_heads + h), whose last part fills the
+/// two upper words, and is dropped where that number is less than p * 2^32.
+pub(crate) fn dropout_factors(
+    seed: u64,
+    p: f64,
+    (batch, heads, q_len, kv_len): (usize, usize, usize, usize),
+) -> Vec<f32> {
+    let threshold = (p * 2f64.powi(32)) as u32;
+    let keep = (1.0 / (1.0 - p)) as f32;
+    let mut factors = Vec::with_capacity(batch * heads * q_len * kv_len);
+    for head in 0..(batch * heads) as u64 {
+        for i in 0..q_len as u32 {
+            for block in 0..kv_len.div_ceil(4) {
+                let numbers = philox(seed, [block as u32, i, head as u32, (head >> 32) as u32]);
+                let wanted = (kv_len - block * 4).min(4);
+                factors.extend(
+                    numbers[..wanted]
+                        .iter()
+                        .map(|&x| if x < threshold { 0.0 } else { keep }),
+                );
+            }
+        }
+    }
+    factors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The known answers that the authors ship with their library, Random123.
+    #[test]
+    fn known_answers() {
+        assert_eq!(philox(0, [0; 4]), [0x6627_E8D5, 0xE169_C58D, 0xBC57_AC4C, 0x9B00_DBD8]);
+        assert_eq!(
+            philox(u64::MAX, [u32::MAX; 4]),
+            [0x408F_276D, 0x41C8_3B0E, 0xA20B_C7C6, 0x6D54_51FD]
+        );
+        assert_eq!(
+            philox(
+                0x299F_31D0_A409_3822,
+                [0x243F_6A88, 0x85A3_08D3, 0x1319_8A2E, 0x0370_7344]
+            ),
+            [0xD16C_FE09, 0x94FD_CCEB, 0x5001_E420, 0x2412_6EA1]
+        );
+    }
+
+    #[test]
+    fn uniform_numbers_fill_their_range_evenly() {
+        let numbers = uniform(7, 0.5, 10_001);
+        assert_eq!(numbers.len(), 10_001);
+        assert!(numbers.iter().all(|x| (-0.5..0.5).contains(x)));
+        let mean = numbers.iter().sum::<f64>() / numbers.len() as f64;
+        let variance = numbers.iter().map(|x| x * x).sum::<f64>() / numbers.len() as f64;
+        assert!(mean.abs() < 0.01, "{mean}");
+        assert!((variance - 1.0 / 12.0).abs() < 0.003, "{variance}");
+    }
+
+    #[test]
+    fn names_and_seeds_have_numbers_of_their_own() {
+        assert_eq!(seed_for(1, "q_proj.weight"), seed_for(1, "q_proj.weight"));
+        assert_ne!(seed_for(1, "q_proj.weight"), seed_for(1, "k_proj.weight"));
+        assert_ne!(seed_for(1, "q_proj.weight"), seed_for(2, "q_proj.weight"));
+    }
+
+    #[test]
+    fn dropout_factor_depends_on_its_place_alone() {
+        let small = dropout_factors(3, 0.3, (1, 1, 2, 5));
+        let large = dropout_factors(3, 0.3, (2, 3, 4, 9));
+        for i in 0..2 {
+            assert_eq!(small[i * 5..][..5], large[i * 9..][..5]);
+        }
+    }
+}

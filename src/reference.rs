@@ -1,0 +1,211 @@
+//! Attention as the notes write it, with every score in memory: read this first. It is the oracle.
+//!
+//! | symbol | shape | what |
+//! |---|---|---|
+//! | q | (B, H, Lq, D) | queries |
+//! | k | (B, Hkv, Lk, D) | keys; H is a multiple of Hkv |
+//! | v | (B, Hkv, Lk, Dv) | values |
+//! | s | (B, H, Lq, Lk) | scores: q·kᵀ · scale, then softcap, bias and mask |
+//! | w | (B, H, Lq, Lk) | weights: softmax(s) over the keys |
+//! | lse | (B, H, Lq, 1) | ln Σ exp(s) over the keys |
+//!
+//! Each step is a candle tensor operation with a gradient, so it runs on any device and candle differentiates it.
+//! Source: Vaswani et al., "Attention Is All You Need" (NIPS 2017), section 3.2.1.
+
+use candle_core::{D, DType, Result, Tensor};
+
+use crate::mask::ScoreShape;
+use crate::options::{AttentionOptions, AttentionOutput};
+use crate::philox::dropout_factors;
+
+/// Attention over inputs that have been checked.
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
+    let dtype = q.dtype();
+    // Half types accumulate in f32.
+    let accumulate = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let [q, k, v] = [q, k, v].map(|tensor| tensor.to_dtype(accumulate)?.contiguous());
+    let (q, k, v) = (q?, k?, v?);
+    let kv_len = k.dim(2)?;
+    if kv_len == 0 {
+        return nothing_to_attend_to(&q, &k, &v, options, dtype);
+    }
+
+    let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
+    let mut s = scaled_scores(&q, &k, scale)?;
+    if let Some(cap) = options.softcap {
+        s = ((s / cap)?.tanh()? * cap)?;
+    }
+    if let Some(bias) = &options.attn_bias {
+        s = s.broadcast_add(&bias.to_dtype(accumulate)?)?;
+    }
+    if let Some(slopes) = &options.alibi_slopes {
+        s = s.broadcast_sub(&alibi(&slopes.to_dtype(accumulate)?, q.dim(2)?, kv_len)?)?;
+    }
+    s = mask_scores(&s, options)?;
+    let sinks = match &options.sinks {
+        Some(sinks) => Some(sinks.to_dtype(accumulate)?.reshape((1, (), 1, 1))?),
+        None => None,
+    };
+    let (w, lse) = softmax(&s, sinks.as_ref())?;
+
+    let context = weighted_sum(&dropout(&w, options)?, &v)?;
+    Ok(AttentionOutput {
+        context: context.to_dtype(dtype)?,
+        weights: options.return_weights.then(|| w.to_dtype(dtype)).transpose()?,
+        logsumexp: options.return_logsumexp.then(|| lse.squeeze(D::Minus1)).transpose()?,
+    })
+}
+
+/// No keys at all: as if there were one, hidden from every query. All results stay connected to their inputs.
+fn nothing_to_attend_to(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    options: &AttentionOptions,
+    dtype: DType,
+) -> Result<AttentionOutput> {
+    let one_row = |x: &Tensor| {
+        let (batch, heads, _, dim) = x.dims4()?;
+        Tensor::cat(&[x, &Tensor::zeros((batch, heads, 1, dim), x.dtype(), x.device())?], 2)
+    };
+    let options = AttentionOptions {
+        attn_mask: crate::Mask::prefix(0),
+        attn_bias: None,
+        ..options.clone()
+    };
+    let output = attention(q, &one_row(k)?, &one_row(v)?, &options)?;
+    let weights = output.weights.map(|w| w.narrow(3, 0, 0)?.to_dtype(dtype)).transpose()?;
+    Ok(AttentionOutput {
+        context: output.context.to_dtype(dtype)?,
+        weights,
+        ..output
+    })
+}
+
+/// q·kᵀ · scale. The query heads that share a key head stand side by side as rows of one product, so that no key is
+/// copied (grouped-query attention: Ainslie et al., "GQA", EMNLP 2023, section 2.2).
+fn scaled_scores(q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
+    if may_overflow(q, k, scale)? {
+        return scaled_scores_of_huge_inputs(q, k, scale);
+    }
+    dot_products(q, k)? * scale
+}
+
+fn dot_products(q: &Tensor, k: &Tensor) -> Result<Tensor> {
+    let (batch, heads, q_len, dim) = q.dims4()?;
+    let (_, kv_heads, kv_len, _) = k.dims4()?;
+    let rows = q.reshape((batch, kv_heads, heads / kv_heads * q_len, dim))?;
+    rows.matmul(&k.t()?)?.reshape((batch, heads, q_len, kv_len))
+}
+
+/// Whether some |q·k| · |scale| might be more than the dtype can hold, in logarithms, which can't overflow themselves.
+fn may_overflow(q: &Tensor, k: &Tensor, scale: f64) -> Result<bool> {
+    let largest = |x: &Tensor| -> Result<f64> {
+        if x.elem_count() == 0 {
+            return Ok(0.0);
+        }
+        x.detach()
+            .abs()?
+            .flatten_all()?
+            .max(0)?
+            .to_dtype(DType::F64)?
+            .to_scalar::<f64>()
+    };
+    let limit = if q.dtype() == DType::F64 {
+        f64::MAX
+    } else {
+        f64::from(f32::MAX)
+    };
+    let bound = largest(q)?.ln() + largest(k)?.ln() + (q.dim(3)? as f64).ln() + scale.abs().max(1.0).ln();
+    // A margin for the rounding of the sum; written so that NaN takes the plain path, where it stays in its row.
+    Ok(bound > limit.ln() - 1.0)
+}
+
+/// As [`scaled_scores`], where a dot product could overflow to infinity, and the difference of two infinities to NaN:
+/// each query and key is divided by its largest entry, and the scores are held inside the dtype's range.
+fn scaled_scores_of_huge_inputs(q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
+    let row_size = |x: &Tensor| x.detach().abs()?.max_keepdim(D::Minus1)?.maximum(1.0);
+    let (q_size, k_size) = (row_size(q)?, row_size(k)?);
+    let s = (dot_products(&q.broadcast_div(&q_size)?, &k.broadcast_div(&k_size)?)? * scale)?;
+    let s = s.broadcast_mul(&q_size)?;
+    // Each key's size belongs to every query head of its group.
+    let (batch, heads, q_len, kv_len) = s.dims4()?;
+    let kv_heads = k.dim(1)?;
+    let k_size = k_size.t()?.contiguous()?;
+    let s = s
+        .reshape((batch, kv_heads, heads / kv_heads * q_len, kv_len))?
+        .broadcast_mul(&k_size)?;
+    let limit = if q.dtype() == DType::F64 {
+        f64::MAX
+    } else {
+        f64::from(f32::MAX)
+    };
+    s.clamp(-limit, limit)?.reshape((batch, heads, q_len, kv_len))
+}
+
+/// slope · |position of the query - position of the key|, the last query standing at the last key.
+fn alibi(slopes: &Tensor, q_len: usize, kv_len: usize) -> Result<Tensor> {
+    let first = kv_len as f64 - q_len as f64;
+    let distances = (0..q_len).flat_map(|i| (0..kv_len).map(move |j| (first + i as f64 - j as f64).abs()));
+    let distances = Tensor::from_iter(distances, slopes.device())?.to_dtype(slopes.dtype())?;
+    let heads = slopes.dim(D::Minus1)?;
+    slopes
+        .reshape(((), heads, 1, 1))?
+        .broadcast_mul(&distances.reshape((1, 1, q_len, kv_len))?)
+}
+
+/// Minus infinity where a query may not attend.
+fn mask_scores(s: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    if options.attn_mask.is_full() {
+        return Ok(s.clone());
+    }
+    let allowed = options.attn_mask.to_tensor(ScoreShape::from(s.dims4()?), s.device())?;
+    let hidden = Tensor::new(f64::NEG_INFINITY, s.device())?
+        .to_dtype(s.dtype())?
+        .broadcast_as(s.shape())?;
+    allowed.broadcast_as(s.shape())?.where_cond(s, &hidden)
+}
+
+/// exp(s) / Σ exp(s) over the keys, and ln Σ exp(s). The sink, if there is one, is one more score in both sums.
+///
+/// Both are computed relative to the row's largest score, so that no exponential overflows. The largest score is a
+/// constant here: the results don't depend on it, so neither do their gradients.
+fn softmax(s: &Tensor, sinks: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+    let mut largest = s.detach().max_keepdim(D::Minus1)?;
+    if let Some(sinks) = sinks {
+        largest = largest.broadcast_maximum(&sinks.detach())?;
+    }
+    // A row with nothing to attend to has no largest score. Its sum is 0, and so are all its exponentials; a sum of 1
+    // instead gives it weights of zero and gradients of zero.
+    let minus_infinity = (largest.zeros_like()? + f64::NEG_INFINITY)?;
+    let empty = largest.eq(&minus_infinity)?;
+    let largest = empty.where_cond(&largest.zeros_like()?, &largest)?;
+
+    let exponentials = s.broadcast_sub(&largest)?.exp()?;
+    let mut sum = exponentials.sum_keepdim(D::Minus1)?;
+    if let Some(sinks) = sinks {
+        sum = (sum + sinks.broadcast_sub(&largest)?.exp()?)?;
+    }
+    let sum = empty.where_cond(&sum.ones_like()?, &sum)?;
+    let weights = exponentials.broadcast_div(&sum)?;
+    let logsumexp = empty.where_cond(&minus_infinity, &(sum.log()? + largest)?)?;
+    Ok((weights, logsumexp))
+}
+
+/// Srivastava et al., "Dropout" (JMLR 2014), section 10, in its inverted form: what is kept is scaled up, so that
+/// nothing is left to do at inference.
+fn dropout(w: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    if options.dropout_p == 0.0 {
+        return Ok(w.clone());
+    }
+    let factors = dropout_factors(options.dropout_seed, options.dropout_p, w.dims4()?);
+    w * Tensor::from_vec(factors, w.shape(), w.device())?.to_dtype(w.dtype())?
+}
+
+/// w·v, with the heads of a group side by side as in [`scaled_scores`].
+fn weighted_sum(w: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let (batch, heads, q_len, kv_len) = w.dims4()?;
+    let (_, kv_heads, _, value_dim) = v.dims4()?;
+    let rows = w.reshape((batch, kv_heads, heads / kv_heads * q_len, kv_len))?;
+    rows.matmul(v)?.reshape((batch, heads, q_len, value_dim))
+}

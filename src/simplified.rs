@@ -1,0 +1,114 @@
+//! Attention without trainable weights, every step returned: where the lecture notes begin.
+//!
+//! Each token is its own query, key and value. What a token attends to is then decided by how alike the embeddings are,
+//! and nothing can be learned; that is what [`SelfAttention`](crate::SelfAttention) adds.
+
+use candle_core::{D, Result, Tensor};
+use candle_nn::ops::softmax;
+
+use crate::error::AttentionError;
+
+/// How scores become weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Normalization {
+    /// exp(sᵢ - max s) / Σ exp(sⱼ - max s): what everyone uses.
+    #[default]
+    Softmax,
+    /// exp(sᵢ) / Σ exp(sⱼ): the same on paper, but exp overflows above scores of 88 (f32), and the result is NaN. Here to
+    /// be compared.
+    NaiveSoftmax,
+    /// sᵢ / Σ sⱼ: leaves some weight to scores that should have none, and isn't defined where the scores cancel out. Here
+    /// to be compared.
+    SumNormalized,
+}
+
+/// What [`simplified_attention`] computes, step by step.
+#[derive(Clone, Debug)]
+pub struct SimplifiedAttention {
+    /// The dot product of every token with every token, (..., len, len): row `i` holds the scores of query `i`.
+    pub scores: Tensor,
+    /// The scores, normalised so that each row sums to 1.
+    pub weights: Tensor,
+    /// For each token, the sum of all tokens weighted by its row of weights: (..., len, dim).
+    pub context: Tensor,
+}
+
+/// Self-attention without trainable weights: scores = X·Xᵀ, weights = normalised scores, context = weights·X.
+///
+/// # Shapes
+///
+/// inputs (len, dim) or (batch, len, dim).
+///
+/// # Errors
+///
+/// Another rank, or a dtype that isn't a float.
+///
+/// # Examples
+///
+/// ```
+/// use candle_attention::simplified::{Normalization, simplified_attention};
+/// use candle_core::{Device, Tensor};
+///
+/// let inputs = Tensor::new(&[[1f32, 0.], [0., 1.]], &Device::Cpu)?;
+/// let attention = simplified_attention(&inputs, Normalization::Softmax)?;
+/// assert_eq!(attention.scores.to_vec2::<f32>()?, [[1., 0.], [0., 1.]]);
+/// let weights = attention.weights.to_vec2::<f32>()?;
+/// assert!((weights[0][0] - 0.7311).abs() < 1e-4); // e / (e + 1)
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Result<SimplifiedAttention> {
+    if !matches!(inputs.rank(), 2 | 3) {
+        let expected = "2 axes (len, dim) or 3 (batch, len, dim)";
+        return Err(AttentionError::Rank {
+            tensor: "inputs",
+            expected,
+            shape: inputs.dims().to_vec(),
+        }
+        .into());
+    }
+    let inputs = inputs.contiguous()?;
+    let scores = inputs.matmul(&inputs.t()?)?;
+    let weights = normalize(&scores, normalization)?;
+    let context = weights.matmul(&inputs)?;
+    Ok(SimplifiedAttention {
+        scores,
+        weights,
+        context,
+    })
+}
+
+/// Makes each row (along the last axis) of `scores` sum to 1.
+///
+/// # Errors
+///
+/// A tensor without axes, or one whose dtype isn't a float.
+///
+/// # Examples
+///
+/// ```
+/// use candle_attention::simplified::{Normalization, normalize};
+/// use candle_core::{Device, Tensor};
+///
+/// let scores = Tensor::new(&[1f32, 3., 4., 400.], &Device::Cpu)?;
+/// assert_eq!(normalize(&scores, Normalization::Softmax)?.to_vec1::<f32>()?, [0., 0., 0., 1.]);
+/// // exp(400) is infinite in f32.
+/// assert!(normalize(&scores, Normalization::NaiveSoftmax)?.to_vec1::<f32>()?[3].is_nan());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn normalize(scores: &Tensor, normalization: Normalization) -> Result<Tensor> {
+    if !scores.dtype().is_float() {
+        let (expected, got) = ("a float dtype".into(), scores.dtype());
+        return Err(AttentionError::DType {
+            tensor: "scores",
+            expected,
+            got,
+        }
+        .into());
+    }
+    let share_of_sum = |x: &Tensor| x.broadcast_div(&x.sum_keepdim(D::Minus1)?);
+    match normalization {
+        Normalization::Softmax => softmax(scores, D::Minus1),
+        Normalization::NaiveSoftmax => share_of_sum(&scores.exp()?),
+        Normalization::SumNormalized => share_of_sum(scores),
+    }
+}
