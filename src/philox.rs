@@ -32,14 +32,19 @@ pub(crate) fn philox(seed: u64, mut counter: [u32; 4]) -> [u32; 4] {
     counter
 }
 
+/// Seed number `index` of the many that one seed stands for.
+pub(crate) fn nth_seed(seed: u64, index: u64) -> u64 {
+    let [low, high, ..] = philox(seed, [index as u32, (index >> 32) as u32, 0, 0]);
+    u64::from(low) | u64::from(high) << 32
+}
+
 /// A seed of its own for everything that has a name: two layers of one config differ, and each is the same every time.
-pub(crate) fn seed_for(seed: u64, name: &str) -> u64 {
-    // FNV-1a spreads the name over 64 bits, Philox mixes it with the seed.
+pub(crate) fn named_seed(seed: u64, name: &str) -> u64 {
+    // FNV-1a spreads the name over 64 bits.
     let hash = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
     });
-    let [low, high, ..] = philox(seed, [hash as u32, (hash >> 32) as u32, 0, 0]);
-    u64::from(low) | u64::from(high) << 32
+    nth_seed(seed, hash)
 }
 
 /// `count` numbers, uniform in [-bound, bound).
@@ -117,9 +122,9 @@ mod tests {
 
     #[test]
     fn names_and_seeds_have_numbers_of_their_own() {
-        assert_eq!(seed_for(1, "q_proj.weight"), seed_for(1, "q_proj.weight"));
-        assert_ne!(seed_for(1, "q_proj.weight"), seed_for(1, "k_proj.weight"));
-        assert_ne!(seed_for(1, "q_proj.weight"), seed_for(2, "q_proj.weight"));
+        assert_eq!(named_seed(1, "q_proj.weight"), named_seed(1, "q_proj.weight"));
+        assert_ne!(named_seed(1, "q_proj.weight"), named_seed(1, "k_proj.weight"));
+        assert_ne!(named_seed(1, "q_proj.weight"), named_seed(2, "q_proj.weight"));
     }
 
     #[test]

@@ -1,0 +1,156 @@
+//! [`CrossAttention`]: queries from one sequence, keys and values from another.
+
+use std::ops::Deref;
+use std::path::Path;
+
+use candle_core::{Device, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::checkpoint::LayerKind;
+use crate::config::SelfAttentionConfig;
+use crate::error::AttentionError;
+use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
+
+/// Cross-attention with trainable projections: every token of one sequence (a decoder's) gathers what it needs from
+/// another, the memory (an encoder's output).
+///
+/// It is made of the same config as [`SelfAttention`](crate::SelfAttention); `kv_dim` is the size of a memory token where
+/// it isn't embed_dim. A rotary embedding is refused, since the two sequences share no positions.
+///
+/// # Shapes
+///
+/// Input (batch, q_len, embed_dim) and memory (batch, kv_len, kv_dim), both with a batch axis or both without, of any
+/// strides; output (batch, q_len, output_dim).
+///
+/// # Errors
+///
+/// `forward` and its kin: an input or memory of another rank, size, dtype or device than the layer's, of two batch sizes,
+/// a mask or bias of another size than the scores.
+///
+/// # Examples
+///
+/// ```
+/// use candle_attention::{CrossAttention, ForwardOptions, Mask, SelfAttentionConfig};
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+///
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let config = SelfAttentionConfig { kv_dim: Some(6), ..SelfAttentionConfig::new(8, 2) };
+/// let attention = CrossAttention::new(&config, vb)?;
+///
+/// let x = Tensor::randn(0f32, 1.0, (2, 3, 8), &Device::Cpu)?;
+/// let memory = Tensor::randn(0f32, 1.0, (2, 5, 6), &Device::Cpu)?;
+/// // The second memory holds only four tokens.
+/// let options = ForwardOptions { attn_mask: Mask::key_lengths(&[5, 4]), ..Default::default() };
+/// assert_eq!(attention.forward_with(&x, &memory, &options)?.output.dims(), [2, 3, 8]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// Source: Vaswani et al., "Attention Is All You Need" (NIPS 2017), section 3.2.3.
+#[derive(Clone, Debug)]
+pub struct CrossAttention(MultiHead);
+
+impl CrossAttention {
+    /// A layer whose parameters come from, or are made in, `vb`, as in
+    /// [`SelfAttention::new`](crate::SelfAttention::new).
+    ///
+    /// # Errors
+    ///
+    /// As there, and a config with a rotary embedding.
+    pub fn new(config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
+        Self::from_core(MultiHead::new(LayerKind::CrossAttention, config, &vb)?)
+    }
+
+    /// Loads a layer that [`save`](MultiHead::save) wrote, as [`SelfAttention::load`](crate::SelfAttention::load) does.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        Self::from_core(MultiHead::load(LayerKind::CrossAttention, path.as_ref(), device)?)
+    }
+
+    /// As [`CrossAttention::load`], from the bytes of a file.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn from_bytes(bytes: &[u8], device: &Device) -> Result<Self> {
+        Self::from_core(MultiHead::from_bytes(LayerKind::CrossAttention, bytes, device)?)
+    }
+
+    /// The output, without dropout.
+    ///
+    /// # Errors
+    ///
+    /// See [`CrossAttention`].
+    pub fn forward(&self, x: &Tensor, memory: &Tensor) -> Result<Tensor> {
+        self.forward_t(x, memory, false)
+    }
+
+    /// The output, with dropout in training.
+    ///
+    /// # Errors
+    ///
+    /// See [`CrossAttention`].
+    pub fn forward_t(&self, x: &Tensor, memory: &Tensor, train: bool) -> Result<Tensor> {
+        Ok(self
+            .forward_with(
+                x,
+                memory,
+                &ForwardOptions {
+                    train,
+                    ..Default::default()
+                },
+            )?
+            .output)
+    }
+
+    /// The output, and what each token of `x` attends to: weights (batch, num_heads, q_len, kv_len), or (num_heads,
+    /// q_len, kv_len) for input without a batch axis.
+    ///
+    /// # Errors
+    ///
+    /// See [`CrossAttention`].
+    pub fn forward_with_weights(&self, x: &Tensor, memory: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.forward_with(
+            x,
+            memory,
+            &ForwardOptions {
+                return_weights: true,
+                ..Default::default()
+            },
+        )?
+        .with_weights()
+    }
+
+    /// A forward pass with a mask, a bias, or more in return.
+    ///
+    /// # Errors
+    ///
+    /// See [`CrossAttention`].
+    pub fn forward_with(&self, x: &Tensor, memory: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
+        self.attend(x, memory, options)
+    }
+
+    fn from_core(core: MultiHead) -> Result<Self> {
+        if core.config().rotary.is_some() {
+            let expected = "none, since the two sequences share no positions".into();
+            return Err(AttentionError::Config {
+                field: "rotary",
+                expected,
+                got: "one".into(),
+            }
+            .into());
+        }
+        Ok(Self(core))
+    }
+}
+
+impl Deref for CrossAttention {
+    type Target = MultiHead;
+
+    fn deref(&self) -> &MultiHead {
+        &self.0
+    }
+}

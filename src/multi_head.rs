@@ -1,0 +1,395 @@
+//! What self- and cross-attention share: projections, heads, attention, and the way back.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::{Linear, Module, RmsNorm, VarBuilder};
+
+use crate::attention::scaled_dot_product_attention;
+use crate::checkpoint::{self, Header, LayerKind};
+use crate::config::{Init, Parameter, SelfAttentionConfig};
+use crate::error::AttentionError;
+use crate::mask::Mask;
+use crate::options::AttentionOptions;
+use crate::philox;
+use crate::rotary::RotaryEmbedding;
+
+/// What one call of a layer can be asked for, beyond what its config says.
+#[derive(Clone, Debug, Default)]
+pub struct ForwardOptions {
+    /// Which keys each query may attend to, besides what the config's own mask takes away.
+    pub attn_mask: Mask,
+    /// Added to the scores: broadcasts to (batch, num_heads, q_len, kv_len). Gets a gradient.
+    pub attn_bias: Option<Tensor>,
+    /// Whether dropout is on.
+    pub train: bool,
+    /// Position of the first token, for the rotary embedding.
+    pub position_offset: usize,
+    /// Whether [`ForwardOutput::weights`] is wanted. Changes no other number.
+    pub return_weights: bool,
+    /// Whether [`ForwardOutput::logsumexp`] is wanted. Changes no other number.
+    pub return_logsumexp: bool,
+}
+
+/// What a layer gives back. For input without a batch axis, all of it is without one.
+#[derive(Clone, Debug)]
+pub struct ForwardOutput {
+    /// (batch, len, output_dim).
+    pub output: Tensor,
+    /// What each token attends to, (batch, num_heads, q_len, kv_len).
+    pub weights: Option<Tensor>,
+    /// ln Σ exp(scores), (batch, num_heads, q_len).
+    pub logsumexp: Option<Tensor>,
+}
+
+impl ForwardOutput {
+    pub(crate) fn with_weights(self) -> Result<(Tensor, Tensor)> {
+        let weights = self
+            .weights
+            .ok_or_else(|| candle_core::Error::msg("weights were not asked for"))?;
+        Ok((self.output, weights))
+    }
+}
+
+/// The parameters of a [`SelfAttention`](crate::SelfAttention) or [`CrossAttention`](crate::CrossAttention), and what
+/// can be done with them. Both layers dereference to this.
+#[derive(Clone, Debug)]
+pub struct MultiHead {
+    kind: LayerKind,
+    config: SelfAttentionConfig,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Option<Linear>,
+    qk_norm: Option<(RmsNorm, RmsNorm)>,
+    sinks: Option<Tensor>,
+    alibi_slopes: Option<Tensor>,
+    rotary: Option<RotaryEmbedding>,
+    dropout_seed: u64,
+    dropout_calls: Arc<AtomicU64>,
+}
+
+impl MultiHead {
+    pub(crate) fn new(kind: LayerKind, config: &SelfAttentionConfig, vb: &VarBuilder) -> Result<Self> {
+        config.check()?;
+        check_dtype("parameters", vb.dtype())?;
+        let mut parameters = Vec::new();
+        for parameter in config.parameters() {
+            parameters.push((parameter.name, create(&parameter, config.seed, vb)?));
+        }
+        let find = |name: &str| {
+            parameters
+                .iter()
+                .find(|(other, _)| *other == name)
+                .map(|(_, tensor)| tensor.clone())
+        };
+        let linear = |weight, bias| find(weight).map(|weight| Linear::new(weight, find(bias)));
+        let required = |weight, bias| {
+            linear(weight, bias).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {weight}")))
+        };
+        let norm = |name, eps| find(name).map(|weight| RmsNorm::new(weight, eps));
+        let eps = config.qk_norm_eps.unwrap_or_default();
+        Ok(Self {
+            kind,
+            q_proj: required("q_proj.weight", "q_proj.bias")?,
+            k_proj: required("k_proj.weight", "k_proj.bias")?,
+            v_proj: required("v_proj.weight", "v_proj.bias")?,
+            o_proj: linear("o_proj.weight", "o_proj.bias"),
+            qk_norm: norm("q_norm.weight", eps).zip(norm("k_norm.weight", eps)),
+            sinks: find("sinks"),
+            alibi_slopes: config
+                .alibi
+                .then(|| alibi_slopes(config.num_heads, vb.device()))
+                .transpose()?,
+            rotary: config
+                .rotary
+                .as_ref()
+                .map(|rotary| RotaryEmbedding::new(rotary, config.head_dim()))
+                .transpose()?,
+            dropout_seed: philox::named_seed(config.seed, &full_name(vb, "dropout")),
+            dropout_calls: Arc::default(),
+            config: config.clone(),
+        })
+    }
+
+    pub(crate) fn load(kind: LayerKind, path: &Path, device: &Device) -> Result<Self> {
+        let bytes = checkpoint::read(path)?;
+        Self::from_bytes(kind, &bytes, device).map_err(|error| error.with_path(path))
+    }
+
+    pub(crate) fn from_bytes(kind: LayerKind, bytes: &[u8], device: &Device) -> Result<Self> {
+        let loaded = checkpoint::from_bytes(bytes, kind, device)?;
+        let vb = VarBuilder::from_tensors(loaded.parameters, loaded.dtype, device);
+        Self::new(kind, &loaded.config, &vb)
+    }
+
+    /// What the layer is made of.
+    pub fn config(&self) -> &SelfAttentionConfig {
+        &self.config
+    }
+
+    /// W_Q: embed_dim -> num_heads · head_dim.
+    pub fn q_proj(&self) -> &Linear {
+        &self.q_proj
+    }
+
+    /// W_K: kv_dim -> num_kv_heads · head_dim.
+    pub fn k_proj(&self) -> &Linear {
+        &self.k_proj
+    }
+
+    /// W_V: kv_dim -> num_kv_heads · value_dim.
+    pub fn v_proj(&self) -> &Linear {
+        &self.v_proj
+    }
+
+    /// W_O: num_heads · value_dim -> embed_dim.
+    pub fn o_proj(&self) -> Option<&Linear> {
+        self.o_proj.as_ref()
+    }
+
+    /// Every parameter with its name, always in the same order.
+    pub fn parameters(&self) -> Vec<(&'static str, &Tensor)> {
+        let tensor_of = |name: &str| match name {
+            "q_proj.weight" => Some(self.q_proj.weight()),
+            "k_proj.weight" => Some(self.k_proj.weight()),
+            "v_proj.weight" => Some(self.v_proj.weight()),
+            "o_proj.weight" => self.o_proj.as_ref().map(Linear::weight),
+            "q_proj.bias" => self.q_proj.bias(),
+            "k_proj.bias" => self.k_proj.bias(),
+            "v_proj.bias" => self.v_proj.bias(),
+            "o_proj.bias" => self.o_proj.as_ref().and_then(Linear::bias),
+            "q_norm.weight" => self.qk_norm.as_ref().map(|(q_norm, _)| q_norm.weight()),
+            "k_norm.weight" => self.qk_norm.as_ref().map(|(_, k_norm)| k_norm.weight()),
+            _ => self.sinks.as_ref(),
+        };
+        let names = self.config.parameters();
+        names
+            .iter()
+            .filter_map(|parameter| Some((parameter.name, tensor_of(parameter.name)?)))
+            .collect()
+    }
+
+    /// The parameters that an optimiser can train, always in the same order: all of them in a layer that was loaded or
+    /// built on a `VarMap`, none in one built on a read-only `VarBuilder`.
+    pub fn vars(&self) -> Vec<Var> {
+        let parameters = self.parameters().into_iter();
+        parameters
+            .filter(|(_, tensor)| tensor.is_variable())
+            .filter_map(|(_, tensor)| Var::from_tensor(tensor).ok())
+            .collect()
+    }
+
+    /// How many training passes have drawn dropout so far. Each draws anew; set it to go on where a run stopped.
+    pub fn dropout_calls(&self) -> u64 {
+        self.dropout_calls.load(Ordering::Relaxed)
+    }
+
+    /// See [`MultiHead::dropout_calls`]. Shared with the clones of this layer.
+    pub fn set_dropout_calls(&self, calls: u64) {
+        self.dropout_calls.store(calls, Ordering::Relaxed);
+    }
+
+    /// Saves parameters and config to a safetensors file. The file is replaced as a whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// A folder that can't be written to, a full disk: an earlier file is then as it was.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        Ok(checkpoint::write(path.as_ref(), &self.to_bytes()?)?)
+    }
+
+    /// What [`MultiHead::save`] writes.
+    ///
+    /// # Errors
+    ///
+    /// Parameters that can't be copied from their device.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let header = Header {
+            layer: self.kind,
+            config: self.config.clone(),
+        };
+        checkpoint::to_bytes(&header, &self.parameters())
+    }
+
+    /// Queries from `x` (batch, q_len, embed_dim), keys and values from `memory` (batch, kv_len, kv_dim), or both
+    /// without a batch axis.
+    pub(crate) fn attend(&self, x: &Tensor, memory: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
+        self.check_input("input", x, self.config.embed_dim)?;
+        self.check_input("memory", memory, self.config.kv_dim())?;
+        if x.rank() != memory.rank() || (x.rank() == 3 && x.dim(0)? != memory.dim(0)?) {
+            let expected = format!("the batch of the input, whose shape is {:?}", x.dims());
+            return Err(AttentionError::Shape {
+                tensor: "memory",
+                expected,
+                shape: memory.dims().to_vec(),
+            }
+            .into());
+        }
+        if x.rank() == 3 {
+            return self.attend_batch(x, memory, options);
+        }
+        let output = self.attend_batch(&x.unsqueeze(0)?, &memory.unsqueeze(0)?, options)?;
+        let without_batch = |tensor: Tensor| tensor.squeeze(0);
+        Ok(ForwardOutput {
+            output: without_batch(output.output)?,
+            weights: output.weights.map(without_batch).transpose()?,
+            logsumexp: output.logsumexp.map(without_batch).transpose()?,
+        })
+    }
+
+    fn attend_batch(&self, x: &Tensor, memory: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
+        let config = &self.config;
+        let (batch, q_len, _) = x.dims3()?;
+        let mut query = split_heads(&self.q_proj, x, config.num_heads, config.head_dim())?;
+        let mut key = split_heads(&self.k_proj, memory, config.num_kv_heads(), config.head_dim())?;
+        let value = split_heads(&self.v_proj, memory, config.num_kv_heads(), config.value_dim())?;
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            // The differentiable form: RmsNorm::forward drops the gradient in silence.
+            (query, key) = (q_norm.forward_diff(&query)?, k_norm.forward_diff(&key)?);
+        }
+        if let Some(rotary) = &self.rotary {
+            query = rotary.apply(&query, options.position_offset)?;
+            key = rotary.apply(&key, options.position_offset)?;
+        }
+        let attended = scaled_dot_product_attention(&query, &key, &value, &self.attention_options(options))?;
+        let merged = attended
+            .context
+            .transpose(1, 2)?
+            .reshape((batch * q_len, config.num_heads * config.value_dim()))?;
+        let output = match &self.o_proj {
+            Some(o_proj) => o_proj.forward(&merged)?,
+            None => merged,
+        };
+        Ok(ForwardOutput {
+            output: output.reshape((batch, q_len, config.output_dim()))?,
+            weights: attended.weights,
+            logsumexp: attended.logsumexp,
+        })
+    }
+
+    fn attention_options(&self, options: &ForwardOptions) -> AttentionOptions {
+        let dropout_p = if options.train { self.config.dropout_p } else { 0.0 };
+        let dropout_seed = if dropout_p > 0.0 {
+            philox::nth_seed(self.dropout_seed, self.dropout_calls.fetch_add(1, Ordering::Relaxed))
+        } else {
+            0
+        };
+        AttentionOptions {
+            scale: self.config.scale,
+            softcap: self.config.softcap,
+            attn_mask: self.config.mask() & options.attn_mask.clone(),
+            attn_bias: options.attn_bias.clone(),
+            alibi_slopes: self.alibi_slopes.clone(),
+            sinks: self.sinks.clone(),
+            dropout_p,
+            dropout_seed,
+            return_weights: options.return_weights,
+            return_logsumexp: options.return_logsumexp,
+        }
+    }
+
+    fn check_input(&self, tensor: &'static str, x: &Tensor, dim: usize) -> std::result::Result<(), AttentionError> {
+        let shape = x.dims().to_vec();
+        if !matches!(x.rank(), 2 | 3) {
+            let expected = "2 axes (len, dim) or 3 (batch, len, dim)";
+            return Err(AttentionError::Rank {
+                tensor,
+                expected,
+                shape,
+            });
+        }
+        if shape.last() != Some(&dim) {
+            let expected = format!("(len, {dim}) or (batch, len, {dim})");
+            return Err(AttentionError::Shape {
+                tensor,
+                expected,
+                shape,
+            });
+        }
+        let weight = self.q_proj.weight();
+        if x.dtype() != weight.dtype() {
+            let expected = format!("{:?}, that of the layer's parameters", weight.dtype());
+            return Err(AttentionError::DType {
+                tensor,
+                expected,
+                got: x.dtype(),
+            });
+        }
+        let (expected, got) = (weight.device().location(), x.device().location());
+        if expected != got {
+            return Err(AttentionError::Device { tensor, expected, got });
+        }
+        Ok(())
+    }
+}
+
+/// A projection of all tokens, (batch, heads, len, dim). The tokens become rows of one matrix first: candle's `Linear`
+/// gives wrong numbers on a transposed batch.
+fn split_heads(projection: &Linear, x: &Tensor, heads: usize, dim: usize) -> Result<Tensor> {
+    let (batch, len, input_dim) = x.dims3()?;
+    let rows = x.contiguous()?.reshape((batch * len, input_dim))?;
+    projection
+        .forward(&rows)?
+        .reshape((batch, len, heads, dim))?
+        .transpose(1, 2)
+}
+
+/// The parameter as the `VarBuilder` has it; one that it has only just made is initialised from the seed.
+fn create(parameter: &Parameter, seed: u64, vb: &VarBuilder) -> Result<Tensor> {
+    let Parameter { name, shape, init } = parameter;
+    let bound = match shape[..] {
+        [outputs, inputs] => (6.0 / (inputs + outputs) as f64).sqrt(),
+        _ => 0.0,
+    };
+    let (hint, count) = match init {
+        Init::XavierUniform => (
+            candle_nn::Init::Uniform { lo: -bound, up: bound },
+            shape.iter().product(),
+        ),
+        Init::Zeros => (candle_nn::Init::Const(0.0), 0),
+        Init::Ones => (candle_nn::Init::Const(1.0), 0),
+    };
+    let is_new = !vb.contains_tensor(name);
+    let tensor = vb.get_with_hints(shape.as_slice(), name, hint)?;
+    if is_new && *init == Init::XavierUniform && tensor.is_variable() {
+        // candle's CPU generator can't be seeded, so its numbers are replaced by ours.
+        let numbers = philox::uniform(philox::named_seed(seed, &full_name(vb, name)), bound, count);
+        let numbers = Tensor::from_vec(numbers, shape.as_slice(), &Device::Cpu)?.to_dtype(tensor.dtype())?;
+        Var::from_tensor(&tensor)?.set(&numbers.to_device(tensor.device())?)?;
+    }
+    Ok(tensor)
+}
+
+/// The name of a parameter in the whole model.
+fn full_name(vb: &VarBuilder, name: &str) -> String {
+    format!("{}.{name}", vb.prefix())
+}
+
+fn check_dtype(tensor: &'static str, got: DType) -> std::result::Result<(), AttentionError> {
+    match got {
+        DType::F16 | DType::BF16 | DType::F32 | DType::F64 => Ok(()),
+        _ => Err(AttentionError::DType {
+            tensor,
+            expected: "F16, BF16, F32 or F64".into(),
+            got,
+        }),
+    }
+}
+
+/// For a power of two heads 2^(-8/n), 2^(-16/n), ...; else the slopes of the next lower power of two, then every other
+/// one of the next higher (Press et al., ICLR 2022, section 3 and the authors' code).
+fn alibi_slopes(num_heads: usize, device: &Device) -> Result<Tensor> {
+    let geometric = |heads: usize| (1..=heads).map(move |i| 2f64.powf(-8.0 * i as f64 / heads as f64));
+    let lower = if num_heads.is_power_of_two() {
+        num_heads
+    } else {
+        num_heads.next_power_of_two() / 2
+    };
+    let slopes = geometric(lower).chain(geometric(2 * lower).step_by(2)).take(num_heads);
+    Tensor::from_iter(slopes, &Device::Cpu)?
+        .to_dtype(DType::F32)?
+        .to_device(device)
+}

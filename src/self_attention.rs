@@ -1,0 +1,183 @@
+//! [`SelfAttention`]: x -> W_Q, W_K, W_V -> heads -> attention -> W_O -> y.
+
+use std::ops::Deref;
+use std::path::Path;
+
+use candle_core::{Device, Result, Tensor};
+use candle_nn::{ModuleT, VarBuilder};
+
+use crate::checkpoint::LayerKind;
+use crate::config::SelfAttentionConfig;
+use crate::error::AttentionError;
+use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
+
+/// Self-attention with trainable projections: every token of a sequence gathers from the others what it needs.
+///
+/// For each head, q = W_Q x, k = W_K x, v = W_V x, and y = W_O concat(softmax(q·kᵀ / sqrt(head_dim))·v over the heads).
+/// With [`SelfAttentionConfig::single_head`] it is the layer of the lecture notes, with W_Q, W_K and W_V alone.
+///
+/// # Shapes
+///
+/// Input (batch, len, embed_dim) or (len, embed_dim), of any strides; output (batch, len, output_dim) or (len,
+/// output_dim), where output_dim is embed_dim, or num_heads · value_dim without W_O.
+///
+/// # Errors
+///
+/// `forward` and its kin: an input of another rank, embed_dim, dtype or device than the layer's, a mask or bias of
+/// another size than the scores.
+///
+/// # Examples
+///
+/// Used in a model, trained for a step:
+///
+/// ```
+/// use candle_attention::{SelfAttention, SelfAttentionConfig};
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{AdamW, ModuleT, Optimizer, ParamsAdamW, VarBuilder, VarMap};
+///
+/// let varmap = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+/// let config = SelfAttentionConfig { is_causal: true, ..SelfAttentionConfig::new(16, 4) };
+/// let attention = SelfAttention::new(&config, vb.pp("attention"))?;
+///
+/// let x = Tensor::randn(0f32, 1.0, (2, 5, 16), &Device::Cpu)?;
+/// let y = attention.forward_t(&x, true)?; // or `forward(&x)`, without dropout
+/// assert_eq!(y.dims(), [2, 5, 16]);
+///
+/// let mut optimizer = AdamW::new(attention.vars(), ParamsAdamW::default())?;
+/// optimizer.backward_step(&y.sqr()?.mean_all()?)?;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// Source: Vaswani et al., "Attention Is All You Need" (NIPS 2017), section 3.2.2.
+#[derive(Clone, Debug)]
+pub struct SelfAttention(MultiHead);
+
+impl SelfAttention {
+    /// A layer whose parameters come from, or are made in, `vb`: `q_proj`, `k_proj`, `v_proj` and `o_proj` (`.weight`,
+    /// `.bias`), `q_norm.weight`, `k_norm.weight` and `sinks`, as far as the config asks for them.
+    ///
+    /// Weights that a `VarMap` doesn't hold yet are drawn from the config's seed and their names: the same every time,
+    /// and different for each layer of a model.
+    ///
+    /// # Errors
+    ///
+    /// A config that can't serve (see [`SelfAttentionConfig::validate`]), a dtype that isn't f16, bf16, f32 or f64,
+    /// tensors that `vb` doesn't have or has in another shape.
+    pub fn new(config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
+        Self::from_core(MultiHead::new(LayerKind::SelfAttention, config, &vb)?)
+    }
+
+    /// Loads a layer that [`save`](MultiHead::save) wrote. It trains on: every parameter is a variable (see
+    /// [`vars`](MultiHead::vars)).
+    ///
+    /// # Errors
+    ///
+    /// A file that can't be read, isn't safetensors, holds no config, or holds other tensors than its config asks for;
+    /// all missing, unexpected and misshapen ones are named.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::{SelfAttention, SelfAttentionConfig};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    /// let attention = SelfAttention::new(&SelfAttentionConfig::new(8, 2), vb)?;
+    /// # let folder = tempfile::tempdir()?;
+    /// # let path = folder.path().join("attention.safetensors");
+    /// attention.save(&path)?;
+    /// let loaded = SelfAttention::load(&path, &Device::Cpu)?;
+    ///
+    /// let x = Tensor::randn(0f32, 1.0, (3, 8), &Device::Cpu)?;
+    /// assert_eq!(loaded.forward(&x)?.to_vec2::<f32>()?, attention.forward(&x)?.to_vec2::<f32>()?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        Self::from_core(MultiHead::load(LayerKind::SelfAttention, path.as_ref(), device)?)
+    }
+
+    /// As [`SelfAttention::load`], from the bytes of a file.
+    ///
+    /// # Errors
+    ///
+    /// As [`SelfAttention::load`].
+    pub fn from_bytes(bytes: &[u8], device: &Device) -> Result<Self> {
+        Self::from_core(MultiHead::from_bytes(LayerKind::SelfAttention, bytes, device)?)
+    }
+
+    /// The output, without dropout. In training, call `forward_t(x, true)` of [`ModuleT`].
+    ///
+    /// # Errors
+    ///
+    /// See [`SelfAttention`].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_t(x, false)
+    }
+
+    /// The output, and what each token attends to: weights (batch, num_heads, len, len), or (num_heads, len, len) for
+    /// input without a batch axis.
+    ///
+    /// # Errors
+    ///
+    /// See [`SelfAttention`].
+    pub fn forward_with_weights(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.forward_with(
+            x,
+            &ForwardOptions {
+                return_weights: true,
+                ..Default::default()
+            },
+        )?
+        .with_weights()
+    }
+
+    /// A forward pass with a mask, a bias, positions, or more in return.
+    ///
+    /// # Errors
+    ///
+    /// See [`SelfAttention`].
+    pub fn forward_with(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
+        self.attend(x, x, options)
+    }
+
+    fn from_core(core: MultiHead) -> Result<Self> {
+        let config = core.config();
+        if config.kv_dim() != config.embed_dim {
+            let expected = format!("embed_dim {}, since keys come from the same tokens", config.embed_dim);
+            return Err(AttentionError::Config {
+                field: "kv_dim",
+                expected,
+                got: config.kv_dim().to_string(),
+            }
+            .into());
+        }
+        Ok(Self(core))
+    }
+}
+
+impl Deref for SelfAttention {
+    type Target = MultiHead;
+
+    fn deref(&self) -> &MultiHead {
+        &self.0
+    }
+}
+
+/// With dropout in training alone, as candle's own layers with dropout. (A `Module` as well it can't be: candle makes every
+/// `Module` a `ModuleT` that ignores `train`. Where one is asked for, `candle_nn::func(move |x| attention.forward(x))`
+/// is one.)
+impl ModuleT for SelfAttention {
+    fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+        Ok(self
+            .forward_with(
+                x,
+                &ForwardOptions {
+                    train,
+                    ..Default::default()
+                },
+            )?
+            .output)
+    }
+}
