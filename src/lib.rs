@@ -1,4 +1,42 @@
-//! Attention for candle.
+//! Attention for [candle](https://github.com/huggingface/candle) that trains.
+//!
+//! [`SelfAttention`] and [`CrossAttention`] are layers to plug into a model: trainable projections, heads, masks,
+//! grouped-query attention, rotary embedding, with a gradient for every parameter, and self-describing checkpoints.
+//! [`scaled_dot_product_attention`] is the function inside them. [`simplified`] is where the idea begins.
+//!
+//! ```
+//! use candle_attention::{SelfAttention, SelfAttentionConfig};
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{VarBuilder, VarMap};
+//!
+//! let varmap = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+//! let config = SelfAttentionConfig { is_causal: true, ..SelfAttentionConfig::new(64, 4) };
+//! let attention = SelfAttention::new(&config, vb.pp("attention"))?;
+//!
+//! let x = Tensor::randn(0f32, 1.0, (2, 10, 64), &Device::Cpu)?; // (batch, len, embed_dim)
+//! assert_eq!(attention.forward(&x)?.dims(), [2, 10, 64]);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! # The map
+//!
+//! A file imports only from floors below its own.
+//!
+//! | floor | file | what |
+//! |---|---|---|
+//! | 6 | `self_attention`, `cross_attention` | the layers' faces |
+//! | 5 | `multi_head` | what both share: parameters, projections, heads |
+//! | 4 | `checkpoint` | safetensors that carry their config |
+//! | 3 | `config` | what a layer is made of, checked in one place |
+//! | 3 | `heatmap` | attention weights to look at |
+//! | 2 | `attention` | checks its input, then computes |
+//! | 1 | `reference` | attention with every score in memory: read this first |
+//! | 1 | `simplified` | attention without trainable weights |
+//! | 1 | `rotary` | rotary position embedding |
+//! | 0 | `options`, `mask` | what attention can be asked for |
+//! | 0 | `philox`, `error` | random numbers by place; every way an input can be wrong |
+
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
@@ -7,6 +45,7 @@ mod checkpoint;
 mod config;
 mod cross_attention;
 mod error;
+pub mod heatmap;
 mod mask;
 mod multi_head;
 mod options;
@@ -25,3 +64,8 @@ pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead};
 pub use options::{AttentionOptions, AttentionOutput};
 pub use rotary::{Pairing, RotaryConfig, RotaryEmbedding};
 pub use self_attention::SelfAttention;
+
+/// The programs in the README are compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
