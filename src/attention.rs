@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::error::AttentionError;
+use crate::error::{AttentionError, check_number};
 use crate::mask::ScoreShape;
 use crate::options::{AttentionOptions, AttentionOutput};
 use crate::reference;
@@ -176,19 +176,6 @@ fn check_numbers(options: &AttentionOptions) -> Result<(), AttentionError> {
     check_number("dropout_p", Some(options.dropout_p), "a probability in [0, 1)", |x| {
         (0.0..1.0).contains(&x)
     })
-}
-
-/// Shared with the layer's config, which has the same numbers.
-pub(crate) fn check_number(
-    name: &'static str,
-    number: Option<f64>,
-    expected: &'static str,
-    allowed: impl Fn(f64) -> bool,
-) -> Result<(), AttentionError> {
-    match number {
-        Some(got) if !allowed(got) => Err(AttentionError::Number { name, expected, got }),
-        _ => Ok(()),
-    }
 }
 
 fn check_options(query: &Tensor, key: &Tensor, options: &AttentionOptions) -> candle_core::Result<()> {

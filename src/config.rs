@@ -2,8 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::attention::check_number;
-use crate::error::AttentionError;
+use crate::error::{AttentionError, check_number};
 use crate::mask::Mask;
 use crate::rotary::RotaryConfig;
 

@@ -131,3 +131,16 @@ impl From<AttentionError> for candle_core::Error {
         candle_core::Error::wrap(error)
     }
 }
+
+/// That a number, if there is one, is in its range.
+pub(crate) fn check_number(
+    name: &'static str,
+    number: Option<f64>,
+    expected: &'static str,
+    allowed: impl Fn(f64) -> bool,
+) -> Result<(), AttentionError> {
+    match number {
+        Some(got) if !allowed(got) => Err(AttentionError::Number { name, expected, got }),
+        _ => Ok(()),
+    }
+}

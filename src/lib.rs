@@ -27,15 +27,17 @@
 //! |---|---|---|
 //! | 6 | `self_attention`, `cross_attention` | the layers' faces |
 //! | 5 | `multi_head` | what both share: parameters, projections, heads |
-//! | 4 | `checkpoint` | safetensors that carry their config |
-//! | 3 | `config` | what a layer is made of, checked in one place |
-//! | 3 | `heatmap` | attention weights to look at |
-//! | 2 | `attention` | checks its input, then computes |
-//! | 1 | `reference` | attention with every score in memory: read this first |
-//! | 1 | `simplified` | attention without trainable weights |
+//! | 4 | `attention` | checks its input, then computes |
+//! | 3 | `reference` | attention with every score in memory: read this first |
+//! | 3 | `checkpoint` | safetensors that carry their config |
+//! | 2 | `options` | what attention can be asked for, and what it gives back |
+//! | 2 | `config` | what a layer is made of, checked in one place |
+//! | 1 | `mask` | which keys each query may attend to |
 //! | 1 | `rotary` | rotary position embedding |
-//! | 0 | `options`, `mask` | what attention can be asked for |
-//! | 0 | `philox`, `error` | random numbers by place; every way an input can be wrong |
+//! | 1 | `simplified` | attention without trainable weights |
+//! | 1 | `heatmap` | attention weights to look at |
+//! | 0 | `error` | every way an input can be wrong |
+//! | 0 | `philox` | random numbers that depend on their place alone |
 
 #![deny(missing_docs)]
 #![deny(unsafe_code)]

@@ -14,7 +14,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use crate::mask::ScoreShape;
+use crate::mask::{Mask, ScoreShape};
 use crate::options::{AttentionOptions, AttentionOutput};
 use crate::philox::dropout_factors;
 
@@ -69,8 +69,9 @@ fn nothing_to_attend_to(
         Tensor::cat(&[x, &Tensor::zeros((batch, heads, 1, dim), x.dtype(), x.device())?], 2)
     };
     let options = AttentionOptions {
-        attn_mask: crate::Mask::prefix(0),
-        attn_bias: None,
+        attn_mask: Mask::prefix(0),
+        // A bias without keys has no entries; one that is the same for all keys serves for the hidden one.
+        attn_bias: options.attn_bias.clone().filter(|bias| bias.elem_count() > 0),
         ..options.clone()
     };
     let output = attention(q, &one_row(k)?, &one_row(v)?, &options)?;
