@@ -33,7 +33,7 @@ use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
 /// ```
 /// use candle_attention::{SelfAttention, SelfAttentionConfig};
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_nn::{AdamW, ModuleT, Optimizer, ParamsAdamW, VarBuilder, VarMap};
+/// use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 ///
 /// let varmap = VarMap::new();
 /// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
@@ -107,13 +107,30 @@ impl SelfAttention {
         Self::from_core(MultiHead::from_bytes(LayerKind::SelfAttention, bytes, device)?)
     }
 
-    /// The output, without dropout. In training, call `forward_t(x, true)` of [`ModuleT`].
+    /// The output, without dropout.
     ///
     /// # Errors
     ///
     /// See [`SelfAttention`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_t(x, false)
+    }
+
+    /// The output, with dropout in training.
+    ///
+    /// # Errors
+    ///
+    /// See [`SelfAttention`].
+    pub fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+        Ok(self
+            .forward_with(
+                x,
+                &ForwardOptions {
+                    train,
+                    ..Default::default()
+                },
+            )?
+            .output)
     }
 
     /// The output, and what each token attends to: weights (batch, num_heads, len, len), or (num_heads, len, len) for
@@ -170,14 +187,6 @@ impl Deref for SelfAttention {
 /// is one.)
 impl ModuleT for SelfAttention {
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        Ok(self
-            .forward_with(
-                x,
-                &ForwardOptions {
-                    train,
-                    ..Default::default()
-                },
-            )?
-            .output)
+        SelfAttention::forward_t(self, x, train)
     }
 }
