@@ -63,7 +63,7 @@ pub fn scaled_dot_product_attention(
     let [query, key, value] = [query, key, value].map(four_axes);
     let (query, key, value) = (query?, key?, value?);
     check_tensors(&query, &key, &value)?;
-    check_numbers(options)?;
+    check_numbers(options, query.dtype())?;
     check_options(&query, &key, options)?;
 
     let output = reference::attention(&query, &key, &value, options)?;
@@ -158,24 +158,29 @@ fn check_tensors(query: &Tensor, key: &Tensor, value: &Tensor) -> candle_core::R
         }
         .into());
     }
-    let shape = [batch, num_heads, q_len, kv_len];
-    let bytes = shape
-        .iter()
-        .try_fold(size_of::<f64>(), |bytes, &size| bytes.checked_mul(size));
-    match bytes {
-        Some(bytes) if isize::try_from(bytes).is_ok() => Ok(()),
-        _ => Err(AttentionError::TooLarge { shape }.into()),
+    // Views that broadcast can have shapes that nothing can be computed for.
+    let value_dim = value.dim(3)?;
+    for shape in [
+        [batch, num_heads, q_len, kv_len],
+        [batch, num_heads, q_len, head_dim.max(value_dim)],
+        [batch, num_kv_heads, kv_len, head_dim.max(value_dim)],
+    ] {
+        let bytes = shape.iter().try_fold(size_of::<f64>(), |bytes, &size| bytes.checked_mul(size));
+        if bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+            return Err(AttentionError::TooLarge { shape }.into());
+        }
     }
+    Ok(())
 }
 
-fn check_numbers(options: &AttentionOptions) -> Result<(), AttentionError> {
-    check_number("scale", options.scale, "a finite number", f64::is_finite)?;
-    check_number("softcap", options.softcap, "a finite number above 0", |x| {
-        x.is_finite() && x > 0.0
-    })?;
-    check_number("dropout_p", Some(options.dropout_p), "a probability in [0, 1)", |x| {
-        (0.0..1.0).contains(&x)
-    })
+fn check_numbers(options: &AttentionOptions, dtype: DType) -> Result<(), AttentionError> {
+    // What is computed in f32 needs numbers that f32 holds.
+    let held = |x: f64| x.is_finite() && (dtype == DType::F64 || (x as f32).is_finite());
+    // The scores are divided by the softcap.
+    let invertible = |x: f64| held(x) && held(1.0 / x) && (dtype == DType::F64 || x as f32 > 0.0);
+    check_number("scale", options.scale, "a finite number", held)?;
+    check_number("softcap", options.softcap, "a finite number above 0", |x| x > 0.0 && invertible(x))?;
+    check_number("dropout_p", Some(options.dropout_p), "a probability in [0, 1)", |x| (0.0..1.0).contains(&x))
 }
 
 fn check_options(query: &Tensor, key: &Tensor, options: &AttentionOptions) -> candle_core::Result<()> {

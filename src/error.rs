@@ -81,13 +81,10 @@ pub enum AttentionError {
         /// The size it has.
         got: String,
     },
-    /// More scores than memory can address.
-    #[error(
-        "scores of shape {shape:?}: expected at most {} bytes, got more than can be counted",
-        isize::MAX
-    )]
+    /// More numbers than memory can address.
+    #[error("a tensor of shape {shape:?}: expected at most {} bytes, got more", isize::MAX)]
     TooLarge {
-        /// The shape (batch, num_heads, q_len, kv_len) of the scores.
+        /// The shape of the scores (batch, num_heads, q_len, kv_len), or of an input.
         shape: [usize; 4],
     },
     /// A configuration field that can't serve.

@@ -89,7 +89,12 @@ fn scaled_scores(q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
     if may_overflow(q, k, scale)? {
         return scaled_scores_of_huge_inputs(q, k, scale);
     }
-    dot_products(q, k)? * scale
+    multiply(&dot_products(q, k)?, scale)
+}
+
+/// s · scale. candle cuts its graph at a multiplication by the number 0, so that gradients would be missing.
+fn multiply(s: &Tensor, scale: f64) -> Result<Tensor> {
+    if scale == 0.0 { s * s.zeros_like()? } else { s * scale }
 }
 
 fn dot_products(q: &Tensor, k: &Tensor) -> Result<Tensor> {
@@ -123,11 +128,16 @@ fn may_overflow(q: &Tensor, k: &Tensor, scale: f64) -> Result<bool> {
 }
 
 /// As [`scaled_scores`], where a dot product could overflow to infinity, and the difference of two infinities to NaN:
-/// each query and key is divided by its largest entry, and the scores are held inside the dtype's range.
+/// each huge query and key is divided by its largest entry, and the scores are held inside the dtype's range.
 fn scaled_scores_of_huge_inputs(q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
-    let row_size = |x: &Tensor| x.detach().abs()?.max_keepdim(D::Minus1)?.maximum(1.0);
+    let row_size = |x: &Tensor| -> Result<Tensor> {
+        let size = x.detach().abs()?.max_keepdim(D::Minus1)?;
+        // Rows whose products with each other stay far inside the range are left as they are, to the last bit.
+        let huge = if x.dtype() == DType::F64 { 2f64.powi(480) } else { 2f64.powi(56) };
+        size.gt(huge)?.where_cond(&size, &size.ones_like()?)
+    };
     let (q_size, k_size) = (row_size(q)?, row_size(k)?);
-    let s = (dot_products(&q.broadcast_div(&q_size)?, &k.broadcast_div(&k_size)?)? * scale)?;
+    let s = multiply(&dot_products(&q.broadcast_div(&q_size)?, &k.broadcast_div(&k_size)?)?, scale)?;
     let s = s.broadcast_mul(&q_size)?;
     // Each key's size belongs to every query head of its group.
     let (batch, heads, q_len, kv_len) = s.dims4()?;
@@ -150,8 +160,9 @@ fn alibi(slopes: &Tensor, q_len: usize, kv_len: usize) -> Result<Tensor> {
     let distances = (0..q_len).flat_map(|i| (0..kv_len).map(move |j| (first + i as f64 - j as f64).abs()));
     let distances = Tensor::from_iter(distances, slopes.device())?.to_dtype(slopes.dtype())?;
     let heads = slopes.dim(D::Minus1)?;
+    let batch = if slopes.rank() == 2 { slopes.dim(0)? } else { 1 };
     slopes
-        .reshape(((), heads, 1, 1))?
+        .reshape((batch, heads, 1, 1))?
         .broadcast_mul(&distances.reshape((1, 1, q_len, kv_len))?)
 }
 
@@ -172,7 +183,11 @@ fn mask_scores(s: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
 /// Both are computed relative to the row's largest score, so that no exponential overflows. The largest score is a
 /// constant here: the results don't depend on it, so neither do their gradients.
 fn softmax(s: &Tensor, sinks: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
-    let mut largest = s.detach().max_keepdim(D::Minus1)?;
+    // candle has no maximum of an empty tensor; its sum has the same shape.
+    let mut largest = match s.elem_count() {
+        0 => s.detach().sum_keepdim(D::Minus1)?,
+        _ => s.detach().max_keepdim(D::Minus1)?,
+    };
     if let Some(sinks) = sinks {
         largest = largest.broadcast_maximum(&sinks.detach())?;
     }

@@ -66,6 +66,7 @@ pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Re
         }
         .into());
     }
+    check_float("inputs", inputs)?;
     let inputs = inputs.contiguous()?;
     let scores = inputs.matmul(&inputs.t()?)?;
     let weights = normalize(&scores, normalization)?;
@@ -96,19 +97,19 @@ pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Re
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn normalize(scores: &Tensor, normalization: Normalization) -> Result<Tensor> {
-    if !scores.dtype().is_float() {
-        let (expected, got) = ("a float dtype".into(), scores.dtype());
-        return Err(AttentionError::DType {
-            tensor: "scores",
-            expected,
-            got,
-        }
-        .into());
-    }
+    check_float("scores", scores)?;
     let share_of_sum = |x: &Tensor| x.broadcast_div(&x.sum_keepdim(D::Minus1)?);
     match normalization {
         Normalization::Softmax => softmax(scores, D::Minus1),
         Normalization::NaiveSoftmax => share_of_sum(&scores.exp()?),
         Normalization::SumNormalized => share_of_sum(scores),
     }
+}
+
+fn check_float(tensor: &'static str, x: &Tensor) -> std::result::Result<(), AttentionError> {
+    if x.dtype().is_float() {
+        return Ok(());
+    }
+    let expected = "a float dtype".into();
+    Err(AttentionError::DType { tensor, expected, got: x.dtype() })
 }

@@ -1,0 +1,135 @@
+//! The task: digits, `=`, and the digits once more, backwards or as they were.
+
+use std::fmt;
+
+use candle_core::{Device, Result, Tensor};
+use clap::ValueEnum;
+
+/// Digits of a sequence.
+pub const DIGITS: usize = 12;
+/// What the model gets to see: the digits, `=`, and the answer without its last digit.
+pub const LEN: usize = 2 * DIGITS;
+/// The digits 0 to 9 and `=`.
+pub const VOCAB: usize = 11;
+const EQUALS: u32 = 10;
+
+/// Sequences that are kept back from training.
+pub const HELD_OUT: usize = 256;
+/// Sequences of a training step: enough to learn from, and few enough that candle's element-wise operations stay on one
+/// thread (up to 64K elements). Where other programs run as well, its spinning threads wait for each other.
+const BATCH: usize = 16;
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Task {
+    Reverse,
+    Copy,
+}
+
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Task::Reverse => "reverse",
+            Task::Copy => "copy",
+        })
+    }
+}
+
+type Digits = [u32; DIGITS];
+
+/// Questions and answers.
+pub struct Batch {
+    /// What the model sees, (batch, [`LEN`]).
+    pub tokens: Tensor,
+    /// What it should say at the last [`DIGITS`] places, (batch, [`DIGITS`]).
+    pub answers: Tensor,
+}
+
+/// Sequences without end, none of them among those held out.
+pub struct Data {
+    task: Task,
+    random: Random,
+    held_out: Vec<Digits>,
+}
+
+impl Data {
+    pub fn new(task: Task, seed: u64) -> Self {
+        let mut random = Random::new(seed, "held out");
+        let held_out = (0..HELD_OUT).map(|_| random.digits()).collect();
+        Self {
+            task,
+            random: Random::new(seed, "training"),
+            held_out,
+        }
+    }
+
+    pub fn held_out(&self, device: &Device) -> Result<Batch> {
+        self.to_batch(&self.held_out, device)
+    }
+
+    pub fn batch(&mut self, device: &Device) -> Result<Batch> {
+        let mut sequences = Vec::with_capacity(BATCH);
+        while sequences.len() < BATCH {
+            let digits = self.random.digits();
+            if !self.held_out.contains(&digits) {
+                sequences.push(digits);
+            }
+        }
+        self.to_batch(&sequences, device)
+    }
+
+    fn to_batch(&self, sequences: &[Digits], device: &Device) -> Result<Batch> {
+        let (mut tokens, mut answers) = (Vec::new(), Vec::new());
+        for digits in sequences {
+            let mut answer = *digits;
+            if matches!(self.task, Task::Reverse) {
+                answer.reverse();
+            }
+            tokens.extend(digits);
+            tokens.push(EQUALS);
+            tokens.extend(&answer[..DIGITS - 1]);
+            answers.extend(answer);
+        }
+        Ok(Batch {
+            tokens: Tensor::from_vec(tokens, (sequences.len(), LEN), device)?,
+            answers: Tensor::from_vec(answers, (sequences.len(), DIGITS), device)?,
+        })
+    }
+}
+
+/// Tokens as one reads them.
+pub fn to_text(tokens: &[u32]) -> String {
+    let words = tokens
+        .iter()
+        .map(|&token| if token == EQUALS { "=".into() } else { token.to_string() });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// Random numbers that depend on the seed alone: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+pub struct Random(u64);
+
+impl Random {
+    /// Each purpose gets numbers of its own.
+    pub fn new(seed: u64, purpose: &str) -> Self {
+        let mut random = Self(seed);
+        for byte in purpose.bytes() {
+            random.0 = random.next() ^ u64::from(byte);
+        }
+        random
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub fn between(&mut self, low: f64, high: f64) -> f64 {
+        low + (high - low) * (self.next() >> 11) as f64 / 2f64.powi(53)
+    }
+
+    fn digits(&mut self) -> Digits {
+        std::array::from_fn(|_| (self.next() % 10) as u32)
+    }
+}

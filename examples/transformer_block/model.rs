@@ -1,0 +1,109 @@
+//! The transformer: token and position embedding, pre-norm blocks, a last norm, a linear head.
+
+use candle_attention::{SelfAttention, SelfAttentionConfig};
+use candle_core::{D, Result, Tensor, Var};
+use candle_nn::{Embedding, Linear, Module, RmsNorm, VarBuilder, VarMap, embedding, linear_no_bias, rms_norm};
+
+use crate::data::{LEN, Random, VOCAB};
+
+const EMBED_DIM: usize = 64;
+const NUM_HEADS: usize = 4;
+const MLP_DIM: usize = 128;
+const NUM_BLOCKS: usize = 1;
+/// As in Llama.
+const NORM_EPS: f64 = 1e-5;
+const ATTENTION: &str = "attention";
+
+/// x + attention(norm(x)), then x + MLP(norm(x)). (Xiong et al., "On Layer Normalization in the Transformer
+/// Architecture", ICML 2020, section 3: pre-norm.)
+struct Block {
+    attention_norm: RmsNorm,
+    attention: SelfAttention,
+    mlp_norm: RmsNorm,
+    up: Linear,
+    down: Linear,
+}
+
+impl Block {
+    fn new(seed: u64, vb: VarBuilder) -> Result<Self> {
+        let config = SelfAttentionConfig {
+            is_causal: true,
+            qkv_bias: false,
+            out_bias: false,
+            seed,
+            ..SelfAttentionConfig::new(EMBED_DIM, NUM_HEADS)
+        };
+        Ok(Self {
+            attention_norm: rms_norm(EMBED_DIM, NORM_EPS, vb.pp("attention_norm"))?,
+            attention: SelfAttention::new(&config, vb.pp(ATTENTION))?,
+            mlp_norm: rms_norm(EMBED_DIM, NORM_EPS, vb.pp("mlp_norm"))?,
+            up: linear_no_bias(EMBED_DIM, MLP_DIM, vb.pp("up"))?,
+            down: linear_no_bias(MLP_DIM, EMBED_DIM, vb.pp("down"))?,
+        })
+    }
+
+    /// `forward_diff`, because candle's `RmsNorm::forward` drops the gradient in silence, as does `LayerNorm::forward`.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = (x + self.attention.forward(&self.attention_norm.forward_diff(x)?)?)?;
+        let hidden = self.up.forward(&self.mlp_norm.forward_diff(&x)?)?.silu()?;
+        x + self.down.forward(&hidden)?
+    }
+}
+
+/// Token and position embedding, blocks, a last norm, and a linear head.
+pub struct Transformer {
+    tokens: Embedding,
+    positions: Embedding,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    head: Linear,
+}
+
+impl Transformer {
+    pub fn new(seed: u64, vb: VarBuilder) -> Result<Self> {
+        let blocks = (0..NUM_BLOCKS).map(|i| Block::new(seed, vb.pp(format!("blocks.{i}"))));
+        Ok(Self {
+            tokens: embedding(VOCAB, EMBED_DIM, vb.pp("tokens"))?,
+            positions: embedding(LEN, EMBED_DIM, vb.pp("positions"))?,
+            blocks: blocks.collect::<Result<_>>()?,
+            norm: rms_norm(EMBED_DIM, NORM_EPS, vb.pp("norm"))?,
+            head: linear_no_bias(EMBED_DIM, VOCAB, vb.pp("head"))?,
+        })
+    }
+
+    /// Tokens (batch, len), with a len of at most [`LEN`], to logits (batch, len, [`VOCAB`]).
+    pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+        let positions = self.positions.embeddings().narrow(0, 0, tokens.dim(1)?)?;
+        let mut x = self.tokens.forward(tokens)?.broadcast_add(&positions)?;
+        for block in &self.blocks {
+            x = block.forward(&x)?;
+        }
+        self.head.forward(&self.norm.forward_diff(&x)?)
+    }
+}
+
+/// All parameters with their names, in the same order every time.
+pub fn named_vars(varmap: &VarMap) -> Vec<(String, Var)> {
+    let vars = varmap.data().lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut vars: Vec<_> = vars.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
+    vars.sort_by(|(a, _), (b, _)| a.cmp(b));
+    vars
+}
+
+/// Makes the initial parameters the same for the same seed, which candle's CPU generator doesn't allow. The attention
+/// layers have seen to it themselves (`SelfAttentionConfig::seed`), and norms start at one anyway; what is left are
+/// embeddings and linear layers, here uniform in ±1 / sqrt(embed_dim).
+pub fn initialise(varmap: &VarMap, seed: u64) -> Result<()> {
+    let mut random = Random::new(seed, "parameters");
+    for (name, var) in named_vars(varmap) {
+        if var.rank() != 2 || name.contains(ATTENTION) {
+            continue;
+        }
+        let bound = 1.0 / (var.dim(D::Minus1)? as f64).sqrt();
+        let numbers: Vec<_> = (0..var.elem_count())
+            .map(|_| random.between(-bound, bound) as f32)
+            .collect();
+        var.set(&Tensor::from_vec(numbers, var.shape(), var.device())?)?;
+    }
+    Ok(())
+}
