@@ -91,11 +91,7 @@ fn check_ranks(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<usize, At
     for (tensor, x) in [("key", key), ("value", value)] {
         if x.rank() != rank {
             let expected = "as many axes as query";
-            return Err(AttentionError::Rank {
-                tensor,
-                expected,
-                shape: x.dims().to_vec(),
-            });
+            return Err(AttentionError::Rank { tensor, expected, shape: x.dims().to_vec() });
         }
     }
     Ok(rank)
@@ -106,25 +102,12 @@ fn check_tensors(query: &Tensor, key: &Tensor, value: &Tensor) -> candle_core::R
     let (_, num_kv_heads, kv_len, _) = key.dims4()?;
     if !matches!(query.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
         let expected = "F16, BF16, F32 or F64".into();
-        return Err(AttentionError::DType {
-            tensor: "query",
-            expected,
-            got: query.dtype(),
-        }
-        .into());
+        return Err(AttentionError::DType { tensor: "query", expected, got: query.dtype() }.into());
     }
-    for (tensor, x, dim, last) in [
-        ("key", key, head_dim, "head_dim"),
-        ("value", value, value.dim(3)?, "value_dim"),
-    ] {
+    for (tensor, x, dim, last) in [("key", key, head_dim, "head_dim"), ("value", value, value.dim(3)?, "value_dim")] {
         if x.dtype() != query.dtype() {
             let expected = format!("{:?}, that of query", query.dtype());
-            return Err(AttentionError::DType {
-                tensor,
-                expected,
-                got: x.dtype(),
-            }
-            .into());
+            return Err(AttentionError::DType { tensor, expected, got: x.dtype() }.into());
         }
         check_device(tensor, x, query)?;
         if x.dims() != [batch, num_kv_heads, kv_len, dim] {
@@ -134,29 +117,15 @@ fn check_tensors(query: &Tensor, key: &Tensor, value: &Tensor) -> candle_core::R
                 query.dims(),
                 key.dims()
             );
-            return Err(AttentionError::Shape {
-                tensor,
-                expected,
-                shape: x.dims().to_vec(),
-            }
-            .into());
+            return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
         }
     }
     if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
-        return Err(AttentionError::Heads {
-            num_heads,
-            num_kv_heads,
-        }
-        .into());
+        return Err(AttentionError::Heads { num_heads, num_kv_heads }.into());
     }
     if head_dim == 0 {
-        let expected = "a head_dim of at least 1".into();
-        return Err(AttentionError::Shape {
-            tensor: "query",
-            expected,
-            shape: query.dims().to_vec(),
-        }
-        .into());
+        let expected = "(batch, num_heads, q_len, head_dim) with head_dim at least 1".into();
+        return Err(AttentionError::Shape { tensor: "query", expected, shape: query.dims().to_vec() }.into());
     }
     // Views that broadcast can have shapes that nothing can be computed for.
     let value_dim = value.dim(3)?;
@@ -186,20 +155,10 @@ fn check_numbers(options: &AttentionOptions, dtype: DType) -> Result<(), Attenti
 fn check_options(query: &Tensor, key: &Tensor, options: &AttentionOptions) -> candle_core::Result<()> {
     let (batch, num_heads, q_len, _) = query.dims4()?;
     let scores = [batch, num_heads, q_len, key.dim(2)?];
-    options.attn_mask.check(ScoreShape {
-        batch,
-        num_heads,
-        q_len,
-        kv_len: key.dim(2)?,
-    })?;
+    options.attn_mask.check(ScoreShape { batch, num_heads, q_len, kv_len: key.dim(2)? })?;
     if let Some(bias) = &options.attn_bias {
         let broadcasts = bias.rank() <= 4
-            && bias
-                .dims()
-                .iter()
-                .rev()
-                .zip(scores.iter().rev())
-                .all(|(&dim, &size)| dim == size || dim == 1);
+            && bias.dims().iter().rev().zip(scores.iter().rev()).all(|(&dim, &size)| dim == size || dim == 1);
         let expected = format!("one that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}");
         check_extra("attn_bias", bias, query, broadcasts, expected)?;
     }
@@ -224,28 +183,16 @@ fn check_extra(
     expected: String,
 ) -> Result<(), AttentionError> {
     if !x.dtype().is_float() {
-        return Err(AttentionError::DType {
-            tensor,
-            expected: "a float dtype".into(),
-            got: x.dtype(),
-        });
+        return Err(AttentionError::DType { tensor, expected: "F16, BF16, F32 or F64".into(), got: x.dtype() });
     }
     check_device(tensor, x, query)?;
     if !fits {
-        return Err(AttentionError::Shape {
-            tensor,
-            expected,
-            shape: x.dims().to_vec(),
-        });
+        return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() });
     }
     Ok(())
 }
 
 fn check_device(tensor: &'static str, x: &Tensor, query: &Tensor) -> Result<(), AttentionError> {
     let (expected, got) = (query.device().location(), x.device().location());
-    if expected == got {
-        Ok(())
-    } else {
-        Err(AttentionError::Device { tensor, expected, got })
-    }
+    if expected == got { Ok(()) } else { Err(AttentionError::Device { tensor, expected, got }) }
 }

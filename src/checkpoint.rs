@@ -60,11 +60,7 @@ pub(crate) fn from_bytes(bytes: &[u8], layer: LayerKind, device: &Device) -> can
         let var = Var::from_tensor(&view.load(device)?)?;
         parameters.insert(name.to_string(), var.into_inner());
     }
-    Ok(Checkpoint {
-        config,
-        parameters,
-        dtype,
-    })
+    Ok(Checkpoint { config, parameters, dtype })
 }
 
 fn not_safetensors(bytes: &[u8], error: &safetensors::SafeTensorError) -> AttentionError {
@@ -76,10 +72,7 @@ fn not_safetensors(bytes: &[u8], error: &safetensors::SafeTensorError) -> Attent
 
 fn read_header(bytes: &[u8], layer: LayerKind) -> Result<SelfAttentionConfig, AttentionError> {
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| not_safetensors(bytes, &error))?;
-    let entry = metadata
-        .metadata()
-        .as_ref()
-        .and_then(|entries| entries.get(METADATA_KEY));
+    let entry = metadata.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY));
     let json = entry.ok_or_else(|| AttentionError::Checkpoint {
         expected: format!("a config in the metadata entry `{METADATA_KEY}`"),
         got: "none: this file was not saved by a layer of this crate".into(),
@@ -90,11 +83,7 @@ fn read_header(bytes: &[u8], layer: LayerKind) -> Result<SelfAttentionConfig, At
     })?;
     if header.layer != layer {
         let name = |kind| {
-            if kind == LayerKind::SelfAttention {
-                "SelfAttention"
-            } else {
-                "CrossAttention"
-            }
+            if kind == LayerKind::SelfAttention { "SelfAttention" } else { "CrossAttention" }
         };
         let (expected, got) = (format!("a {}", name(layer)), format!("a {}", name(header.layer)));
         return Err(AttentionError::Checkpoint { expected, got });
@@ -111,10 +100,7 @@ fn check_tensors(config: &SelfAttentionConfig, tensors: &SafeTensors) -> Result<
     for parameter in &wanted {
         match tensors.tensor(parameter.name) {
             Ok(view) => problems.extend(misfit(parameter, &view, &mut dtype)),
-            Err(_) => problems.push(format!(
-                "`{}` is missing, expected {:?}",
-                parameter.name, parameter.shape
-            )),
+            Err(_) => problems.push(format!("`{}` is missing, expected {:?}", parameter.name, parameter.shape)),
         }
     }
     let mut unexpected = tensors.names();
@@ -184,9 +170,5 @@ fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 }
 
 fn file_error(path: &Path, action: &'static str, cause: &std::io::Error) -> AttentionError {
-    AttentionError::File {
-        path: path.to_path_buf(),
-        action,
-        cause: cause.to_string(),
-    }
+    AttentionError::File { path: path.to_path_buf(), action, cause: cause.to_string() }
 }

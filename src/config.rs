@@ -148,8 +148,7 @@ impl SelfAttentionConfig {
 
     /// Entries of a query or key head.
     pub fn head_dim(&self) -> usize {
-        self.head_dim
-            .unwrap_or(self.embed_dim.checked_div(self.num_heads).unwrap_or(0))
+        self.head_dim.unwrap_or(self.embed_dim.checked_div(self.num_heads).unwrap_or(0))
     }
 
     /// Entries of a value head.
@@ -164,11 +163,7 @@ impl SelfAttentionConfig {
 
     /// Entries of an output token.
     pub fn output_dim(&self) -> usize {
-        if self.out_proj {
-            self.embed_dim
-        } else {
-            self.num_heads.saturating_mul(self.value_dim())
-        }
+        if self.out_proj { self.embed_dim } else { self.num_heads.saturating_mul(self.value_dim()) }
     }
 
     /// The mask that the config itself asks for.
@@ -209,34 +204,19 @@ impl SelfAttentionConfig {
         ];
         for (field, size) in at_least_one {
             if size == 0 {
-                return Err(AttentionError::Config {
-                    field,
-                    expected: "at least 1".into(),
-                    got: "0".into(),
-                });
+                return Err(AttentionError::Config { field, expected: "at least 1".into(), got: "0".into() });
             }
         }
         if !self.num_heads.is_multiple_of(self.num_kv_heads()) {
-            return Err(AttentionError::Heads {
-                num_heads: self.num_heads,
-                num_kv_heads: self.num_kv_heads(),
-            });
+            return Err(AttentionError::Heads { num_heads: self.num_heads, num_kv_heads: self.num_kv_heads() });
         }
         if self.head_dim.is_none() && !self.embed_dim.is_multiple_of(self.num_heads) {
             let expected = format!("a multiple of num_heads {}, or head_dim given", self.num_heads);
-            return Err(AttentionError::Config {
-                field: "embed_dim",
-                expected,
-                got: self.embed_dim.to_string(),
-            });
+            return Err(AttentionError::Config { field: "embed_dim", expected, got: self.embed_dim.to_string() });
         }
         for (field, size) in [("head_dim", self.head_dim()), ("value_dim", self.value_dim())] {
             if size == 0 {
-                return Err(AttentionError::Config {
-                    field,
-                    expected: "at least 1".into(),
-                    got: "0".into(),
-                });
+                return Err(AttentionError::Config { field, expected: "at least 1".into(), got: "0".into() });
             }
         }
         self.check_countable()
@@ -263,9 +243,7 @@ impl SelfAttentionConfig {
         check_number("scale", self.scale, "a finite number", f64::is_finite)?;
         check_number("softcap", self.softcap, "a finite number above 0", above_zero)?;
         check_number("qk_norm_eps", self.qk_norm_eps, "a finite number above 0", above_zero)?;
-        check_number("dropout_p", Some(self.dropout_p), "a probability in [0, 1)", |x| {
-            (0.0..1.0).contains(&x)
-        })
+        check_number("dropout_p", Some(self.dropout_p), "a probability in [0, 1)", |x| (0.0..1.0).contains(&x))
     }
 
     /// All parameters of a layer of this config, which has been checked. Weights are (out, in).
@@ -276,43 +254,19 @@ impl SelfAttentionConfig {
         let mut parameters = Vec::new();
         let mut add = |wanted: bool, name, shape: &[usize], init| {
             if wanted {
-                parameters.push(Parameter {
-                    name,
-                    shape: shape.to_vec(),
-                    init,
-                });
+                parameters.push(Parameter { name, shape: shape.to_vec(), init });
             }
         };
         add(true, "q_proj.weight", &[q_dim, self.embed_dim], Init::XavierUniform);
         add(true, "k_proj.weight", &[k_dim, self.kv_dim()], Init::XavierUniform);
         add(true, "v_proj.weight", &[v_dim, self.kv_dim()], Init::XavierUniform);
-        add(
-            self.out_proj,
-            "o_proj.weight",
-            &[self.embed_dim, merged],
-            Init::XavierUniform,
-        );
+        add(self.out_proj, "o_proj.weight", &[self.embed_dim, merged], Init::XavierUniform);
         add(self.qkv_bias, "q_proj.bias", &[q_dim], Init::Zeros);
         add(self.qkv_bias, "k_proj.bias", &[k_dim], Init::Zeros);
         add(self.qkv_bias, "v_proj.bias", &[v_dim], Init::Zeros);
-        add(
-            self.out_proj && self.out_bias,
-            "o_proj.bias",
-            &[self.embed_dim],
-            Init::Zeros,
-        );
-        add(
-            self.qk_norm_eps.is_some(),
-            "q_norm.weight",
-            &[self.head_dim()],
-            Init::Ones,
-        );
-        add(
-            self.qk_norm_eps.is_some(),
-            "k_norm.weight",
-            &[self.head_dim()],
-            Init::Ones,
-        );
+        add(self.out_proj && self.out_bias, "o_proj.bias", &[self.embed_dim], Init::Zeros);
+        add(self.qk_norm_eps.is_some(), "q_norm.weight", &[self.head_dim()], Init::Ones);
+        add(self.qk_norm_eps.is_some(), "k_norm.weight", &[self.head_dim()], Init::Ones);
         add(self.sinks, "sinks", &[self.num_heads], Init::Zeros);
         parameters
     }

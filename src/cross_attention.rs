@@ -94,16 +94,7 @@ impl CrossAttention {
     ///
     /// See [`CrossAttention`].
     pub fn forward_t(&self, x: &Tensor, memory: &Tensor, train: bool) -> Result<Tensor> {
-        Ok(self
-            .forward_with(
-                x,
-                memory,
-                &ForwardOptions {
-                    train,
-                    ..Default::default()
-                },
-            )?
-            .output)
+        Ok(self.forward_with(x, memory, &ForwardOptions { train, ..Default::default() })?.output)
     }
 
     /// The output, and what each token of `x` attends to: weights (batch, num_heads, q_len, kv_len), or (num_heads,
@@ -113,15 +104,7 @@ impl CrossAttention {
     ///
     /// See [`CrossAttention`].
     pub fn forward_with_weights(&self, x: &Tensor, memory: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.forward_with(
-            x,
-            memory,
-            &ForwardOptions {
-                return_weights: true,
-                ..Default::default()
-            },
-        )?
-        .with_weights()
+        self.forward_with(x, memory, &ForwardOptions { return_weights: true, ..Default::default() })?.with_weights()
     }
 
     /// A forward pass with a mask, a bias, or more in return.
@@ -136,12 +119,7 @@ impl CrossAttention {
     fn from_core(core: MultiHead) -> Result<Self> {
         if core.config().rotary.is_some() {
             let expected = "none, since the two sequences share no positions".into();
-            return Err(AttentionError::Config {
-                field: "rotary",
-                expected,
-                got: "one".into(),
-            }
-            .into());
+            return Err(AttentionError::Config { field: "rotary", expected, got: "one".into() }.into());
         }
         Ok(Self(core))
     }

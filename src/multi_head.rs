@@ -46,9 +46,7 @@ pub struct ForwardOutput {
 
 impl ForwardOutput {
     pub(crate) fn with_weights(self) -> Result<(Tensor, Tensor)> {
-        let weights = self
-            .weights
-            .ok_or_else(|| candle_core::Error::msg("weights were not asked for"))?;
+        let weights = self.weights.ok_or_else(|| candle_core::Error::msg("weights were not asked for"))?;
         Ok((self.output, weights))
     }
 }
@@ -79,12 +77,7 @@ impl MultiHead {
         for parameter in config.parameters() {
             parameters.push((parameter.name, create(&parameter, config.seed, vb)?));
         }
-        let find = |name: &str| {
-            parameters
-                .iter()
-                .find(|(other, _)| *other == name)
-                .map(|(_, tensor)| tensor.clone())
-        };
+        let find = |name: &str| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
         let linear = |weight, bias| find(weight).map(|weight| Linear::new(weight, find(bias)));
         let required = |weight, bias| {
             linear(weight, bias).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {weight}")))
@@ -99,15 +92,8 @@ impl MultiHead {
             o_proj: linear("o_proj.weight", "o_proj.bias"),
             qk_norm: norm("q_norm.weight", eps).zip(norm("k_norm.weight", eps)),
             sinks: find("sinks"),
-            alibi_slopes: config
-                .alibi
-                .then(|| alibi_slopes(config.num_heads, vb.device()))
-                .transpose()?,
-            rotary: config
-                .rotary
-                .as_ref()
-                .map(|rotary| RotaryEmbedding::new(rotary, config.head_dim()))
-                .transpose()?,
+            alibi_slopes: config.alibi.then(|| alibi_slopes(config.num_heads, vb.device())).transpose()?,
+            rotary: config.rotary.as_ref().map(|rotary| RotaryEmbedding::new(rotary, config.head_dim())).transpose()?,
             dropout_seed: philox::named_seed(config.seed, &full_name(vb, "dropout")),
             dropout_calls: Arc::default(),
             config: config.clone(),
@@ -166,10 +152,7 @@ impl MultiHead {
             _ => self.sinks.as_ref(),
         };
         let names = self.config.parameters();
-        names
-            .iter()
-            .filter_map(|parameter| Some((parameter.name, tensor_of(parameter.name)?)))
-            .collect()
+        names.iter().filter_map(|parameter| Some((parameter.name, tensor_of(parameter.name)?))).collect()
     }
 
     /// The parameters that an optimiser can train, always in the same order: all of them in a layer that was loaded or
@@ -207,10 +190,7 @@ impl MultiHead {
     ///
     /// Parameters that can't be copied from their device.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let header = Header {
-            layer: self.kind,
-            config: self.config.clone(),
-        };
+        let header = Header { layer: self.kind, config: self.config.clone() };
         checkpoint::to_bytes(&header, &self.parameters())
     }
 
@@ -221,12 +201,7 @@ impl MultiHead {
         self.check_input("memory", memory, self.config.kv_dim())?;
         if x.rank() != memory.rank() || (x.rank() == 3 && x.dim(0)? != memory.dim(0)?) {
             let expected = format!("the batch of the input, whose shape is {:?}", x.dims());
-            return Err(AttentionError::Shape {
-                tensor: "memory",
-                expected,
-                shape: memory.dims().to_vec(),
-            }
-            .into());
+            return Err(AttentionError::Shape { tensor: "memory", expected, shape: memory.dims().to_vec() }.into());
         }
         if x.rank() == 3 {
             return self.attend_batch(x, memory, options);
@@ -255,10 +230,8 @@ impl MultiHead {
             key = rotary.apply(&key, options.position_offset)?;
         }
         let attended = scaled_dot_product_attention(&query, &key, &value, &self.attention_options(options))?;
-        let merged = attended
-            .context
-            .transpose(1, 2)?
-            .reshape((batch * q_len, config.num_heads * config.value_dim()))?;
+        let merged =
+            attended.context.transpose(1, 2)?.reshape((batch * q_len, config.num_heads * config.value_dim()))?;
         let output = match &self.o_proj {
             Some(o_proj) => o_proj.forward(&merged)?,
             None => merged,
@@ -295,28 +268,16 @@ impl MultiHead {
         let shape = x.dims().to_vec();
         if !matches!(x.rank(), 2 | 3) {
             let expected = "2 axes (len, dim) or 3 (batch, len, dim)";
-            return Err(AttentionError::Rank {
-                tensor,
-                expected,
-                shape,
-            });
+            return Err(AttentionError::Rank { tensor, expected, shape });
         }
         if shape.last() != Some(&dim) {
             let expected = format!("(len, {dim}) or (batch, len, {dim})");
-            return Err(AttentionError::Shape {
-                tensor,
-                expected,
-                shape,
-            });
+            return Err(AttentionError::Shape { tensor, expected, shape });
         }
         let weight = self.q_proj.weight();
         if x.dtype() != weight.dtype() {
             let expected = format!("{:?}, that of the layer's parameters", weight.dtype());
-            return Err(AttentionError::DType {
-                tensor,
-                expected,
-                got: x.dtype(),
-            });
+            return Err(AttentionError::DType { tensor, expected, got: x.dtype() });
         }
         let (expected, got) = (weight.device().location(), x.device().location());
         if expected != got {
@@ -331,10 +292,7 @@ impl MultiHead {
 fn split_heads(projection: &Linear, x: &Tensor, heads: usize, dim: usize) -> Result<Tensor> {
     let (batch, len, input_dim) = x.dims3()?;
     let rows = x.contiguous()?.reshape((batch * len, input_dim))?;
-    projection
-        .forward(&rows)?
-        .reshape((batch, len, heads, dim))?
-        .transpose(1, 2)
+    projection.forward(&rows)?.reshape((batch, len, heads, dim))?.transpose(1, 2)
 }
 
 /// The parameter as the `VarBuilder` has it; one that it has only just made is initialised from the seed.
@@ -345,10 +303,7 @@ fn create(parameter: &Parameter, seed: u64, vb: &VarBuilder) -> Result<Tensor> {
         _ => 0.0,
     };
     let (hint, count) = match init {
-        Init::XavierUniform => (
-            candle_nn::Init::Uniform { lo: -bound, up: bound },
-            shape.iter().product(),
-        ),
+        Init::XavierUniform => (candle_nn::Init::Uniform { lo: -bound, up: bound }, shape.iter().product()),
         Init::Zeros => (candle_nn::Init::Const(0.0), 0),
         Init::Ones => (candle_nn::Init::Const(1.0), 0),
     };
@@ -371,11 +326,7 @@ fn full_name(vb: &VarBuilder, name: &str) -> String {
 fn check_dtype(tensor: &'static str, got: DType) -> std::result::Result<(), AttentionError> {
     match got {
         DType::F16 | DType::BF16 | DType::F32 | DType::F64 => Ok(()),
-        _ => Err(AttentionError::DType {
-            tensor,
-            expected: "F16, BF16, F32 or F64".into(),
-            got,
-        }),
+        _ => Err(AttentionError::DType { tensor, expected: "F16, BF16, F32 or F64".into(), got }),
     }
 }
 
@@ -383,13 +334,7 @@ fn check_dtype(tensor: &'static str, got: DType) -> std::result::Result<(), Atte
 /// one of the next higher (Press et al., ICLR 2022, section 3 and the authors' code).
 fn alibi_slopes(num_heads: usize, device: &Device) -> Result<Tensor> {
     let geometric = |heads: usize| (1..=heads).map(move |i| 2f64.powf(-8.0 * i as f64 / heads as f64));
-    let lower = if num_heads.is_power_of_two() {
-        num_heads
-    } else {
-        num_heads.next_power_of_two() / 2
-    };
+    let lower = if num_heads.is_power_of_two() { num_heads } else { num_heads.next_power_of_two() / 2 };
     let slopes = geometric(lower).chain(geometric(2 * lower).step_by(2)).take(num_heads);
-    Tensor::from_iter(slopes, &Device::Cpu)?
-        .to_dtype(DType::F32)?
-        .to_device(device)
+    Tensor::from_iter(slopes, &Device::Cpu)?.to_dtype(DType::F32)?.to_device(device)
 }

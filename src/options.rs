@@ -27,7 +27,8 @@ pub struct AttentionOptions {
     /// It gets a gradient. Minus infinity masks a key.
     pub attn_bias: Option<Tensor>,
     /// Slopes of attention with linear biases, (num_heads) or (batch, num_heads): adds -slope · |position of the query -
-    /// position of the key| to the scores, the last query standing at the last key. They get a gradient.
+    /// position of the key| to the scores, the last query standing at the last key, whatever the mask's offset. They get
+    /// a gradient.
     /// (Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022, section 3.)
     pub alibi_slopes: Option<Tensor>,
     /// One more score for each head, (num_heads), that takes its share of the softmax and has no value: rows of weights

@@ -17,10 +17,8 @@ const ROUNDS: usize = 10;
 pub(crate) fn philox(seed: u64, mut counter: [u32; 4]) -> [u32; 4] {
     let mut key = [seed as u32, (seed >> 32) as u32];
     for _ in 0..ROUNDS {
-        let product = [
-            u64::from(MULTIPLIER[0]) * u64::from(counter[0]),
-            u64::from(MULTIPLIER[1]) * u64::from(counter[2]),
-        ];
+        let product =
+            [u64::from(MULTIPLIER[0]) * u64::from(counter[0]), u64::from(MULTIPLIER[1]) * u64::from(counter[2])];
         counter = [
             (product[1] >> 32) as u32 ^ counter[1] ^ key[0],
             product[1] as u32,
@@ -41,9 +39,9 @@ pub(crate) fn nth_seed(seed: u64, index: u64) -> u64 {
 /// A seed of its own for everything that has a name: two layers of one config differ, and each is the same every time.
 pub(crate) fn named_seed(seed: u64, name: &str) -> u64 {
     // FNV-1a spreads the name over 64 bits.
-    let hash = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
-    });
+    let hash = name
+        .bytes()
+        .fold(0xCBF2_9CE4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3));
     nth_seed(seed, hash)
 }
 
@@ -68,20 +66,16 @@ pub(crate) fn dropout_factors(
     seed: u64,
     p: f64,
     (batch, heads, q_len, kv_len): (usize, usize, usize, usize),
-) -> Vec<f32> {
+) -> Vec<f64> {
     let threshold = (p * 2f64.powi(32)) as u32;
-    let keep = (1.0 / (1.0 - p)) as f32;
+    let keep = 1.0 / (1.0 - p);
     let mut factors = Vec::with_capacity(batch * heads * q_len * kv_len);
     for head in 0..(batch * heads) as u64 {
         for i in 0..q_len as u32 {
             for block in 0..kv_len.div_ceil(4) {
                 let numbers = philox(seed, [block as u32, i, head as u32, (head >> 32) as u32]);
                 let wanted = (kv_len - block * 4).min(4);
-                factors.extend(
-                    numbers[..wanted]
-                        .iter()
-                        .map(|&x| if x < threshold { 0.0 } else { keep }),
-                );
+                factors.extend(numbers[..wanted].iter().map(|&x| if x < threshold { 0.0 } else { keep }));
             }
         }
     }
@@ -96,15 +90,9 @@ mod tests {
     #[test]
     fn known_answers() {
         assert_eq!(philox(0, [0; 4]), [0x6627_E8D5, 0xE169_C58D, 0xBC57_AC4C, 0x9B00_DBD8]);
+        assert_eq!(philox(u64::MAX, [u32::MAX; 4]), [0x408F_276D, 0x41C8_3B0E, 0xA20B_C7C6, 0x6D54_51FD]);
         assert_eq!(
-            philox(u64::MAX, [u32::MAX; 4]),
-            [0x408F_276D, 0x41C8_3B0E, 0xA20B_C7C6, 0x6D54_51FD]
-        );
-        assert_eq!(
-            philox(
-                0x299F_31D0_A409_3822,
-                [0x243F_6A88, 0x85A3_08D3, 0x1319_8A2E, 0x0370_7344]
-            ),
+            philox(0x299F_31D0_A409_3822, [0x243F_6A88, 0x85A3_08D3, 0x1319_8A2E, 0x0370_7344]),
             [0xD16C_FE09, 0x94FD_CCEB, 0x5001_E420, 0x2412_6EA1]
         );
     }

@@ -76,11 +76,7 @@ fn nothing_to_attend_to(
     };
     let output = attention(q, &one_row(k)?, &one_row(v)?, &options)?;
     let weights = output.weights.map(|w| w.narrow(3, 0, 0)?.to_dtype(dtype)).transpose()?;
-    Ok(AttentionOutput {
-        context: output.context.to_dtype(dtype)?,
-        weights,
-        ..output
-    })
+    Ok(AttentionOutput { context: output.context.to_dtype(dtype)?, weights, ..output })
 }
 
 /// q·kᵀ · scale. The query heads that share a key head stand side by side as rows of one product, so that no key is
@@ -110,18 +106,9 @@ fn may_overflow(q: &Tensor, k: &Tensor, scale: f64) -> Result<bool> {
         if x.elem_count() == 0 {
             return Ok(0.0);
         }
-        x.detach()
-            .abs()?
-            .flatten_all()?
-            .max(0)?
-            .to_dtype(DType::F64)?
-            .to_scalar::<f64>()
+        x.detach().abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>()
     };
-    let limit = if q.dtype() == DType::F64 {
-        f64::MAX
-    } else {
-        f64::from(f32::MAX)
-    };
+    let limit = if q.dtype() == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
     let bound = largest(q)?.ln() + largest(k)?.ln() + (q.dim(3)? as f64).ln() + scale.abs().max(1.0).ln();
     // A margin for the rounding of the sum; written so that NaN takes the plain path, where it stays in its row.
     Ok(bound > limit.ln() - 1.0)
@@ -143,14 +130,8 @@ fn scaled_scores_of_huge_inputs(q: &Tensor, k: &Tensor, scale: f64) -> Result<Te
     let (batch, heads, q_len, kv_len) = s.dims4()?;
     let kv_heads = k.dim(1)?;
     let k_size = k_size.t()?.contiguous()?;
-    let s = s
-        .reshape((batch, kv_heads, heads / kv_heads * q_len, kv_len))?
-        .broadcast_mul(&k_size)?;
-    let limit = if q.dtype() == DType::F64 {
-        f64::MAX
-    } else {
-        f64::from(f32::MAX)
-    };
+    let s = s.reshape((batch, kv_heads, heads / kv_heads * q_len, kv_len))?.broadcast_mul(&k_size)?;
+    let limit = if q.dtype() == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
     s.clamp(-limit, limit)?.reshape((batch, heads, q_len, kv_len))
 }
 
@@ -161,9 +142,7 @@ fn alibi(slopes: &Tensor, q_len: usize, kv_len: usize) -> Result<Tensor> {
     let distances = Tensor::from_iter(distances, slopes.device())?.to_dtype(slopes.dtype())?;
     let heads = slopes.dim(D::Minus1)?;
     let batch = if slopes.rank() == 2 { slopes.dim(0)? } else { 1 };
-    slopes
-        .reshape((batch, heads, 1, 1))?
-        .broadcast_mul(&distances.reshape((1, 1, q_len, kv_len))?)
+    slopes.reshape((batch, heads, 1, 1))?.broadcast_mul(&distances.reshape((1, 1, q_len, kv_len))?)
 }
 
 /// Minus infinity where a query may not attend.
@@ -172,9 +151,7 @@ fn mask_scores(s: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
         return Ok(s.clone());
     }
     let allowed = options.attn_mask.to_tensor(ScoreShape::from(s.dims4()?), s.device())?;
-    let hidden = Tensor::new(f64::NEG_INFINITY, s.device())?
-        .to_dtype(s.dtype())?
-        .broadcast_as(s.shape())?;
+    let hidden = Tensor::new(f64::NEG_INFINITY, s.device())?.to_dtype(s.dtype())?.broadcast_as(s.shape())?;
     allowed.broadcast_as(s.shape())?.where_cond(s, &hidden)
 }
 

@@ -32,11 +32,7 @@ pub struct RotaryConfig {
 
 impl Default for RotaryConfig {
     fn default() -> Self {
-        Self {
-            base: 10_000.0,
-            dim: None,
-            pairing: Pairing::HalfSplit,
-        }
+        Self { base: 10_000.0, dim: None, pairing: Pairing::HalfSplit }
     }
 }
 
@@ -87,13 +83,7 @@ impl RotaryEmbedding {
     pub fn new(config: &RotaryConfig, head_dim: usize) -> Result<Self> {
         config.validate(head_dim)?;
         let dim = config.dim.unwrap_or(head_dim);
-        Ok(Self {
-            base: config.base,
-            dim,
-            head_dim,
-            pairing: config.pairing,
-            last: Arc::default(),
-        })
+        Ok(Self { base: config.base, dim, head_dim, pairing: config.pairing, last: Arc::default() })
     }
 
     /// Rotates x (batch, num_heads, len, head_dim), whose first token stands at position `offset`.
@@ -124,11 +114,7 @@ impl RotaryEmbedding {
             }
         };
         let rest = x.narrow(D::Minus1, self.dim, self.head_dim - self.dim)?;
-        let x = if self.dim == self.head_dim {
-            rotated
-        } else {
-            Tensor::cat(&[rotated, rest], 3)?
-        };
+        let x = if self.dim == self.head_dim { rotated } else { Tensor::cat(&[rotated, rest], 3)? };
         x.to_dtype(dtype)
     }
 
@@ -137,26 +123,14 @@ impl RotaryEmbedding {
         let tensor = "rotary input";
         if x.rank() != 4 {
             let expected = "4 axes (batch, num_heads, len, head_dim)";
-            return Err(AttentionError::Rank {
-                tensor,
-                expected,
-                shape,
-            });
+            return Err(AttentionError::Rank { tensor, expected, shape });
         }
         if shape[3] != self.head_dim {
             let expected = format!("(batch, num_heads, len, head_dim) with head_dim {}", self.head_dim);
-            return Err(AttentionError::Shape {
-                tensor,
-                expected,
-                shape,
-            });
+            return Err(AttentionError::Shape { tensor, expected, shape });
         }
         if !x.dtype().is_float() {
-            return Err(AttentionError::DType {
-                tensor,
-                expected: "a float dtype".into(),
-                got: x.dtype(),
-            });
+            return Err(AttentionError::DType { tensor, expected: "F16, BF16, F32 or F64".into(), got: x.dtype() });
         }
         Ok(())
     }
@@ -178,11 +152,7 @@ impl RotaryEmbedding {
             let table = Tensor::from_vec(values, (len, self.dim / 2), &Device::Cpu)?;
             table.to_dtype(x.dtype())?.to_device(x.device())
         };
-        let angles = Angles {
-            offset,
-            cos: table(f64::cos)?,
-            sin: table(f64::sin)?,
-        };
+        let angles = Angles { offset, cos: table(f64::cos)?, sin: table(f64::sin)? };
         *last = Some(angles.clone());
         Ok(angles)
     }
@@ -204,19 +174,11 @@ impl RotaryConfig {
         let dim = self.dim.unwrap_or(head_dim);
         if dim == 0 || !dim.is_multiple_of(2) || dim > head_dim {
             let expected = format!("an even number from 2 to head_dim {head_dim}");
-            return Err(AttentionError::Config {
-                field: "rotary.dim",
-                expected,
-                got: dim.to_string(),
-            });
+            return Err(AttentionError::Config { field: "rotary.dim", expected, got: dim.to_string() });
         }
         if !(self.base.is_finite() && self.base > 0.0) {
             let expected = "a finite number above 0";
-            return Err(AttentionError::Number {
-                name: "rotary.base",
-                expected,
-                got: self.base,
-            });
+            return Err(AttentionError::Number { name: "rotary.base", expected, got: self.base });
         }
         Ok(())
     }
@@ -231,9 +193,5 @@ fn rotate(a: &Tensor, b: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<(Tensor,
 
 fn too_far(offset: usize) -> AttentionError {
     let expected = "an offset that leaves room to count the positions";
-    AttentionError::Number {
-        name: "position_offset",
-        expected,
-        got: offset as f64,
-    }
+    AttentionError::Number { name: "position_offset", expected, got: offset as f64 }
 }

@@ -122,15 +122,7 @@ impl SelfAttention {
     ///
     /// See [`SelfAttention`].
     pub fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        Ok(self
-            .forward_with(
-                x,
-                &ForwardOptions {
-                    train,
-                    ..Default::default()
-                },
-            )?
-            .output)
+        Ok(self.forward_with(x, &ForwardOptions { train, ..Default::default() })?.output)
     }
 
     /// The output, and what each token attends to: weights (batch, num_heads, len, len), or (num_heads, len, len) for
@@ -140,14 +132,7 @@ impl SelfAttention {
     ///
     /// See [`SelfAttention`].
     pub fn forward_with_weights(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.forward_with(
-            x,
-            &ForwardOptions {
-                return_weights: true,
-                ..Default::default()
-            },
-        )?
-        .with_weights()
+        self.forward_with(x, &ForwardOptions { return_weights: true, ..Default::default() })?.with_weights()
     }
 
     /// A forward pass with a mask, a bias, positions, or more in return.
@@ -163,12 +148,7 @@ impl SelfAttention {
         let config = core.config();
         if config.kv_dim() != config.embed_dim {
             let expected = format!("embed_dim {}, since keys come from the same tokens", config.embed_dim);
-            return Err(AttentionError::Config {
-                field: "kv_dim",
-                expected,
-                got: config.kv_dim().to_string(),
-            }
-            .into());
+            return Err(AttentionError::Config { field: "kv_dim", expected, got: config.kv_dim().to_string() }.into());
         }
         Ok(Self(core))
     }

@@ -59,23 +59,14 @@ pub struct SimplifiedAttention {
 pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Result<SimplifiedAttention> {
     if !matches!(inputs.rank(), 2 | 3) {
         let expected = "2 axes (len, dim) or 3 (batch, len, dim)";
-        return Err(AttentionError::Rank {
-            tensor: "inputs",
-            expected,
-            shape: inputs.dims().to_vec(),
-        }
-        .into());
+        return Err(AttentionError::Rank { tensor: "inputs", expected, shape: inputs.dims().to_vec() }.into());
     }
     check_float("inputs", inputs)?;
     let inputs = inputs.contiguous()?;
     let scores = inputs.matmul(&inputs.t()?)?;
     let weights = normalize(&scores, normalization)?;
     let context = weights.matmul(&inputs)?;
-    Ok(SimplifiedAttention {
-        scores,
-        weights,
-        context,
-    })
+    Ok(SimplifiedAttention { scores, weights, context })
 }
 
 /// Makes each row (along the last axis) of `scores` sum to 1.
@@ -110,6 +101,6 @@ fn check_float(tensor: &'static str, x: &Tensor) -> std::result::Result<(), Atte
     if x.dtype().is_float() {
         return Ok(());
     }
-    let expected = "a float dtype".into();
+    let expected = "F16, BF16, F32 or F64".into();
     Err(AttentionError::DType { tensor, expected, got: x.dtype() })
 }

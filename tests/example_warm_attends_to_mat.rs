@@ -12,28 +12,17 @@ fn program() -> &'static Path {
     PROGRAM.get_or_init(|| {
         let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
         let build = ["build", "--quiet", "--example", "warm_attends_to_mat"];
-        let status = Command::new(env!("CARGO"))
-            .args(build)
-            .args(profile)
-            .status()
-            .expect("cargo runs");
+        let status = Command::new(env!("CARGO")).args(build).args(profile).status().expect("cargo runs");
         assert!(status.success());
         // This test is PROFILE/deps/NAME, the example PROFILE/examples/NAME.
         let test = std::env::current_exe().expect("a test knows its own file");
-        let profile = test
-            .parent()
-            .and_then(Path::parent)
-            .expect("a test lies in PROFILE/deps");
+        let profile = test.parent().and_then(Path::parent).expect("a test lies in PROFILE/deps");
         profile.join("examples/warm_attends_to_mat")
     })
 }
 
 fn example(arguments: &[&str]) -> Output {
-    Command::new(program())
-        .args(arguments)
-        .env_remove("RUST_BACKTRACE")
-        .output()
-        .expect("the example runs")
+    Command::new(program()).args(arguments).env_remove("RUST_BACKTRACE").output().expect("the example runs")
 }
 
 /// The last line on stdout, as JSON.
@@ -46,9 +35,7 @@ fn result(arguments: &[&str]) -> Value {
 }
 
 fn number(result: &Value, field: &str) -> f64 {
-    result[field]
-        .as_f64()
-        .unwrap_or_else(|| panic!("no number {field} in {result}"))
+    result[field].as_f64().unwrap_or_else(|| panic!("no number {field} in {result}"))
 }
 
 fn file(folder: &tempfile::TempDir, name: &str) -> String {
@@ -59,12 +46,7 @@ fn file(folder: &tempfile::TempDir, name: &str) -> String {
 fn warm_learns_to_attend_to_mat_whatever_the_seed() {
     let folder = tempfile::tempdir().unwrap();
     for seed in 1..=20 {
-        let result = result(&[
-            "--seed",
-            &seed.to_string(),
-            "--out",
-            &file(&folder, "layer.safetensors"),
-        ]);
+        let result = result(&["--seed", &seed.to_string(), "--out", &file(&folder, "layer.safetensors")]);
         assert!(number(&result, "untrained") < 0.2, "{result}");
         assert!(number(&result, "before") < 0.2, "{result}");
         assert!(number(&result, "after") > 0.95, "{result}");
@@ -87,14 +69,7 @@ fn shipped_weights_attend_to_mat() {
 fn saved_layer_shows_what_was_learned_and_no_training_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let layer = file(&folder, "layer.safetensors");
-    let own = [
-        "--sentence",
-        "The dog barked at the old clock",
-        "--query",
-        "barked",
-        "--target",
-        "clock",
-    ];
+    let own = ["--sentence", "The dog barked at the old clock", "--query", "barked", "--target", "clock"];
     let trained = result(&[&own[..], &["--out", &layer]].concat());
     assert!(number(&trained, "after") > 0.95, "{trained}");
     let loaded = result(&[&own[..], &["--load", &layer]].concat());
@@ -117,14 +92,7 @@ fn a_repeated_word_is_told_apart_by_its_place() {
 fn picture_shows_both_heat_maps() {
     let folder = tempfile::tempdir().unwrap();
     let picture = file(&folder, "heatmap.svg");
-    result(&[
-        "--steps",
-        "1",
-        "--picture",
-        &picture,
-        "--out",
-        &file(&folder, "layer.safetensors"),
-    ]);
+    result(&["--steps", "1", "--picture", &picture, "--out", &file(&folder, "layer.safetensors")]);
     let svg = std::fs::read_to_string(picture).unwrap();
     assert!(svg.contains("before training") && svg.contains("after training") && svg.ends_with("</svg>\n"));
 }

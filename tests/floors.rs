@@ -7,17 +7,10 @@ use std::path::{Path, PathBuf};
 /// Module -> floor, read from the map on the crate's front page.
 fn floors() -> BTreeMap<String, u32> {
     let mut floors = BTreeMap::new();
-    for line in include_str!("../src/lib.rs")
-        .lines()
-        .filter_map(|line| line.strip_prefix("//! | "))
-    {
+    for line in include_str!("../src/lib.rs").lines().filter_map(|line| line.strip_prefix("//! | ")) {
         let cells = line.split('|').map(str::trim).collect::<Vec<_>>();
         if let Ok(floor) = cells[0].parse() {
-            floors.extend(
-                cells[1]
-                    .split(", ")
-                    .map(|module| (module.trim_matches('`').to_string(), floor)),
-            );
+            floors.extend(cells[1].split(", ").map(|module| (module.trim_matches('`').to_string(), floor)));
         }
     }
     floors
@@ -30,10 +23,7 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<PathBuf>> {
         let path = entry.unwrap().path();
         let module = path.file_stem().unwrap().to_str().unwrap().to_string();
         let own = match path.is_dir() {
-            true => fs::read_dir(&path)
-                .unwrap()
-                .map(|entry| entry.unwrap().path())
-                .collect(),
+            true => fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()).collect(),
             false => vec![path],
         };
         files.insert(module, own);
@@ -49,9 +39,7 @@ fn every_module_is_on_the_map_and_imports_only_from_below() {
         if module == "lib" {
             continue;
         }
-        let floor = floors
-            .get(&module)
-            .unwrap_or_else(|| panic!("`{module}` isn't on the map in src/lib.rs"));
+        let floor = floors.get(&module).unwrap_or_else(|| panic!("`{module}` isn't on the map in src/lib.rs"));
         for file in files {
             let source = fs::read_to_string(&file).unwrap();
             for line in source.lines().filter(|line| !line.trim_start().starts_with("//")) {

@@ -6,9 +6,7 @@ use candle_core::{Device, Tensor};
 /// Weights that rise evenly from 0 to 1.
 fn ramp(words: usize) -> Tensor {
     let cells = words * words;
-    let weights = (0..cells)
-        .map(|cell| cell as f32 / (cells - 1).max(1) as f32)
-        .collect::<Vec<_>>();
+    let weights = (0..cells).map(|cell| cell as f32 / (cells - 1).max(1) as f32).collect::<Vec<_>>();
     Tensor::from_vec(weights, (words, words), &Device::Cpu).unwrap()
 }
 
@@ -19,16 +17,12 @@ fn words(count: usize) -> Vec<String> {
 #[test]
 fn text_holds_every_word_and_weight_within_80_columns() {
     for count in [1, 2, 10, 13, 40, 64] {
-        let text = Heatmap::new(&ramp(count), &words(count))
-            .unwrap()
-            .to_text(Colour::Never);
+        let text = Heatmap::new(&ramp(count), &words(count)).unwrap().to_text(Colour::Never);
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
         for word in words(count) {
             assert!(text.contains(&word));
         }
-        let numbers = text
-            .split(|c: char| !(c.is_ascii_digit() || c == '.'))
-            .filter(|part| part.contains('.'));
+        let numbers = text.split(|c: char| !(c.is_ascii_digit() || c == '.')).filter(|part| part.contains('.'));
         assert_eq!(numbers.count(), count * count);
     }
 }
@@ -73,16 +67,10 @@ fn svg_escapes_words_and_titles() {
 
 #[test]
 fn svg_has_a_cell_for_every_weight_of_every_panel() {
-    let (one, other) = (
-        Heatmap::new(&ramp(3), &words(3)).unwrap(),
-        Heatmap::new(&ramp(5), &words(5)).unwrap(),
-    );
+    let (one, other) = (Heatmap::new(&ramp(3), &words(3)).unwrap(), Heatmap::new(&ramp(5), &words(5)).unwrap());
     let svg = to_svg(&[("one", &one), ("other", &other)]).unwrap();
     assert_eq!(svg.matches("text-anchor=\"middle\"").count(), 3 * 3 + 5 * 5);
-    assert!(
-        svg.contains("rgb(22,24,56)") && svg.contains("rgb(252,226,96)"),
-        "the ends of the scale"
-    );
+    assert!(svg.contains("rgb(22,24,56)") && svg.contains("rgb(252,226,96)"), "the ends of the scale");
 }
 
 #[test]

@@ -52,11 +52,7 @@ all three, so that q = k = v = x. Here is a SelfAttention layer with these:
     let scaled = (&scores / 2.0)?.to_vec2::<f32>()?;
     let scores = scores.to_vec2::<f32>()?;
     let (weights, context) = attend()?;
-    writeln!(
-        out,
-        "  {:7}{:15}{:>15}   {:>18}",
-        "query", "   x", "q·k", "q·k / sqrt(4)"
-    )?;
+    writeln!(out, "  {:7}{:15}{:>15}   {:>18}", "query", "   x", "q·k", "q·k / sqrt(4)")?;
     writeln!(out, "  {:22}{}   {}", "", columns(5), columns(6))?;
     for (i, word) in WORDS.iter().enumerate() {
         let x = row(&INPUTS[i], 2, 0);
@@ -80,9 +76,7 @@ pub fn impossible_context(out: &mut impl Write) -> Result<()> {
     let (weights, context) = attend()?;
     // The slip that leads to the numbers of the notes: "sat" taken twice, with weights cut off after four digits.
     let cut: Vec<_> = weights[0].iter().map(|weight| (weight * 1e4).floor() / 1e4).collect();
-    let sat_twice: Vec<_> = (0..4)
-        .map(|i| cut[0] * INPUTS[0][i] + cut[1] * INPUTS[1][i] + cut[2] * 2.0)
-        .collect();
+    let sat_twice: Vec<_> = (0..4).map(|i| cut[0] * INPUTS[0][i] + cut[1] * INPUTS[1][i] + cut[2] * 2.0).collect();
     writeln!(
         out,
         "The context of \"The\":

@@ -82,11 +82,7 @@ pub fn weights(out: &mut impl Write) -> Result<()> {
     }
     let sums: Vec<f32> = columns.iter().map(|column| column.iter().sum()).collect();
     writeln!(out, "  {:<7}{}", "sum", row(&sums, 9, 4))?;
-    writeln!(
-        out,
-        "\nNow one can say: \"journey\" pays {:.0}% of its attention to \"starts\".",
-        columns[3][2] * 100.0
-    )?;
+    writeln!(out, "\nNow one can say: \"journey\" pays {:.0}% of its attention to \"starts\".", columns[3][2] * 100.0)?;
     Ok(())
 }
 
@@ -123,18 +119,10 @@ fn all_normalizations(out: &mut impl Write, scores: &[f32]) -> Result<()> {
 pub fn context(out: &mut impl Write) -> Result<()> {
     heading(out, "4. Context: the weighted sum of all words")?;
     let SimplifiedAttention { weights, context, .. } = attention()?;
-    writeln!(
-        out,
-        "Each embedding is multiplied by its weight, and the products are added:\n"
-    )?;
+    writeln!(out, "Each embedding is multiplied by its weight, and the products are added:\n")?;
     for ((word, x), weight) in WORDS.iter().zip(INPUTS).zip(of_query(&weights)?) {
         let product = x.map(|x| weight * x);
-        writeln!(
-            out,
-            "  {word:<8}{weight:.4} · {}  = {}",
-            vector(&x, 2),
-            row(&product, 9, 4)
-        )?;
+        writeln!(out, "  {word:<8}{weight:.4} · {}  = {}", vector(&x, 2), row(&product, 9, 4))?;
     }
     let z2 = of_query(&context)?;
     writeln!(out, "  {:39}{}", "", "-".repeat(26))?;
@@ -151,11 +139,7 @@ pub fn wrong_z2(out: &mut impl Write) -> Result<()> {
     heading(out, "5. A slip in the notes: z2 = 0.4371, six times")?;
     let SimplifiedAttention { weights, context, .. } = attention()?;
     // What the loop of the notes does: index and entry of the query, where index and row of the inputs were meant.
-    let terms: Vec<_> = INPUTS[QUERY]
-        .iter()
-        .zip(of_query(&weights)?)
-        .map(|(x_j, weight)| weight * x_j)
-        .collect();
+    let terms: Vec<_> = INPUTS[QUERY].iter().zip(of_query(&weights)?).map(|(x_j, weight)| weight * x_j).collect();
     let slip = [terms.iter().sum::<f32>(); 6];
     writeln!(
         out,
@@ -174,11 +158,7 @@ sentence. So each of six entries becomes {}:
 
 How to notice: a context has as many entries as an embedding, 3, while 6 is the
 number of words. (And torch.empty need not start at 0; torch.zeros does.)",
-        terms
-            .iter()
-            .map(|term| format!("{term:.4}"))
-            .collect::<Vec<_>>()
-            .join(" + "),
+        terms.iter().map(|term| format!("{term:.4}")).collect::<Vec<_>>().join(" + "),
         vector(&[0.4371; 6], 4),
         vector(&slip, 4),
         vector(&of_query(&context)?, 4)

@@ -28,10 +28,7 @@ fn main() -> Result<()> {
 
 fn tell(out: &mut impl Write) -> Result<()> {
     writeln!(out, "ATTENTION, STEP BY STEP\n")?;
-    writeln!(
-        out,
-        "Every number below is computed now, except where it says \"the notes say\"."
-    )?;
+    writeln!(out, "Every number below is computed now, except where it says \"the notes say\".")?;
     journey::scores(out)?;
     journey::weights(out)?;
     journey::extreme_scores(out)?;

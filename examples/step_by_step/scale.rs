@@ -31,24 +31,11 @@ pub fn six_and_four(out: &mut impl Write) -> Result<()> {
         vector(&KEYS[1], 0)
     )?;
     for (name, scale, notes) in [("unscaled", 1.0, "0.88  0.12"), ("/ sqrt(4)", 0.5, "\"more balanced\"")] {
-        let options = AttentionOptions {
-            scale: Some(scale),
-            return_weights: true,
-            ..Default::default()
-        };
+        let options = AttentionOptions { scale: Some(scale), return_weights: true, ..Default::default() };
         let attention = scaled_dot_product_attention(&query, &keys, &keys, &options)?;
-        let weights = attention
-            .weights
-            .context("weights were asked for")?
-            .get(0)?
-            .to_vec1::<f32>()?;
+        let weights = attention.weights.context("weights were asked for")?.get(0)?.to_vec1::<f32>()?;
         let scores = (&scores * scale)?.get(0)?.to_vec1::<f32>()?;
-        writeln!(
-            out,
-            "  {name:<9}{}    {}    {notes}",
-            row(&scores, 6, 1),
-            row(&weights, 8, 4)
-        )?;
+        writeln!(out, "  {name:<9}{}    {}    {notes}", row(&scores, 6, 1), row(&weights, 8, 4))?;
     }
     Ok(())
 }
@@ -118,12 +105,7 @@ fn statistics(head_dim: usize, scale: f64) -> Result<Statistics> {
     let attention = scaled_dot_product_attention(&query, &key, &value, &options)?;
     let gradients = attention.context.sum_all()?.backward()?;
     let gradient = gradients.get(&bias).context("attention should pass gradients on")?;
-    let mut lengths = gradient
-        .sqr()?
-        .sum(D::Minus1)?
-        .sqrt()?
-        .flatten_all()?
-        .to_vec1::<f32>()?;
+    let mut lengths = gradient.sqr()?.sum(D::Minus1)?.sqrt()?.flatten_all()?.to_vec1::<f32>()?;
     lengths.sort_by(f32::total_cmp);
     let weights = attention.weights.context("weights were asked for")?;
     Ok(Statistics {
@@ -148,10 +130,7 @@ impl Noise {
 
     /// Mean 0 and variance 1, normally distributed (Box and Muller, 1958).
     fn normal(&mut self) -> f32 {
-        let (radius, angle) = (
-            (-2.0 * self.uniform().ln()).sqrt(),
-            std::f64::consts::TAU * self.uniform(),
-        );
+        let (radius, angle) = ((-2.0 * self.uniform().ln()).sqrt(), std::f64::consts::TAU * self.uniform());
         (radius * angle.cos()) as f32
     }
 

@@ -39,10 +39,7 @@ fn inputs() -> Result<Tensor> {
 }
 
 pub fn without(out: &mut impl Write) -> Result<()> {
-    heading(
-        out,
-        "11. What is missing: \"The cat sat on the mat because it is warm\"",
-    )?;
+    heading(out, "11. What is missing: \"The cat sat on the mat because it is warm\"")?;
     let attention = simplified_attention(&inputs()?, Normalization::Softmax)?;
     let (scores, weights) = (attention.scores.to_vec2::<f32>()?, attention.weights.to_vec2::<f32>()?);
     writeln!(
@@ -57,11 +54,7 @@ quality or a function word. The query is \"warm\":
     for (i, word) in WORDS.iter().enumerate() {
         let (score, weight) = (scores[WARM][i], weights[WARM][i]);
         let bar = bar(weight, 20);
-        writeln!(
-            out,
-            "  {word:<8}{}{score:8.2}{weight:8.4}  {bar}",
-            row(&INPUTS[i], 7, 1)
-        )?;
+        writeln!(out, "  {word:<8}{}{score:8.2}{weight:8.4}  {bar}", row(&INPUTS[i], 7, 1))?;
     }
     writeln!(
         out,
@@ -78,10 +71,7 @@ they are symmetric: whichever of two words asks, the score is the same.",
 /// A layer as it is before training, drawn from a seed.
 fn untrained(seed: u64) -> Result<SelfAttention> {
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-    let config = SelfAttentionConfig {
-        seed,
-        ..SelfAttentionConfig::single_head(DIM, DIM, DIM)
-    };
+    let config = SelfAttentionConfig { seed, ..SelfAttentionConfig::single_head(DIM, DIM, DIM) };
     Ok(SelfAttention::new(&config, vb)?)
 }
 
@@ -96,10 +86,7 @@ fn by_hand() -> Result<SelfAttention> {
         ("v_proj.weight".to_string(), identity),
     ]);
     let vb = VarBuilder::from_tensors(parameters, DType::F32, &Device::Cpu);
-    Ok(SelfAttention::new(
-        &SelfAttentionConfig::single_head(DIM, DIM, DIM),
-        vb,
-    )?)
+    Ok(SelfAttention::new(&SelfAttentionConfig::single_head(DIM, DIM, DIM), vb)?)
 }
 
 pub fn with(out: &mut impl Write) -> Result<()> {

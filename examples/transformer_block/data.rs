@@ -55,11 +55,7 @@ impl Data {
     pub fn new(task: Task, seed: u64) -> Self {
         let mut random = Random::new(seed, "held out");
         let held_out = (0..HELD_OUT).map(|_| random.digits()).collect();
-        Self {
-            task,
-            random: Random::new(seed, "training"),
-            held_out,
-        }
+        Self { task, random: Random::new(seed, "training"), held_out }
     }
 
     pub fn held_out(&self, device: &Device) -> Result<Batch> {
@@ -98,9 +94,7 @@ impl Data {
 
 /// Tokens as one reads them.
 pub fn to_text(tokens: &[u32]) -> String {
-    let words = tokens
-        .iter()
-        .map(|&token| if token == EQUALS { "=".into() } else { token.to_string() });
+    let words = tokens.iter().map(|&token| if token == EQUALS { "=".into() } else { token.to_string() });
     words.collect::<Vec<_>>().join(" ")
 }
 

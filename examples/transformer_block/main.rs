@@ -70,11 +70,7 @@ fn learning_rate(text: &str) -> Result<f64> {
 
 fn main() -> Result<()> {
     let flags = Flags::parse();
-    let mut out: Box<dyn Write> = if flags.json {
-        Box::new(io::stderr())
-    } else {
-        Box::new(io::stdout())
-    };
+    let mut out: Box<dyn Write> = if flags.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
     let device = device(flags.device)?;
     prepare(&flags.out)?;
 
@@ -85,12 +81,7 @@ fn main() -> Result<()> {
     let held_out = data.held_out(&device)?;
     check_gradients(&model, &varmap, &held_out)?;
     let parameters: usize = varmap.all_vars().iter().map(|var| var.elem_count()).sum();
-    writeln!(
-        out,
-        "A transformer of {parameters} parameters learns to {} {} digits.\n",
-        flags.task,
-        data::DIGITS
-    )?;
+    writeln!(out, "A transformer of {parameters} parameters learns to {} {} digits.\n", flags.task, data::DIGITS)?;
 
     let before = evaluate(&model, &held_out)?;
     let start = Instant::now();
@@ -104,10 +95,7 @@ fn main() -> Result<()> {
     if flags.json {
         print_json(&flags, [&before, &after], reload_identical)?;
     }
-    ensure!(
-        reload_identical,
-        "the logits of the loaded model differ from those of the saved one"
-    );
+    ensure!(reload_identical, "the logits of the loaded model differ from those of the saved one");
     writeln!(out, "Its logits are the same, to the last bit.")?;
     Ok(())
 }
@@ -125,11 +113,7 @@ fn device(name: DeviceName) -> Result<Device> {
 
 /// Finds out before the training, not after it, that the model can't be saved.
 fn prepare(path: &Path) -> Result<()> {
-    ensure!(
-        !path.is_dir(),
-        "--out {}: expected a file, got a folder",
-        path.display()
-    );
+    ensure!(!path.is_dir(), "--out {}: expected a file, got a folder", path.display());
     match path.parent() {
         Some(folder) => std::fs::create_dir_all(folder).with_context(|| format!("can't make {}", folder.display())),
         None => Ok(()),
@@ -162,10 +146,7 @@ fn finite(loss: &Tensor) -> Result<f32> {
 }
 
 fn train(model: &Transformer, varmap: &VarMap, data: &mut Data, flags: &Flags, device: &Device) -> Result<()> {
-    let parameters = ParamsAdamW {
-        lr: flags.lr,
-        ..Default::default()
-    };
+    let parameters = ParamsAdamW { lr: flags.lr, ..Default::default() };
     let mut optimizer = AdamW::new(varmap.all_vars(), parameters)?;
     // Not drawn where stderr is no terminal.
     let style = ProgressStyle::with_template("training {bar:40} {pos}/{len} steps, {msg}")?;
@@ -199,11 +180,7 @@ fn evaluate(model: &Transformer, held_out: &Batch) -> Result<Evaluation> {
     }
     let answers = tokens.narrow(1, data::DIGITS + 1, data::DIGITS)?.contiguous()?;
     let right = answers.eq(&held_out.answers)?.to_dtype(DType::F32)?;
-    Ok(Evaluation {
-        loss: finite(&loss(model, held_out)?)?,
-        accuracy: right.mean_all()?.to_scalar()?,
-        answers,
-    })
+    Ok(Evaluation { loss: finite(&loss(model, held_out)?)?, accuracy: right.mean_all()?.to_scalar()?, answers })
 }
 
 fn report(
@@ -214,12 +191,7 @@ fn report(
 ) -> Result<()> {
     writeln!(out, "held out: {} sequences    before    after", data::HELD_OUT)?;
     writeln!(out, "  loss                    {:8.4} {:8.4}", before.loss, after.loss)?;
-    writeln!(
-        out,
-        "  digits right            {:7.1}% {:7.1}%",
-        before.accuracy * 100.0,
-        after.accuracy * 100.0
-    )?;
+    writeln!(out, "  digits right            {:7.1}% {:7.1}%", before.accuracy * 100.0, after.accuracy * 100.0)?;
     writeln!(out, "  ({steps} steps in {seconds:.1} s)\n")?;
     writeln!(out, "one of them")?;
     for (name, tokens) in [
@@ -250,15 +222,11 @@ fn print_json(flags: &Flags, [before, after]: [&Evaluation; 2], reload_identical
 /// Saves the model and loads it into a new one that started elsewhere: are the logits the same to the last bit?
 fn reload_is_identical(model: &Transformer, varmap: &VarMap, batch: &Batch, flags: &Flags) -> Result<bool> {
     let path = &flags.out;
-    varmap
-        .save(path)
-        .with_context(|| format!("can't save {}", path.display()))?;
+    varmap.save(path).with_context(|| format!("can't save {}", path.display()))?;
     let mut loaded_varmap = VarMap::new();
     let vb = VarBuilder::from_varmap(&loaded_varmap, DType::F32, batch.tokens.device());
     let loaded = Transformer::new(flags.seed.wrapping_add(1), vb)?;
-    loaded_varmap
-        .load(path)
-        .with_context(|| format!("can't load {}", path.display()))?;
+    loaded_varmap.load(path).with_context(|| format!("can't load {}", path.display()))?;
 
     let bits = |model: &Transformer| -> Result<Vec<u32>> {
         let logits = model.forward(&batch.tokens)?.flatten_all()?.to_vec1::<f32>()?;

@@ -100,9 +100,7 @@ pub fn initialise(varmap: &VarMap, seed: u64) -> Result<()> {
             continue;
         }
         let bound = 1.0 / (var.dim(D::Minus1)? as f64).sqrt();
-        let numbers: Vec<_> = (0..var.elem_count())
-            .map(|_| random.between(-bound, bound) as f32)
-            .collect();
+        let numbers: Vec<_> = (0..var.elem_count()).map(|_| random.between(-bound, bound) as f32).collect();
         var.set(&Tensor::from_vec(numbers, var.shape(), var.device())?)?;
     }
     Ok(())

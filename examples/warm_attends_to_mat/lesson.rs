@@ -77,17 +77,8 @@ impl Lesson {
     /// Trains W_Q and W_K. W_V has no part in where a word looks, and stays as it is.
     pub fn teach(&self, layer: &SelfAttention, steps: usize, learning_rate: f64) -> Result<()> {
         let trained = [layer.q_proj().weight(), layer.k_proj().weight()];
-        let vars = trained
-            .map(Var::from_tensor)
-            .into_iter()
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let mut optimizer = AdamW::new(
-            vars,
-            ParamsAdamW {
-                lr: learning_rate,
-                ..Default::default()
-            },
-        )?;
+        let vars = trained.map(Var::from_tensor).into_iter().collect::<candle_core::Result<Vec<_>>>()?;
+        let mut optimizer = AdamW::new(vars, ParamsAdamW { lr: learning_rate, ..Default::default() })?;
         // On stderr, and only if that is a terminal.
         let bar = ProgressBar::new(steps as u64)
             .with_style(ProgressStyle::with_template("{wide_bar} step {pos}/{len}  {msg}")?);
@@ -106,8 +97,5 @@ impl Lesson {
 
 fn look(layer: &SelfAttention, embeddings: &Tensor) -> Result<Look> {
     let (output, weights) = layer.forward_with_weights(embeddings)?;
-    Ok(Look {
-        output,
-        weights: weights.mean(0)?,
-    })
+    Ok(Look { output, weights: weights.mean(0)? })
 }

@@ -57,28 +57,17 @@ fn run(arguments: &Arguments) -> Result<bool> {
         (Box::new(std::io::stdout()), Colour::for_stream(&std::io::stdout()))
     };
 
-    let loaded = arguments
-        .load
-        .as_ref()
-        .map(|file| SelfAttention::load(file, &device))
-        .transpose()?;
+    let loaded = arguments.load.as_ref().map(|file| SelfAttention::load(file, &device)).transpose()?;
     let config = match &loaded {
         Some(layer) => layer.config().clone(),
-        None => SelfAttentionConfig {
-            seed: arguments.seed,
-            ..SelfAttentionConfig::single_head(DIM, DIM, DIM)
-        },
+        None => SelfAttentionConfig { seed: arguments.seed, ..SelfAttentionConfig::single_head(DIM, DIM, DIM) },
     };
     let untrained = new_layer(&config, &device)?;
     let lesson = Lesson::new(&sentence, &untrained, &device)?;
     let before = lesson.look(&untrained)?.weights;
     introduce(&mut screen, &sentence, &lesson)?;
     let before_map = Heatmap::new(&before, &sentence.words)?;
-    writeln!(
-        screen,
-        "With W_Q, W_K and W_V as they start, untrained:\n\n{}",
-        before_map.to_text(colour)
-    )?;
+    writeln!(screen, "With W_Q, W_K and W_V as they start, untrained:\n\n{}", before_map.to_text(colour))?;
 
     let steps = if loaded.is_some() { 0 } else { arguments.steps };
     let layer = loaded.unwrap_or(untrained);
@@ -100,10 +89,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let reload_identical = save_and_reload(arguments, &lesson, &layer, &device, &mut screen)?;
     let (query, target) = (sentence.query_word(), sentence.target_word());
     let (before, on_target) = (lesson.on_target(&before)?, lesson.on_target(&after)?);
-    writeln!(
-        screen,
-        "\"{query}\" gives \"{target}\" {before:.4} of its attention before, {on_target:.4} after."
-    )?;
+    writeln!(screen, "\"{query}\" gives \"{target}\" {before:.4} of its attention before, {on_target:.4} after.")?;
     if arguments.json {
         let line = json!({
             "query": query, "target": target, "untrained": lesson.without_parameters()?, "before": before,

@@ -42,37 +42,25 @@ impl Sentence {
 
 /// The place of a word, or of its n-th occurrence if it is written `word#n`. Capitals and punctuation don't matter.
 fn find(words: &[String], wanted: &str, flag: &str) -> Result<usize> {
-    let (word, occurrence) = match wanted
-        .rsplit_once('#')
-        .map(|(word, number)| (word, number.parse::<usize>()))
-    {
+    let (word, occurrence) = match wanted.rsplit_once('#').map(|(word, number)| (word, number.parse::<usize>())) {
         Some((word, Ok(number))) => (word, number),
         _ => (wanted, 1),
     };
     let plain = |word: &str| word.trim_matches(|c: char| c.is_ascii_punctuation()).to_lowercase();
-    let places = (0..words.len())
-        .filter(|&place| plain(&words[place]) == plain(word))
-        .collect::<Vec<_>>();
-    ensure!(
-        !places.is_empty(),
-        "{flag}: expected a word of the sentence ({}), got \"{word}\"",
-        words.join(", ")
-    );
+    let places = (0..words.len()).filter(|&place| plain(&words[place]) == plain(word)).collect::<Vec<_>>();
+    ensure!(!places.is_empty(), "{flag}: expected a word of the sentence ({}), got \"{word}\"", words.join(", "));
     match occurrence.checked_sub(1).and_then(|index| places.get(index)) {
         Some(&place) => Ok(place),
-        None => bail!(
-            "{flag}: expected an occurrence of \"{word}\" from 1 to {}, got {occurrence}",
-            places.len()
-        ),
+        None => bail!("{flag}: expected an occurrence of \"{word}\" from 1 to {}, got {occurrence}", places.len()),
     }
 }
 
 /// A random direction, the same for the same name whenever and wherever it is asked for.
 fn unit_vector(name: &str, dim: usize) -> Vec<f32> {
     // FNV-1a turns the name into a seed, SplitMix64 the seed into numbers.
-    let mut state = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
-    });
+    let mut state = name
+        .bytes()
+        .fold(0xCBF2_9CE4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3));
     let mut uniform = || {
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut bits = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

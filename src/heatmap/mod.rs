@@ -38,17 +38,9 @@ impl Heatmap {
         if weights.dims() != [words.len(), words.len()] {
             let expected = format!("({0}, {0}), a row and a column for each word", words.len());
             let shape = weights.dims().to_vec();
-            return Err(AttentionError::Shape {
-                tensor: "weights",
-                expected,
-                shape,
-            }
-            .into());
+            return Err(AttentionError::Shape { tensor: "weights", expected, shape }.into());
         }
-        let weights = weights
-            .to_device(&Device::Cpu)?
-            .to_dtype(DType::F32)?
-            .to_vec2::<f32>()?;
+        let weights = weights.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         if let Some(weight) = weights.iter().flatten().find(|weight| !weight.is_finite()) {
             let (name, expected, got) = ("weights", "finite numbers", f64::from(*weight));
             return Err(AttentionError::Number { name, expected, got }.into());
@@ -56,18 +48,11 @@ impl Heatmap {
         // A control character in a word could move the cursor of the terminal that shows it.
         let visible = |word: &str| {
             let escape = |c: char| {
-                if c.is_control() {
-                    c.escape_default().to_string()
-                } else {
-                    c.to_string()
-                }
+                if c.is_control() { c.escape_default().to_string() } else { c.to_string() }
             };
             word.chars().map(escape).collect()
         };
-        Ok(Self {
-            words: words.iter().map(|word| visible(word.as_ref())).collect(),
-            weights,
-        })
+        Ok(Self { words: words.iter().map(|word| visible(word.as_ref())).collect(), weights })
     }
 }
 

@@ -26,26 +26,15 @@ const MAX_WORDS: usize = 128;
 pub fn to_svg(panels: &[(&str, &Heatmap)]) -> Result<String> {
     if let Some((_, panel)) = panels.iter().find(|(_, panel)| panel.words.len() > MAX_WORDS) {
         let expected = "at most 128; show part of the sequence";
-        return Err(AttentionError::Number {
-            name: "words in a heat map",
-            expected,
-            got: panel.words.len() as f64,
-        }
-        .into());
+        return Err(
+            AttentionError::Number { name: "words in a heat map", expected, got: panel.words.len() as f64 }.into()
+        );
     }
     let margin =
         |panel: &Heatmap| panel.words.iter().map(|word| word.chars().count()).max().unwrap_or(0) * CHARACTER + 8;
     let side = |panel: &Heatmap| panel.words.len() * CELL;
-    let deepest = panels
-        .iter()
-        .map(|(_, panel)| TITLE + margin(panel) + side(panel))
-        .max()
-        .unwrap_or(0);
-    let width = panels
-        .iter()
-        .map(|(_, panel)| margin(panel) + side(panel) + GAP)
-        .sum::<usize>()
-        + GAP;
+    let deepest = panels.iter().map(|(_, panel)| TITLE + margin(panel) + side(panel)).max().unwrap_or(0);
+    let width = panels.iter().map(|(_, panel)| margin(panel) + side(panel) + GAP).sum::<usize>() + GAP;
     let height = deepest + 3 * GAP + BAR;
 
     let mut svg = String::new();
@@ -70,11 +59,7 @@ pub fn to_svg(panels: &[(&str, &Heatmap)]) -> Result<String> {
 fn draw_panel(svg: &mut String, title: &str, panel: &Heatmap, left: usize, margin: usize) {
     let (x0, y0) = (left + margin, TITLE + margin);
     let middle = CELL / 2 + FONT / 3;
-    let _ = writeln!(
-        svg,
-        r#"<text x="{x0}" y="{TITLE}" font-weight="bold">{}</text>"#,
-        escape(title)
-    );
+    let _ = writeln!(svg, r#"<text x="{x0}" y="{TITLE}" font-weight="bold">{}</text>"#, escape(title));
     for (i, word) in panel.words.iter().enumerate() {
         let word = escape(word);
         let (x, y) = (x0 - 6, y0 + i * CELL + middle);
@@ -102,10 +87,7 @@ fn draw_bar(svg: &mut String, y: usize) {
     let _ = write!(svg, r#"<defs><linearGradient id="weights">"#);
     for percent in (0..=100).step_by(10) {
         let [red, green, blue] = colour(percent as f32 / 100.0);
-        let _ = write!(
-            svg,
-            r#"<stop offset="{percent}%" stop-color="rgb({red},{green},{blue})"/>"#
-        );
+        let _ = write!(svg, r#"<stop offset="{percent}%" stop-color="rgb({red},{green},{blue})"/>"#);
     }
     let (end, labels) = (GAP + 200, y + BAR + FONT + 2);
     let _ = writeln!(

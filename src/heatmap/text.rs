@@ -27,11 +27,7 @@ impl Colour {
     /// Colour on a terminal, unless the environment variable `NO_COLOR` is set and not empty.
     pub fn for_stream(stream: &impl IsTerminal) -> Self {
         let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        if stream.is_terminal() && !unwanted {
-            Colour::Always
-        } else {
-            Colour::Never
-        }
+        if stream.is_terminal() && !unwanted { Colour::Always } else { Colour::Never }
     }
 }
 
@@ -40,11 +36,7 @@ impl Heatmap {
     /// are too many for a line.
     pub fn to_text(&self, colour: Colour) -> String {
         let margin = self.words.iter().map(|word| word.width()).max().unwrap_or(0);
-        let widths = self
-            .words
-            .iter()
-            .map(|word| word.width().max(NUMBER) + 1)
-            .collect::<Vec<_>>();
+        let widths = self.words.iter().map(|word| word.width().max(NUMBER) + 1).collect::<Vec<_>>();
         let mut text = String::new();
         let mut start = 0;
         while start < self.words.len() {
@@ -97,10 +89,7 @@ fn push_cell(text: &mut String, weight: f32, width: usize, style: Colour) {
         Colour::Always => {
             let [red, green, blue] = colour(weight);
             let ink = if wants_dark_text(weight) { 30 } else { 97 };
-            write!(
-                text,
-                "\x1b[48;2;{red};{green};{blue}m\x1b[{ink}m{weight:>width$.2}\x1b[0m"
-            )
+            write!(text, "\x1b[48;2;{red};{green};{blue}m\x1b[{ink}m{weight:>width$.2}\x1b[0m")
         }
         Colour::Never => {
             let shade = (weight.clamp(0.0, 1.0) * (SHADES.len() - 1) as f32).round() as usize;

@@ -25,12 +25,7 @@ pub struct ScoreShape {
 
 impl From<(usize, usize, usize, usize)> for ScoreShape {
     fn from((batch, num_heads, q_len, kv_len): (usize, usize, usize, usize)) -> Self {
-        Self {
-            batch,
-            num_heads,
-            q_len,
-            kv_len,
-        }
+        Self { batch, num_heads, q_len, kv_len }
     }
 }
 
@@ -88,33 +83,21 @@ impl Mask {
 
     /// Each query may attend to its own position and those before it.
     pub fn causal() -> Self {
-        Self(Rule::Band {
-            below: None,
-            above: Some(0),
-            offset: None,
-        })
+        Self(Rule::Band { below: None, above: Some(0), offset: None })
     }
 
     /// Each query may attend to `left` positions before its own, its own, and `right` positions after it; `None` is no
     /// limit on that side.
     pub fn window(left: Option<usize>, right: Option<usize>) -> Self {
         let distance = |side: usize| i64::try_from(side).unwrap_or(i64::MAX);
-        Self(Rule::Band {
-            below: left.map(distance),
-            above: right.map(distance),
-            offset: None,
-        })
+        Self(Rule::Band { below: left.map(distance), above: right.map(distance), offset: None })
     }
 
     /// Causal attention to the last `width` positions, the query's own included (Mistral's `sliding_window`). With a
     /// width of 0 there is nothing to attend to.
     pub fn sliding_window(width: usize) -> Self {
         let below = i64::try_from(width).unwrap_or(i64::MAX) - 1;
-        Self(Rule::Band {
-            below: Some(below),
-            above: Some(0),
-            offset: None,
-        })
+        Self(Rule::Band { below: Some(below), above: Some(0), offset: None })
     }
 
     /// Sequence `b` of the batch holds `lengths[b]` keys; what lies behind them is padding.
@@ -132,24 +115,15 @@ impl Mask {
     /// (block-diagonal). The lengths must add up to kv_len. Combine with [`Mask::causal`] to train a language model on
     /// packed text.
     pub fn documents(lengths: &[usize]) -> Self {
-        let ids = lengths
-            .iter()
-            .zip(0u32..)
-            .flat_map(|(&len, id)| std::iter::repeat_n(id, len));
-        Self(Rule::Documents {
-            ids: PerSequence::Same(ids.collect()),
-            offset: None,
-        })
+        let ids = lengths.iter().zip(0u32..).flat_map(|(&len, id)| std::iter::repeat_n(id, len));
+        Self(Rule::Documents { ids: PerSequence::Same(ids.collect()), offset: None })
     }
 
     /// As [`Mask::documents`], with packing of its own for each sequence of the batch: `ids[b][j]` is the document that
     /// key `j` belongs to.
     pub fn document_ids<Ids: AsRef<[u32]>>(ids: &[Ids]) -> Self {
         let rows = ids.iter().map(|row| row.as_ref().into()).collect();
-        Self(Rule::Documents {
-            ids: PerSequence::Each(rows),
-            offset: None,
-        })
+        Self(Rule::Documents { ids: PerSequence::Each(rows), offset: None })
     }
 
     /// A boolean tensor, non-zero = may attend, of a shape that broadcasts to (batch, num_heads, q_len, kv_len), aligned

@@ -52,15 +52,8 @@ impl Rule {
         let both =
             |pair: &(Rule, Rule)| Arc::new((pair.0.clone().with_offset(offset), pair.1.clone().with_offset(offset)));
         match self {
-            Rule::Band { below, above, .. } => Rule::Band {
-                below,
-                above,
-                offset: Some(offset),
-            },
-            Rule::Documents { ids, .. } => Rule::Documents {
-                ids,
-                offset: Some(offset),
-            },
+            Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset) },
+            Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset) },
             Rule::Both(pair) => Rule::Both(both(&pair)),
             Rule::Either(pair) => Rule::Either(both(&pair)),
             other => other,
@@ -122,12 +115,7 @@ impl Rule {
                 let (first, last) = (position(shape, *offset, q.start), position(shape, *offset, q.end - 1));
                 // key - position is least at the bottom left of the tile and greatest at its top right.
                 let (least, greatest) = (k.start as i64 - last, (k.end - 1) as i64 - first);
-                interval(
-                    least,
-                    greatest,
-                    below.map_or(i64::MIN, |below| -below),
-                    above.unwrap_or(i64::MAX),
-                )
+                interval(least, greatest, below.map_or(i64::MIN, |below| -below), above.unwrap_or(i64::MAX))
             }
             Rule::FirstKeys(lengths) => match *lengths.get(at.0) {
                 len if k.end <= len => Coverage::All,
@@ -155,9 +143,8 @@ impl Rule {
 
 /// Where query `i` stands among the keys; before the first of them if there are more queries than keys.
 fn position(shape: &ScoreShape, offset: Option<usize>, i: usize) -> i64 {
-    let first = offset.map_or(shape.kv_len as i64 - shape.q_len as i64, |offset| {
-        i64::try_from(offset).unwrap_or(i64::MAX)
-    });
+    let first =
+        offset.map_or(shape.kv_len as i64 - shape.q_len as i64, |offset| i64::try_from(offset).unwrap_or(i64::MAX));
     first.saturating_add(i as i64)
 }
 
@@ -173,10 +160,7 @@ fn interval(from: i64, to: i64, lowest: i64, highest: i64) -> Coverage {
 }
 
 fn documents_tile(ids: &[u32], queries: Range<usize>, keys: Range<usize>) -> Coverage {
-    let extremes = |ids: &[u32]| {
-        ids.iter()
-            .fold((u32::MAX, 0), |(low, high), &id| (id.min(low), id.max(high)))
-    };
+    let extremes = |ids: &[u32]| ids.iter().fold((u32::MAX, 0), |(low, high), &id| (id.min(low), id.max(high)));
     let (q_low, q_high) = extremes(&ids[queries]);
     let (k_low, k_high) = extremes(&ids[keys]);
     if q_high < k_low || k_high < q_low {
@@ -211,35 +195,20 @@ fn check_documents(
     offset: Option<usize>,
     shape: &ScoreShape,
 ) -> Result<(), AttentionError> {
-    let error = |expected, got| {
-        Err(AttentionError::Mask {
-            part: "documents",
-            expected,
-            got,
-        })
-    };
+    let error = |expected, got| Err(AttentionError::Mask { part: "documents", expected, got });
     let rows = match ids {
         PerSequence::Same(ids) => std::slice::from_ref(ids),
         PerSequence::Each(rows) if rows.len() == shape.batch => rows,
         PerSequence::Each(rows) => {
-            return error(
-                format!("one row for each of {} sequences", shape.batch),
-                format!("{} rows", rows.len()),
-            );
+            return error(format!("one row for each of {} sequences", shape.batch), format!("{} rows", rows.len()));
         }
     };
     if let Some(row) = rows.iter().find(|row| row.len() != shape.kv_len) {
-        return error(
-            format!("documents of {} keys together", shape.kv_len),
-            format!("{} keys", row.len()),
-        );
+        return error(format!("documents of {} keys together", shape.kv_len), format!("{} keys", row.len()));
     }
     let (first, end) = (position(shape, offset, 0), position(shape, offset, shape.q_len));
     if first < 0 || end > shape.kv_len as i64 {
-        return error(
-            format!("queries at positions 0 to {}", shape.kv_len),
-            format!("positions {first} to {end}"),
-        );
+        return error(format!("queries at positions 0 to {}", shape.kv_len), format!("positions {first} to {end}"));
     }
     Ok(())
 }
@@ -272,15 +241,8 @@ impl Table {
         }
         let mut dims = [1; 4];
         dims[4 - rank..].copy_from_slice(tensor.dims());
-        let values = tensor
-            .to_device(&Device::Cpu)?
-            .flatten_all()?
-            .to_dtype(DType::I64)?
-            .to_vec1::<i64>()?;
-        Ok(Self {
-            dims,
-            allowed: values.into_iter().map(allows).collect(),
-        })
+        let values = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        Ok(Self { dims, allowed: values.into_iter().map(allows).collect() })
     }
 
     fn check(&self, shape: &ScoreShape) -> Result<(), AttentionError> {

@@ -1,0 +1,231 @@
+//! Large, small and special numbers.
+
+use candle_attention::{AttentionOptions, AttentionOutput, Mask};
+use candle_core::{DType, Device, Result, Tensor, Var};
+
+use crate::common::{assert_close, assert_finite, assert_same_bits, gradients, numbers};
+use crate::setup::{SIZES, all_results, attend, attend_vars, logsumexp, random_sum, weights};
+
+#[test]
+fn scores_of_ten_thousand_do_not_overflow() -> Result<()> {
+    // One feature: the scores of the query 1 are the keys themselves.
+    let query = Tensor::new(&[[1f32]], &Device::Cpu)?;
+    let key = Tensor::new(&[[1e4f32], [-1e4], [1e4 - 1.0], [0.0]], &Device::Cpu)?;
+    let value = Tensor::new(&[[1f32], [10.], [100.], [1000.]], &Device::Cpu)?;
+    let output = attend(&[query, key, value], &all_results())?;
+    // softmax([0, -1]) = [0.7310586, 0.2689414]
+    let (first, third) = (0.731_058_6, 0.268_941_4);
+    let expected = Tensor::new(&[[first, 0.0, third, 0.0]], &Device::Cpu)?;
+    assert_close(&weights(&output).to_dtype(DType::F64)?, &expected, 1e-6, "weights");
+    let context = numbers(&output.context)?[0];
+    assert!((context - (first + 100.0 * third)).abs() < 1e-4, "{context}");
+    let lse = numbers(logsumexp(&output))?[0];
+    assert!((lse - (1e4 - f64::ln(first))).abs() < 2e-3, "{lse}");
+    Ok(())
+}
+
+#[test]
+fn bias_of_ten_thousand_does_not_overflow() -> Result<()> {
+    let vars = SIZES.vars(1, DType::F32);
+    for bias in [1e4, -1e4] {
+        let plain = attend_vars(&vars, &all_results())?;
+        let bias = Tensor::new(bias, &Device::Cpu)?;
+        let moved = attend_vars(&vars, &AttentionOptions { attn_bias: Some(bias.clone()), ..all_results() })?;
+        // Near 1e4 an f32 has steps of 1e-3.
+        assert_close(&moved.context, &plain.context, 5e-3, "context");
+        let expected = logsumexp(&plain).to_dtype(DType::F64)?.broadcast_add(&bias)?;
+        assert_close(&logsumexp(&moved).to_dtype(DType::F64)?, &expected, 1e-6, "log-sum-exp");
+        for grad in gradients(&random_sum(&moved.context, 2)?, &vars.each_ref())? {
+            assert_finite(&grad, "gradient");
+        }
+    }
+    Ok(())
+}
+
+/// Inputs times these factors; dtypes that can hold them.
+fn sizes_of_numbers() -> Vec<(DType, [f64; 3])> {
+    let mut all = Vec::new();
+    for dtype in [DType::BF16, DType::F32, DType::F64] {
+        for size in [1e30, 1e-30] {
+            all.extend([[size, size, size], [size, 1.0, 1.0], [1.0, size, 1.0], [1.0, 1.0, size]].map(|s| (dtype, s)));
+        }
+        all.push((dtype, [1e30, 1e-30, 1.0]));
+    }
+    all.extend([[200.0, 200.0, 200.0], [1e-7, 1e-7, 1e-7], [6e4 / 5.0, 6e4 / 5.0, 1.0]].map(|s| (DType::F16, s)));
+    all
+}
+
+fn scaled_vars((dtype, factors): (DType, [f64; 3])) -> Result<[Var; 3]> {
+    let tensors = SIZES.tensors(3, DType::F64);
+    let scaled = |i: usize| -> Result<Var> { Var::from_tensor(&(&tensors[i] * factors[i])?.to_dtype(dtype)?) };
+    Ok([scaled(0)?, scaled(1)?, scaled(2)?])
+}
+
+fn with_scale(scale: f64) -> AttentionOptions {
+    AttentionOptions { scale: Some(scale), ..all_results() }
+}
+
+fn extreme_options() -> Result<Vec<AttentionOptions>> {
+    let capped = AttentionOptions { attn_mask: Mask::causal(), softcap: Some(20.0), ..all_results() };
+    let mut all = vec![all_results(), capped, with_scale(1e5), with_scale(-1e-30)];
+    for extra in [1e30, -1e30, 1e-30] {
+        // In f64, which may stand beside inputs of any dtype: f16 ends at 65,504.
+        let heads = (Tensor::ones(SIZES.heads, DType::F64, &Device::Cpu)? * extra)?;
+        let bias = Some(heads.reshape((SIZES.heads, 1, 1))?);
+        all.extend([
+            AttentionOptions { attn_bias: bias, ..all_results() },
+            AttentionOptions { alibi_slopes: Some(heads.clone()), ..all_results() },
+            AttentionOptions { sinks: Some(heads), ..all_results() },
+        ]);
+    }
+    Ok(all)
+}
+
+#[test]
+fn finite_input_gives_finite_results() -> Result<()> {
+    for case in sizes_of_numbers() {
+        let vars = scaled_vars(case)?;
+        vars.iter().for_each(|var| assert_finite(var, "the test's own input"));
+        for options in extreme_options()? {
+            let what = format!("{case:?}, scale {:?}", options.scale);
+            let output = attend_vars(&vars, &options)?;
+            assert_finite(&output.context, &what);
+            assert_finite(logsumexp(&output), &what);
+            assert_finite(weights(&output), &what);
+            if options.sinks.is_none() {
+                let sums = weights(&output).to_dtype(DType::F32)?.sum(3)?;
+                assert_close(&sums, &sums.ones_like()?, 2e-2, &what);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn finite_input_never_gives_a_nan_gradient() -> Result<()> {
+    for case in sizes_of_numbers() {
+        let vars = scaled_vars(case)?;
+        for options in extreme_options()? {
+            let output = attend_vars(&vars, &options)?;
+            let grads = gradients(&random_sum(&output.context, 4)?, &vars.each_ref())?;
+            for (grad, name) in grads.iter().zip(["query", "key", "value"]) {
+                let nan = numbers(grad)?.iter().filter(|x| x.is_nan()).count();
+                assert_eq!(nan, 0, "NaN in the gradient of {name}, {case:?}, {options:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn number_beyond_the_dtype_never_gives_nan() -> Result<()> {
+    // No f32 holds 1e40 or 1e-50. To refuse them is as good as to compute with them.
+    let [query, key, value] = SIZES.tensors(8, DType::F32);
+    // A score of 0 is the one that infinity turns into NaN.
+    let zeros = Tensor::zeros((1, 1, 1, SIZES.head_dim), DType::F32, &Device::Cpu)?;
+    let query = query.slice_assign(&[0..1, 0..1, 0..1, 0..SIZES.head_dim], &zeros)?;
+    for number in [1e-50, 1e-40, 1e40, 1e300] {
+        let softcap = AttentionOptions { softcap: Some(number), ..all_results() };
+        for options in [with_scale(number), with_scale(-number), softcap] {
+            if let Ok(output) = attend(&[query.clone(), key.clone(), value.clone()], &options) {
+                let what = format!("scale {:?}, softcap {:?}", options.scale, options.softcap);
+                assert_finite(&output.context, &what);
+                assert_finite(weights(&output), &what);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn dot_products_beyond_the_dtype_may_have_scores_within_it() -> Result<()> {
+    // Many q · k are more than an f32 holds, 3.4e38; times the scale they are ordinary scores.
+    let [query, key, value] = SIZES.tensors(5, DType::F64);
+    let huge = [(query * 2e19)?, (key * 2e19)?, value].map(|x| x.to_dtype(DType::F32).unwrap());
+    let options = with_scale(2e-38);
+    let output = attend(&huge, &options)?;
+    let expected = attend(&huge.map(|x| x.to_dtype(DType::F64).unwrap()), &options)?;
+    for (result, expected, what) in [
+        (&output.context, &expected.context, "context"),
+        (weights(&output), weights(&expected), "weights"),
+        (logsumexp(&output), logsumexp(&expected), "log-sum-exp"),
+    ] {
+        assert_close(&result.to_dtype(DType::F64)?, expected, 1e-5, what);
+    }
+    Ok(())
+}
+
+#[test]
+fn scores_up_to_the_end_of_the_dtype_pick_the_greatest() -> Result<()> {
+    // The query times the first key is 1e38, on the way to which the products of their features would overflow.
+    let query = Tensor::new(&[[1e20f32, 1e20]], &Device::Cpu)?;
+    let key = Tensor::new(&[[1e20f32, -1e20 + 1e18], [1e15, 1e15], [-1e20, 1e18]], &Device::Cpu)?;
+    let value = Tensor::new(&[[1f32], [10.], [100.]], &Device::Cpu)?;
+    let output = attend(&[query, key, value], &AttentionOptions { scale: Some(1.0), ..all_results() })?;
+    assert_eq!(numbers(weights(&output))?, [1.0, 0.0, 0.0]);
+    assert_eq!(numbers(&output.context)?, [1.0]);
+    Ok(())
+}
+
+/// Everything but row `hurt` of the queries.
+fn other_rows(output: &AttentionOutput, hurt: usize) -> Result<AttentionOutput> {
+    let len = output.context.dim(2)?;
+    let without = |x: &Tensor| Tensor::cat(&[x.narrow(2, 0, hurt)?, x.narrow(2, hurt + 1, len - hurt - 1)?], 2);
+    Ok(AttentionOutput {
+        context: without(&output.context)?,
+        weights: Some(without(weights(output))?),
+        logsumexp: Some(without(logsumexp(output))?),
+    })
+}
+
+fn check_hurt_query(dtype: DType, special: f64) -> Result<()> {
+    let [query, key, value] = SIZES.tensors(6, dtype);
+    let expected = attend(&[query.clone(), key.clone(), value.clone()], &all_results())?;
+    for hurt in 0..SIZES.q_len {
+        let row = (query.narrow(2, hurt, 1)?.ones_like()? * special)?;
+        let ranges = [0..SIZES.batch, 0..SIZES.heads, hurt..hurt + 1, 0..SIZES.head_dim];
+        let hurt_query = query.slice_assign(&ranges, &row)?;
+        let output = attend(&[hurt_query, key.clone(), value.clone()], &all_results())?;
+        let (output, expected) = (other_rows(&output, hurt)?, other_rows(&expected, hurt)?);
+        let what = format!("{special} in query {hurt}, {dtype:?}");
+        assert_same_bits(&output.context, &expected.context, &what);
+        assert_same_bits(weights(&output), weights(&expected), &what);
+        assert_same_bits(logsumexp(&output), logsumexp(&expected), &what);
+    }
+    Ok(())
+}
+
+#[test]
+fn nan_in_one_query_leaves_the_others_alone() -> Result<()> {
+    [DType::BF16, DType::F32, DType::F64].into_iter().try_for_each(|dtype| check_hurt_query(dtype, f64::NAN))
+}
+
+#[test]
+fn infinity_in_one_query_leaves_the_others_alone() -> Result<()> {
+    [DType::BF16, DType::F32, DType::F64].into_iter().try_for_each(|dtype| {
+        check_hurt_query(dtype, f64::INFINITY)?;
+        check_hurt_query(dtype, f64::NEG_INFINITY)
+    })
+}
+
+#[test]
+fn huge_query_leaves_the_others_alone() -> Result<()> {
+    check_hurt_query(DType::F32, 3e38)
+}
+
+#[test]
+fn hidden_key_may_hold_anything() -> Result<()> {
+    // Whatever lies in the padding of a key doesn't reach the results: the score is replaced, not added to.
+    let [query, key, value] = SIZES.tensors(7, DType::F32);
+    let options = AttentionOptions { attn_mask: Mask::prefix(5), ..all_results() };
+    let expected = attend(&[query.clone(), key.clone(), value.clone()], &options)?;
+    for special in [f64::NAN, f64::INFINITY, 1e38] {
+        let padding = (key.narrow(2, 5, 2)?.ones_like()? * special)?;
+        let ranges = [0..SIZES.batch, 0..SIZES.kv_heads, 5..7, 0..SIZES.head_dim];
+        let output = attend(&[query.clone(), key.slice_assign(&ranges, &padding)?, value.clone()], &options)?;
+        let what = format!("{special} in a hidden key");
+        assert_same_bits(&output.context, &expected.context, &what);
+        assert_same_bits(logsumexp(&output), logsumexp(&expected), &what);
+    }
+    Ok(())
+}

@@ -1,0 +1,15 @@
+//! Laws of `scaled_dot_product_attention`.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod definition;
+mod dropout;
+mod dtypes;
+mod empty;
+mod equivalences;
+mod extremes;
+mod layout;
+mod masking;
+mod outputs;
+mod setup;
