@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::common::{assert_close, assert_same_bits, gradients, max_abs_difference, numbers, randn};
 use crate::setup::{SIZES, Sizes, all_results, assert_same_output, attend, attend_vars, random_sum, weights};
 
-/// The factors are made in f32, whatever the dtype.
+/// Room for the rounding of an f32 quotient.
 const F32_FACTORS: f64 = 1e-6;
 
 fn dropping(dropout_p: f64, dropout_seed: u64) -> AttentionOptions {
