@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor, Var};
@@ -70,7 +70,31 @@ fn not_safetensors(bytes: &[u8], error: &safetensors::SafeTensorError) -> Attent
     }
 }
 
+/// That no tensor is to end behind the file, so that no sum that safetensors makes of the header's numbers overflows.
+fn check_offsets(bytes: &[u8]) -> Result<(), AttentionError> {
+    #[derive(Deserialize)]
+    struct Place {
+        data_offsets: (usize, usize),
+    }
+    let header = bytes.split_first_chunk().and_then(|(len, rest)| {
+        let len = usize::try_from(u64::from_le_bytes(*len)).ok()?;
+        serde_json::from_slice::<HashMap<String, serde_json::Value>>(rest.get(..len)?).ok()
+    });
+    // What can't be read here is refused, with its reason, by safetensors.
+    for (name, entry) in header.unwrap_or_default() {
+        let end = Place::deserialize(&entry).map_or(0, |place| place.data_offsets.1);
+        if end > bytes.len() {
+            return Err(AttentionError::Checkpoint {
+                expected: "a safetensors file".into(),
+                got: format!("{} bytes, where `{name}` is to end at byte {end} of the data", bytes.len()),
+            });
+        }
+    }
+    Ok(())
+}
+
 fn read_header(bytes: &[u8], layer: LayerKind) -> Result<SelfAttentionConfig, AttentionError> {
+    check_offsets(bytes)?;
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| not_safetensors(bytes, &error))?;
     let entry = metadata.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY));
     let json = entry.ok_or_else(|| AttentionError::Checkpoint {
@@ -79,7 +103,7 @@ fn read_header(bytes: &[u8], layer: LayerKind) -> Result<SelfAttentionConfig, At
     })?;
     let header: Header = serde_json::from_str(json).map_err(|error| AttentionError::Checkpoint {
         expected: format!("a config in the metadata entry `{METADATA_KEY}`"),
-        got: format!("{json}, which can't be read: {error}"),
+        got: format!("{}, which can't be read: {error}", json.chars().take(80).collect::<String>()),
     })?;
     if header.layer != layer {
         let name = |kind| {
@@ -143,8 +167,21 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, AttentionError> {
 /// Writes the whole file or nothing: a new file in the same folder, synced to disk, takes the place of the old one.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), AttentionError> {
     // A link stays a link: what it points to is replaced.
-    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-    replace_file(&target, bytes).map_err(|cause| file_error(path, "write", &cause))
+    follow_links(path)
+        .and_then(|target| replace_file(&target, bytes))
+        .map_err(|cause| file_error(path, "write", &cause))
+}
+
+/// What a link leads to, even if that isn't there yet. Linux follows 40 links, and no more.
+fn follow_links(path: &Path) -> std::io::Result<PathBuf> {
+    let mut target = path.to_path_buf();
+    for _ in 0..40 {
+        match fs::read_link(&target) {
+            Ok(next) => target = target.parent().unwrap_or(Path::new("")).join(next),
+            Err(_) => return Ok(target),
+        }
+    }
+    Err(std::io::Error::other("too many links, one to the next"))
 }
 
 fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
@@ -156,10 +193,14 @@ fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
         _ => Path::new("."),
     };
     let mut builder = tempfile::Builder::new();
-    // Readable by others, as a file made in the ordinary way, less what the umask takes away.
+    // Readable by others, as a file made in the ordinary way, less what the umask takes away; an old file's permissions
+    // stay.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.prefix(".candle-attention-").tempfile_in(folder)?;
+    if let Ok(old) = fs::metadata(path) {
+        file.as_file().set_permissions(old.permissions())?;
+    }
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;

@@ -48,7 +48,8 @@ pub struct SelfAttentionConfig {
     /// Whether the heads are merged by W_O, back to embed_dim. Without it the output has num_heads · value_dim entries.
     #[serde(default = "yes")]
     pub out_proj: bool,
-    /// Whether W_Q, W_K and W_V have biases.
+    /// Whether W_Q, W_K and W_V have biases. In plain attention the bias of W_K moves all scores of a query alike, which
+    /// changes nothing: its gradient is rounding noise around zero.
     #[serde(default = "yes")]
     pub qkv_bias: bool,
     /// Whether W_O, if there is one, has a bias.
@@ -233,7 +234,11 @@ impl SelfAttentionConfig {
             _ => Err(AttentionError::Config {
                 field: "embed_dim, num_heads and head_dim",
                 expected: "parameters that memory can address".into(),
-                got: format!("{} heads of {} for inputs of {inputs}", self.num_heads, self.head_dim()),
+                got: format!(
+                    "{} heads of {} for inputs of {inputs}",
+                    self.num_heads,
+                    self.head_dim().max(self.value_dim())
+                ),
             }),
         }
     }

@@ -8,7 +8,6 @@ use candle_nn::VarBuilder;
 
 use crate::checkpoint::LayerKind;
 use crate::config::SelfAttentionConfig;
-use crate::error::AttentionError;
 use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
 
 /// Cross-attention with trainable projections: every token of one sequence (a decoder's) gathers what it needs from
@@ -58,7 +57,7 @@ impl CrossAttention {
     ///
     /// As there, and a config with a rotary embedding.
     pub fn new(config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
-        Self::from_core(MultiHead::new(LayerKind::CrossAttention, config, &vb)?)
+        Ok(Self(MultiHead::new(LayerKind::CrossAttention, config, &vb)?))
     }
 
     /// Loads a layer that [`save`](MultiHead::save) wrote, as [`SelfAttention::load`](crate::SelfAttention::load) does.
@@ -67,7 +66,7 @@ impl CrossAttention {
     ///
     /// As there.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        Self::from_core(MultiHead::load(LayerKind::CrossAttention, path.as_ref(), device)?)
+        Ok(Self(MultiHead::load(LayerKind::CrossAttention, path.as_ref(), device)?))
     }
 
     /// As [`CrossAttention::load`], from the bytes of a file.
@@ -76,7 +75,7 @@ impl CrossAttention {
     ///
     /// As there.
     pub fn from_bytes(bytes: &[u8], device: &Device) -> Result<Self> {
-        Self::from_core(MultiHead::from_bytes(LayerKind::CrossAttention, bytes, device)?)
+        Ok(Self(MultiHead::from_bytes(LayerKind::CrossAttention, bytes, device)?))
     }
 
     /// The output, without dropout.
@@ -114,14 +113,6 @@ impl CrossAttention {
     /// See [`CrossAttention`].
     pub fn forward_with(&self, x: &Tensor, memory: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
         self.attend(x, memory, options)
-    }
-
-    fn from_core(core: MultiHead) -> Result<Self> {
-        if core.config().rotary.is_some() {
-            let expected = "none, since the two sequences share no positions".into();
-            return Err(AttentionError::Config { field: "rotary", expected, got: "one".into() }.into());
-        }
-        Ok(Self(core))
     }
 }
 

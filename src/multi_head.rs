@@ -72,6 +72,7 @@ pub struct MultiHead {
 impl MultiHead {
     pub(crate) fn new(kind: LayerKind, config: &SelfAttentionConfig, vb: &VarBuilder) -> Result<Self> {
         config.check()?;
+        check_kind(kind, config)?;
         check_dtype("parameters", vb.dtype())?;
         let mut parameters = Vec::new();
         for parameter in config.parameters() {
@@ -92,7 +93,7 @@ impl MultiHead {
             o_proj: linear("o_proj.weight", "o_proj.bias"),
             qk_norm: norm("q_norm.weight", eps).zip(norm("k_norm.weight", eps)),
             sinks: find("sinks"),
-            alibi_slopes: config.alibi.then(|| alibi_slopes(config.num_heads, vb.device())).transpose()?,
+            alibi_slopes: config.alibi.then(|| alibi_slopes(config.num_heads, vb.dtype(), vb.device())).transpose()?,
             rotary: config.rotary.as_ref().map(|rotary| RotaryEmbedding::new(rotary, config.head_dim())).transpose()?,
             dropout_seed: philox::named_seed(config.seed, &full_name(vb, "dropout")),
             dropout_calls: Arc::default(),
@@ -323,6 +324,21 @@ fn full_name(vb: &VarBuilder, name: &str) -> String {
     format!("{}.{name}", vb.prefix())
 }
 
+/// What one kind of layer alone refuses: told before a parameter is made, since a `VarMap` keeps what it has made.
+fn check_kind(kind: LayerKind, config: &SelfAttentionConfig) -> std::result::Result<(), AttentionError> {
+    let refused = |field, expected, got| Err(AttentionError::Config { field, expected, got });
+    match kind {
+        LayerKind::SelfAttention if config.kv_dim() != config.embed_dim => {
+            let expected = format!("embed_dim {}, since keys come from the same tokens", config.embed_dim);
+            refused("kv_dim", expected, config.kv_dim().to_string())
+        }
+        LayerKind::CrossAttention if config.rotary.is_some() => {
+            refused("rotary", "none, since the two sequences share no positions".into(), "one".into())
+        }
+        _ => Ok(()),
+    }
+}
+
 fn check_dtype(tensor: &'static str, got: DType) -> std::result::Result<(), AttentionError> {
     match got {
         DType::F16 | DType::BF16 | DType::F32 | DType::F64 => Ok(()),
@@ -332,9 +348,11 @@ fn check_dtype(tensor: &'static str, got: DType) -> std::result::Result<(), Atte
 
 /// For a power of two heads 2^(-8/n), 2^(-16/n), ...; else the slopes of the next lower power of two, then every other
 /// one of the next higher (Press et al., ICLR 2022, section 3 and the authors' code).
-fn alibi_slopes(num_heads: usize, device: &Device) -> Result<Tensor> {
+fn alibi_slopes(num_heads: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    // 2^(-1/2) is no f32 number.
+    let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let geometric = |heads: usize| (1..=heads).map(move |i| 2f64.powf(-8.0 * i as f64 / heads as f64));
     let lower = if num_heads.is_power_of_two() { num_heads } else { num_heads.next_power_of_two() / 2 };
     let slopes = geometric(lower).chain(geometric(2 * lower).step_by(2)).take(num_heads);
-    Tensor::from_iter(slopes, &Device::Cpu)?.to_dtype(DType::F32)?.to_device(device)
+    Tensor::from_iter(slopes, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }

@@ -8,7 +8,6 @@ use candle_nn::{ModuleT, VarBuilder};
 
 use crate::checkpoint::LayerKind;
 use crate::config::SelfAttentionConfig;
-use crate::error::AttentionError;
 use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
 
 /// Self-attention with trainable projections: every token of a sequence gathers from the others what it needs.
@@ -65,7 +64,7 @@ impl SelfAttention {
     /// A config that can't serve (see [`SelfAttentionConfig::validate`]), a dtype that isn't f16, bf16, f32 or f64,
     /// tensors that `vb` doesn't have or has in another shape.
     pub fn new(config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
-        Self::from_core(MultiHead::new(LayerKind::SelfAttention, config, &vb)?)
+        Ok(Self(MultiHead::new(LayerKind::SelfAttention, config, &vb)?))
     }
 
     /// Loads a layer that [`save`](MultiHead::save) wrote. It trains on: every parameter is a variable (see
@@ -95,7 +94,7 @@ impl SelfAttention {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        Self::from_core(MultiHead::load(LayerKind::SelfAttention, path.as_ref(), device)?)
+        Ok(Self(MultiHead::load(LayerKind::SelfAttention, path.as_ref(), device)?))
     }
 
     /// As [`SelfAttention::load`], from the bytes of a file.
@@ -104,7 +103,7 @@ impl SelfAttention {
     ///
     /// As [`SelfAttention::load`].
     pub fn from_bytes(bytes: &[u8], device: &Device) -> Result<Self> {
-        Self::from_core(MultiHead::from_bytes(LayerKind::SelfAttention, bytes, device)?)
+        Ok(Self(MultiHead::from_bytes(LayerKind::SelfAttention, bytes, device)?))
     }
 
     /// The output, without dropout.
@@ -142,15 +141,6 @@ impl SelfAttention {
     /// See [`SelfAttention`].
     pub fn forward_with(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
         self.attend(x, x, options)
-    }
-
-    fn from_core(core: MultiHead) -> Result<Self> {
-        let config = core.config();
-        if config.kv_dim() != config.embed_dim {
-            let expected = format!("embed_dim {}, since keys come from the same tokens", config.embed_dim);
-            return Err(AttentionError::Config { field: "kv_dim", expected, got: config.kv_dim().to_string() }.into());
-        }
-        Ok(Self(core))
     }
 }
 

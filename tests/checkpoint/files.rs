@@ -1,0 +1,94 @@
+//! Layers to save, and safetensors files taken apart and put together.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_attention::{Pairing, RotaryConfig, SelfAttention, SelfAttentionConfig};
+use candle_core::{DType, Device, Result, Tensor};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use crate::layers::self_attention;
+
+/// The metadata entry that holds a layer's config.
+pub const ENTRY: &str = "candle_attention";
+
+/// Every field set, and to a value that no default or rounding gives.
+pub fn odd_config() -> SelfAttentionConfig {
+    SelfAttentionConfig {
+        embed_dim: 10,
+        num_heads: 6,
+        num_kv_heads: Some(2),
+        head_dim: Some(4),
+        value_dim: Some(3),
+        kv_dim: Some(10),
+        out_proj: true,
+        qkv_bias: true,
+        out_bias: false,
+        scale: Some(0.1),
+        softcap: Some(1.0 / 3.0),
+        is_causal: true,
+        sliding_window: Some(usize::MAX),
+        dropout_p: 0.1 + 0.2,
+        qk_norm_eps: Some(1e-6),
+        rotary: Some(RotaryConfig { base: 1e4 / 3.0, dim: Some(2), pairing: Pairing::Interleaved }),
+        alibi: true,
+        sinks: true,
+        seed: u64::MAX,
+    }
+}
+
+pub fn odd_layer(dtype: DType) -> Result<SelfAttention> {
+    self_attention(&odd_config(), dtype)
+}
+
+/// The bytes of a small plain layer: embed_dim 4, two heads, weights (4, 4) and biases (4).
+pub fn small_file() -> Result<Vec<u8>> {
+    self_attention(&SelfAttentionConfig::new(4, 2), DType::F32)?.to_bytes()
+}
+
+pub fn load(bytes: &[u8]) -> Result<SelfAttention> {
+    SelfAttention::from_bytes(bytes, &Device::Cpu)
+}
+
+/// A safetensors file: the length of the header, the header, the data.
+pub fn assemble(header: &str, data: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+}
+
+/// The contents of a file, to change one thing and put it together again.
+pub struct Parts {
+    pub metadata: HashMap<String, String>,
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+impl Parts {
+    pub fn of(bytes: &[u8]) -> Result<Self> {
+        let (_, header) = SafeTensors::read_metadata(bytes)?;
+        Ok(Self {
+            metadata: header.metadata().clone().unwrap_or_default(),
+            tensors: candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?.into_iter().collect(),
+        })
+    }
+
+    /// Those of [`small_file`].
+    pub fn small() -> Result<Self> {
+        Self::of(&small_file()?)
+    }
+
+    pub fn put_together(&self) -> Result<Vec<u8>> {
+        Ok(safetensors::serialize(&self.tensors, Some(self.metadata.clone()))?)
+    }
+
+    /// What loading the parts gives.
+    pub fn load(&self) -> Result<SelfAttention> {
+        load(&self.put_together()?)
+    }
+
+    /// The same tensors under a changed config.
+    pub fn with_config(mut self, change: impl FnOnce(&mut Value)) -> Self {
+        let mut header: Value = serde_json::from_str(&self.metadata[ENTRY]).expect("a header");
+        change(&mut header["config"]);
+        self.metadata.insert(ENTRY.to_string(), header.to_string());
+        self
+    }
+}

@@ -1,0 +1,214 @@
+//! Configs that no layer can be made of, and their JSON.
+
+use candle_attention::{CrossAttention, Pairing, RotaryConfig, RotaryEmbedding, SelfAttention, SelfAttentionConfig};
+use candle_core::{DType, Device, Result};
+use candle_nn::{VarBuilder, VarMap};
+
+use crate::layers::{assert_error_says, everything};
+
+fn builder(dtype: DType) -> VarBuilder<'static> {
+    VarBuilder::from_varmap(&VarMap::new(), dtype, &Device::Cpu)
+}
+
+/// That a config is refused by its own check and by both layers, with all these parts in the text.
+#[track_caller]
+fn refused(change: impl FnOnce(&mut SelfAttentionConfig), parts: &[&str]) {
+    let mut config = SelfAttentionConfig::new(8, 2);
+    change(&mut config);
+    assert_error_says(config.validate(), parts);
+    assert_error_says(SelfAttention::new(&config, builder(DType::F32)), parts);
+    if config.rotary.is_none() {
+        assert_error_says(CrossAttention::new(&config, builder(DType::F32)), parts);
+    }
+}
+
+const NOT_FINITE: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+
+#[test]
+fn sizes_of_zero_are_refused() {
+    let expected = ["expected at least 1", "got 0"];
+    refused(|c| c.embed_dim = 0, &[&["embed_dim"], &expected[..]].concat());
+    refused(|c| c.num_heads = 0, &[&["num_heads"], &expected[..]].concat());
+    refused(|c| c.num_kv_heads = Some(0), &[&["num_kv_heads"], &expected[..]].concat());
+    refused(|c| c.head_dim = Some(0), &[&["head_dim"], &expected[..]].concat());
+    refused(|c| c.value_dim = Some(0), &[&["value_dim"], &expected[..]].concat());
+    refused(|c| c.kv_dim = Some(0), &[&["kv_dim"], &expected[..]].concat());
+    refused(|c| c.sliding_window = Some(0), &[&["sliding_window"], &expected[..]].concat());
+}
+
+#[test]
+fn single_head_of_size_zero_is_refused() {
+    for (d_in, d_k, d_v) in [(0, 2, 2), (2, 0, 2), (2, 2, 0), (0, 0, 0)] {
+        assert_error_says(SelfAttentionConfig::single_head(d_in, d_k, d_v).validate(), &["at least 1", "got 0"]);
+    }
+}
+
+#[test]
+fn heads_that_do_not_divide_embed_dim_are_refused() {
+    refused(|c| c.num_heads = 3, &["embed_dim", "a multiple of num_heads 3", "got 8"]);
+    refused(|c| c.num_heads = 16, &["embed_dim", "a multiple of num_heads 16", "got 8"]);
+}
+
+#[test]
+fn heads_that_do_not_share_key_heads_evenly_are_refused() {
+    refused(|c| c.num_kv_heads = Some(3), &["num_heads 2", "num_kv_heads 3"]);
+    refused(|c| (c.num_heads, c.num_kv_heads) = (4, Some(3)), &["num_heads 4", "num_kv_heads 3"]);
+    refused(|c| c.num_kv_heads = Some(usize::MAX), &["num_heads 2", "num_kv_heads"]);
+}
+
+#[test]
+fn scale_that_is_not_finite_is_refused() {
+    for scale in NOT_FINITE {
+        refused(|c| c.scale = Some(scale), &["scale", "a finite number", &format!("got {scale}")]);
+    }
+}
+
+#[test]
+fn softcap_that_is_not_above_zero_is_refused() {
+    for softcap in [0.0, -0.0, -1.0].into_iter().chain(NOT_FINITE) {
+        refused(|c| c.softcap = Some(softcap), &["softcap", "above 0", &format!("got {softcap}")]);
+    }
+}
+
+#[test]
+fn epsilon_that_is_not_above_zero_is_refused() {
+    for eps in [0.0, -1e-6].into_iter().chain(NOT_FINITE) {
+        refused(|c| c.qk_norm_eps = Some(eps), &["qk_norm_eps", "above 0", &format!("got {eps}")]);
+    }
+}
+
+#[test]
+fn dropout_that_is_no_probability_below_one_is_refused() {
+    for p in [1.0, 1.5, -0.1].into_iter().chain(NOT_FINITE) {
+        refused(|c| c.dropout_p = p, &["dropout_p", "[0, 1)", &format!("got {p}")]);
+    }
+}
+
+#[test]
+fn rotary_dim_that_is_odd_zero_or_too_large_is_refused() {
+    for dim in [0, 1, 3, 5, 6, usize::MAX, usize::MAX - 1] {
+        let rotary = RotaryConfig { dim: Some(dim), ..Default::default() };
+        let expected = ["rotary.dim", "an even number from 2 to head_dim 4", &format!("got {dim}")];
+        assert_error_says(RotaryEmbedding::new(&rotary, 4), &expected);
+        refused(|c| c.rotary = Some(rotary), &expected);
+    }
+    // All of an odd head.
+    refused(|c| (c.head_dim, c.rotary) = (Some(3), Some(RotaryConfig::default())), &["rotary.dim", "even", "got 3"]);
+}
+
+#[test]
+fn rotary_base_that_is_not_above_zero_is_refused() {
+    for base in [0.0, -1.0].into_iter().chain(NOT_FINITE) {
+        let rotary = RotaryConfig { base, ..Default::default() };
+        let expected = ["rotary.base", "above 0", &format!("got {base}")];
+        assert_error_says(RotaryEmbedding::new(&rotary, 4), &expected);
+        refused(|c| c.rotary = Some(rotary), &expected);
+    }
+}
+
+#[test]
+fn self_attention_refuses_a_kv_dim_of_its_own() -> Result<()> {
+    let config = SelfAttentionConfig { kv_dim: Some(6), ..SelfAttentionConfig::new(8, 2) };
+    config.validate()?;
+    assert_error_says(SelfAttention::new(&config, builder(DType::F32)), &["kv_dim", "embed_dim 8", "got 6"]);
+    CrossAttention::new(&config, builder(DType::F32))?;
+    Ok(())
+}
+
+#[test]
+fn cross_attention_refuses_a_rotary_embedding() -> Result<()> {
+    let config = SelfAttentionConfig { rotary: Some(RotaryConfig::default()), ..SelfAttentionConfig::new(8, 2) };
+    config.validate()?;
+    assert_error_says(CrossAttention::new(&config, builder(DType::F32)), &["rotary", "expected none", "got one"]);
+    SelfAttention::new(&config, builder(DType::F32))?;
+    Ok(())
+}
+
+#[test]
+fn sizes_that_no_memory_can_hold_are_refused() {
+    const MAX: usize = usize::MAX;
+    let expected = ["parameters that memory can address"];
+    refused(|c| c.embed_dim = MAX - 1, &expected);
+    refused(|c| (c.embed_dim, c.num_heads) = (1 << 31, 1 << 31), &["memory"]);
+    refused(|c| c.head_dim = Some(MAX), &expected);
+    refused(|c| c.value_dim = Some(MAX), &expected);
+    // The size that is too large is told.
+    refused(|c| c.head_dim = Some(MAX - 2), &["got 2 heads of 18446744073709551613"]);
+    refused(|c| c.value_dim = Some(MAX - 2), &["18446744073709551613"]);
+    refused(|c| (c.num_heads, c.head_dim) = (MAX, Some(2)), &expected);
+    refused(|c| (c.num_heads, c.head_dim) = (1 << 40, Some(1 << 40)), &expected);
+    let config = SelfAttentionConfig { kv_dim: Some(MAX), ..SelfAttentionConfig::new(8, 2) };
+    assert_error_says(CrossAttention::new(&config, builder(DType::F32)), &expected);
+    assert_error_says(SelfAttentionConfig::single_head(MAX, MAX, MAX).validate(), &expected);
+}
+
+/// They tell sizes of any config, of one too that can't serve.
+#[test]
+fn accessors_of_a_bad_config_do_not_panic() {
+    for size in [0, 1, usize::MAX] {
+        let config = SelfAttentionConfig {
+            num_heads: size,
+            out_proj: false,
+            sliding_window: Some(size),
+            value_dim: Some(usize::MAX),
+            ..SelfAttentionConfig::new(size, size)
+        };
+        let _ = (config.head_dim(), config.value_dim(), config.kv_dim(), config.num_kv_heads());
+        let _ = (config.output_dim(), config.mask(), config.validate());
+    }
+}
+
+#[test]
+fn parameters_of_integers_are_refused() {
+    for dtype in [DType::U8, DType::U32, DType::I64] {
+        let expected = ["parameters", "expected dtype F16, BF16, F32 or F64", &format!("got {dtype:?}")];
+        assert_error_says(SelfAttention::new(&SelfAttentionConfig::new(8, 2), builder(dtype)), &expected);
+        assert_error_says(CrossAttention::new(&SelfAttentionConfig::new(8, 2), builder(dtype)), &expected);
+    }
+}
+
+#[test]
+fn unknown_fields_of_a_json_config_are_named() {
+    let parse = |json| serde_json::from_str::<SelfAttentionConfig>(json).map_err(candle_core::Error::wrap);
+    assert_error_says(parse(r#"{"embed_dim": 8, "num_heads": 2, "causal": true}"#), &["unknown field `causal`"]);
+    let rotary = r#"{"embed_dim": 8, "num_heads": 2, "rotary": {"theta": 10000}}"#;
+    assert_error_says(parse(rotary), &["unknown field `theta`"]);
+    assert_error_says(parse(r#"{"num_heads": 2}"#), &["missing field `embed_dim`"]);
+    assert_error_says(
+        parse(r#"{"embed_dim": 8, "num_heads": 2, "rotary": {"pairing": "neox"}}"#),
+        &["neox", "half_split"],
+    );
+}
+
+#[test]
+fn config_comes_back_from_json_as_it_went_in() -> anyhow::Result<()> {
+    let odd = SelfAttentionConfig {
+        kv_dim: Some(3),
+        out_proj: false,
+        qkv_bias: false,
+        out_bias: false,
+        softcap: Some(f64::MIN_POSITIVE),
+        scale: Some(-0.1),
+        dropout_p: 0.1 + 0.2,
+        seed: u64::MAX,
+        ..everything()
+    };
+    for config in [SelfAttentionConfig::new(8, 2), SelfAttentionConfig::single_head(5, 3, 2), everything(), odd] {
+        let json = serde_json::to_string(&config)?;
+        assert_eq!(serde_json::from_str::<SelfAttentionConfig>(&json)?, config, "{json}");
+        assert_eq!(serde_json::from_value::<SelfAttentionConfig>(serde_json::to_value(&config)?)?, config);
+    }
+    Ok(())
+}
+
+/// A JSON config needs its two sizes; the rest is as in `new`.
+#[test]
+fn fields_that_json_leaves_out_are_those_of_new() -> anyhow::Result<()> {
+    let config: SelfAttentionConfig = serde_json::from_str(r#"{"embed_dim": 8, "num_heads": 2}"#)?;
+    assert_eq!(config, SelfAttentionConfig::new(8, 2));
+    let json = r#"{"embed_dim": 8, "num_heads": 2, "rotary": {"pairing": "interleaved"}}"#;
+    let config: SelfAttentionConfig = serde_json::from_str(json)?;
+    let rotary = config.rotary.expect("a rotary embedding");
+    assert_eq!((rotary.base, rotary.dim, rotary.pairing), (10_000.0, None, Pairing::Interleaved));
+    Ok(())
+}
