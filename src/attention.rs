@@ -2,9 +2,11 @@
 
 use candle_core::{DType, Tensor};
 
+use crate::axes::Axes;
 use crate::error::{AttentionError, check_number};
+use crate::fused;
 use crate::mask::ScoreShape;
-use crate::options::{AttentionOptions, AttentionOutput};
+use crate::options::{AttentionOptions, AttentionOutput, Backend};
 use crate::reference;
 
 /// Attention: softmax(Q·Kᵀ · scale)·V for every head, with all that [`AttentionOptions`] can add.
@@ -61,12 +63,7 @@ pub fn scaled_dot_product_attention(
         _ => Ok(x.clone()),
     };
     let [query, key, value] = [query, key, value].map(four_axes);
-    let (query, key, value) = (query?, key?, value?);
-    check_tensors(&query, &key, &value)?;
-    check_numbers(options, query.dtype())?;
-    check_options(&query, &key, options)?;
-
-    let output = reference::attention(&query, &key, &value, options)?;
+    let output = attention(&query?, &key?, &value?, options, Axes::HeadsFirst)?;
     let axes_of_input = |x: Tensor| match rank {
         2 => x.squeeze(0)?.squeeze(0),
         3 => x.squeeze(1),
@@ -77,6 +74,51 @@ pub fn scaled_dot_product_attention(
         weights: output.weights.map(axes_of_input).transpose()?,
         logsumexp: output.logsumexp.map(axes_of_input).transpose()?,
     })
+}
+
+/// As [`scaled_dot_product_attention`], for tensors of four axes, in either order. The context has the order of the
+/// inputs; weights and log-sum-exp have their heads first.
+pub(crate) fn attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    options: &AttentionOptions,
+    axes: Axes,
+) -> candle_core::Result<AttentionOutput> {
+    let (q, k, v) = (axes.swap(query)?, axes.swap(key)?, axes.swap(value)?);
+    check_tensors(&q, &k, &v)?;
+    check_numbers(options, q.dtype())?;
+    check_options(&q, &k, options)?;
+    let by_reference = || {
+        let output = reference::attention(&q, &k, &v, options)?;
+        Ok(AttentionOutput { context: axes.swap(&output.context)?, ..output })
+    };
+    let fused = || fused::attention(query, key, value, options, axes);
+    compute(fused::check(&q, &k, &v, options), options, fused, by_reference)
+}
+
+/// Picks a backend. Weights come from the reference, whoever computes the rest, so that asking for them changes nothing.
+fn compute(
+    served: Result<(), AttentionError>,
+    options: &AttentionOptions,
+    fused: impl FnOnce() -> candle_core::Result<Option<AttentionOutput>>,
+    by_reference: impl FnOnce() -> candle_core::Result<AttentionOutput>,
+) -> candle_core::Result<AttentionOutput> {
+    let output = match options.backend {
+        Backend::Reference => None,
+        Backend::Auto if served.is_err() => None,
+        Backend::Auto => fused()?,
+        Backend::Fused => {
+            served?;
+            let (expected, got) = ("scores that don't overflow", "inputs so large that they do");
+            Some(fused()?.ok_or(AttentionError::Backend { expected, got })?)
+        }
+    };
+    match output {
+        Some(output) if options.return_weights => Ok(AttentionOutput { weights: by_reference()?.weights, ..output }),
+        Some(output) => Ok(output),
+        None => by_reference(),
+    }
 }
 
 fn check_ranks(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<usize, AttentionError> {

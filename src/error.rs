@@ -81,6 +81,14 @@ pub enum AttentionError {
         /// The size it has.
         got: String,
     },
+    /// A backend that can't do what was asked of it.
+    #[error("backend Fused: expected {expected}, got {got}")]
+    Backend {
+        /// What it can do.
+        expected: &'static str,
+        /// What was asked.
+        got: &'static str,
+    },
     /// More numbers than memory can address.
     #[error("a tensor of shape {shape:?}: expected at most {} bytes, got more", isize::MAX)]
     TooLarge {

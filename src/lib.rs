@@ -29,6 +29,7 @@
 //! | 5 | `multi_head` | what both share: parameters, projections, heads |
 //! | 4 | `attention` | checks its input, then computes |
 //! | 3 | `reference` | attention with every score in memory: read this first |
+//! | 3 | `fused` | the same without a q_len x kv_len matrix: the fast path |
 //! | 3 | `checkpoint` | safetensors that carry their config |
 //! | 2 | `options` | what attention can be asked for, and what it gives back |
 //! | 2 | `config` | what a layer is made of, checked in one place |
@@ -38,20 +39,25 @@
 //! | 1 | `heatmap` | attention weights to look at |
 //! | 0 | `error` | every way an input can be wrong |
 //! | 0 | `philox` | random numbers that depend on their place alone |
+//! | 0 | `axes` | in what order tensors have theirs |
+//! | 0 | `range` | whether scores can overflow |
 
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
 mod attention;
+mod axes;
 mod checkpoint;
 mod config;
 mod cross_attention;
 mod error;
+mod fused;
 pub mod heatmap;
 mod mask;
 mod multi_head;
 mod options;
 mod philox;
+mod range;
 mod reference;
 mod rotary;
 mod self_attention;
@@ -63,7 +69,7 @@ pub use cross_attention::CrossAttention;
 pub use error::AttentionError;
 pub use mask::{Coverage, Mask, ScoreShape};
 pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead};
-pub use options::{AttentionOptions, AttentionOutput};
+pub use options::{AttentionOptions, AttentionOutput, Backend};
 pub use rotary::{Pairing, RotaryConfig, RotaryEmbedding};
 pub use self_attention::SelfAttention;
 

@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Linear, Module, RmsNorm, VarBuilder};
 
-use crate::attention::scaled_dot_product_attention;
+use crate::attention::attention;
+use crate::axes::Axes;
 use crate::checkpoint::{self, Header, LayerKind};
 use crate::config::{Init, Parameter, SelfAttentionConfig};
 use crate::error::AttentionError;
 use crate::mask::Mask;
-use crate::options::AttentionOptions;
+use crate::options::{AttentionOptions, Backend};
 use crate::philox;
 use crate::rotary::RotaryEmbedding;
 
@@ -27,9 +28,12 @@ pub struct ForwardOptions {
     pub train: bool,
     /// Position of the first token, for the rotary embedding.
     pub position_offset: usize,
+    /// Which code computes the attention.
+    pub backend: Backend,
     /// Whether [`ForwardOutput::weights`] is wanted. Changes no other number.
     pub return_weights: bool,
-    /// Whether [`ForwardOutput::logsumexp`] is wanted. Changes no other number.
+    /// Whether [`ForwardOutput::logsumexp`] is wanted. Changes no other number, but for the
+    /// rounding of gradients in half types.
     pub return_logsumexp: bool,
 }
 
@@ -227,12 +231,11 @@ impl MultiHead {
             (query, key) = (q_norm.forward_diff(&query)?, k_norm.forward_diff(&key)?);
         }
         if let Some(rotary) = &self.rotary {
-            query = rotary.apply(&query, options.position_offset)?;
-            key = rotary.apply(&key, options.position_offset)?;
+            let rotate = |x: &Tensor| rotary.apply(&x.transpose(1, 2)?, options.position_offset)?.transpose(1, 2);
+            (query, key) = (rotate(&query)?, rotate(&key)?);
         }
-        let attended = scaled_dot_product_attention(&query, &key, &value, &self.attention_options(options))?;
-        let merged =
-            attended.context.transpose(1, 2)?.reshape((batch * q_len, config.num_heads * config.value_dim()))?;
+        let attended = attention(&query, &key, &value, &self.attention_options(options), Axes::TokensFirst)?;
+        let merged = attended.context.reshape((batch * q_len, config.num_heads * config.value_dim()))?;
         let output = match &self.o_proj {
             Some(o_proj) => o_proj.forward(&merged)?,
             None => merged,
@@ -260,6 +263,7 @@ impl MultiHead {
             sinks: self.sinks.clone(),
             dropout_p,
             dropout_seed,
+            backend: options.backend,
             return_weights: options.return_weights,
             return_logsumexp: options.return_logsumexp,
         }
@@ -288,12 +292,12 @@ impl MultiHead {
     }
 }
 
-/// A projection of all tokens, (batch, heads, len, dim). The tokens become rows of one matrix first: candle's `Linear`
+/// A projection of all tokens, (batch, len, heads, dim). The tokens become rows of one matrix first: candle's `Linear`
 /// gives wrong numbers on a transposed batch.
 fn split_heads(projection: &Linear, x: &Tensor, heads: usize, dim: usize) -> Result<Tensor> {
     let (batch, len, input_dim) = x.dims3()?;
     let rows = x.contiguous()?.reshape((batch * len, input_dim))?;
-    projection.forward(&rows)?.reshape((batch, len, heads, dim))?.transpose(1, 2)
+    projection.forward(&rows)?.reshape((batch, len, heads, dim))
 }
 
 /// The parameter as the `VarBuilder` has it; one that it has only just made is initialised from the seed.

@@ -4,6 +4,19 @@ use candle_core::Tensor;
 
 use crate::mask::Mask;
 
+/// Which code computes attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Backend {
+    /// The fused path where it serves, else the reference. The choice changes results by rounding alone.
+    #[default]
+    Auto,
+    /// Candle's tensor operations, with every score in memory.
+    Reference,
+    /// One operation without a q_len x kv_len matrix; an error where it can't serve.
+    Fused,
+}
+
 /// Everything that [`scaled_dot_product_attention`](crate::scaled_dot_product_attention) can be asked for. The default
 /// is the plain formula, softmax(Q·Kᵀ / sqrt(head_dim))·V.
 ///
@@ -39,9 +52,12 @@ pub struct AttentionOptions {
     pub dropout_p: f64,
     /// Which weights are dropped: the same seed drops the same ones, on every device.
     pub dropout_seed: u64,
+    /// Which code computes it.
+    pub backend: Backend,
     /// Whether [`AttentionOutput::weights`] is wanted. Changes no other number.
     pub return_weights: bool,
-    /// Whether [`AttentionOutput::logsumexp`] is wanted. Changes no other number.
+    /// Whether [`AttentionOutput::logsumexp`] is wanted. Changes no other number, but for the
+    /// rounding of gradients in half types.
     pub return_logsumexp: bool,
 }
 

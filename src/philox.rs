@@ -57,6 +57,11 @@ pub(crate) fn uniform(seed: u64, bound: f64, count: usize) -> Vec<f64> {
     numbers
 }
 
+/// A weight is dropped if its number is less than this.
+pub(crate) fn dropout_threshold(p: f64) -> u32 {
+    (p * 2f64.powi(32)) as u32
+}
+
 /// What dropout multiplies the weights by, for scores of shape (batch, num_heads, q_len, kv_len): 0 with probability
 /// `p`, else 1 / (1 - p).
 ///
@@ -67,7 +72,7 @@ pub(crate) fn dropout_factors(
     p: f64,
     (batch, heads, q_len, kv_len): (usize, usize, usize, usize),
 ) -> Vec<f64> {
-    let threshold = (p * 2f64.powi(32)) as u32;
+    let threshold = dropout_threshold(p);
     let keep = 1.0 / (1.0 - p);
     let mut factors = Vec::with_capacity(batch * heads * q_len * kv_len);
     for head in 0..(batch * heads) as u64 {

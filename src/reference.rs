@@ -17,6 +17,7 @@ use candle_core::{D, DType, Result, Tensor};
 use crate::mask::{Mask, ScoreShape};
 use crate::options::{AttentionOptions, AttentionOutput};
 use crate::philox::dropout_factors;
+use crate::range::may_overflow;
 
 /// Attention over inputs that have been checked.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
@@ -98,20 +99,6 @@ fn dot_products(q: &Tensor, k: &Tensor) -> Result<Tensor> {
     let (_, kv_heads, kv_len, _) = k.dims4()?;
     let rows = q.reshape((batch, kv_heads, heads / kv_heads * q_len, dim))?;
     rows.matmul(&k.t()?)?.reshape((batch, heads, q_len, kv_len))
-}
-
-/// Whether some |q·k| · |scale| might be more than the dtype can hold, in logarithms, which can't overflow themselves.
-fn may_overflow(q: &Tensor, k: &Tensor, scale: f64) -> Result<bool> {
-    let largest = |x: &Tensor| -> Result<f64> {
-        if x.elem_count() == 0 {
-            return Ok(0.0);
-        }
-        x.detach().abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>()
-    };
-    let limit = if q.dtype() == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
-    let bound = largest(q)?.ln() + largest(k)?.ln() + (q.dim(3)? as f64).ln() + scale.abs().max(1.0).ln();
-    // A margin for the rounding of the sum; written so that NaN takes the plain path, where it stays in its row.
-    Ok(bound > limit.ln() - 1.0)
 }
 
 /// As [`scaled_scores`], where a dot product could overflow to infinity, and the difference of two infinities to NaN:

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor};
 
 use crate::error::AttentionError;
-use rule::{PerSequence, Rule, Table};
+pub(crate) use rule::Rule;
+use rule::{PerSequence, Table};
 
 /// The sizes that scores have: (batch, num_heads, q_len, kv_len).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +168,11 @@ impl Mask {
     /// instead of being aligned at the end.
     pub fn with_offset(self, offset: usize) -> Self {
         Self(self.0.with_offset(offset))
+    }
+
+    /// For those who have checked the shape and ask often.
+    pub(crate) fn rule(&self) -> &Rule {
+        &self.0
     }
 
     /// Whether this is [`Mask::full`], which costs nothing.

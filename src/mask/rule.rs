@@ -10,7 +10,7 @@ use crate::error::AttentionError;
 
 /// A value that every sequence of the batch shares, or one for each.
 #[derive(Clone, Debug)]
-pub(super) enum PerSequence<T> {
+pub(crate) enum PerSequence<T> {
     Same(T),
     Each(Arc<[T]>),
 }
@@ -26,7 +26,7 @@ impl<T> PerSequence<T> {
 
 /// One condition on (sequence, head, query, key), or two combined.
 #[derive(Clone, Debug, Default)]
-pub(super) enum Rule {
+pub(crate) enum Rule {
     #[default]
     Full,
     /// -below <= key - position of the query <= above.
@@ -78,7 +78,7 @@ impl Rule {
         }
     }
 
-    pub(super) fn check(&self, shape: &ScoreShape) -> Result<(), AttentionError> {
+    pub(crate) fn check(&self, shape: &ScoreShape) -> Result<(), AttentionError> {
         match self {
             Rule::Full | Rule::Band { .. } | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
             Rule::FirstKeys(PerSequence::Each(lengths)) => check_key_lengths(lengths, shape),
@@ -108,7 +108,7 @@ impl Rule {
     }
 
     /// How much of a tile, which isn't empty, is let through. The shape has been checked.
-    pub(super) fn tile(&self, shape: &ScoreShape, at: (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
+    pub(crate) fn tile(&self, shape: &ScoreShape, at: (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
         match self {
             Rule::Full => Coverage::All,
             Rule::Band { below, above, offset } => {
@@ -137,6 +137,44 @@ impl Rule {
                 (Coverage::None, Coverage::None) => Coverage::None,
                 _ => Coverage::Some,
             },
+        }
+    }
+}
+
+impl Rule {
+    /// Calls `hide` with the queries, out of `q`, that may not attend to key `j`, in one or more ranges.
+    pub(crate) fn hidden(
+        &self,
+        shape: &ScoreShape,
+        at: (usize, usize),
+        q: &Range<usize>,
+        j: usize,
+        hide: &mut dyn FnMut(Range<usize>),
+    ) {
+        match self {
+            Rule::Full => {}
+            Rule::Band { below, above, offset } => {
+                // Query i may attend if -below <= j - (first + i) <= above.
+                let nearest = j as i64 - position(shape, *offset, 0);
+                let within = |i: i64| i.clamp(q.start as i64, q.end as i64) as usize;
+                let from = above.map_or(q.start, |above| within(nearest.saturating_sub(above)));
+                let to = below.map_or(q.end, |below| within(nearest.saturating_add(below).saturating_add(1)));
+                let to = to.max(from);
+                for hidden in [q.start..from, to..q.end] {
+                    if !hidden.is_empty() {
+                        hide(hidden);
+                    }
+                }
+            }
+            Rule::Both(pair) => {
+                pair.0.hidden(shape, at, q, j, hide);
+                pair.1.hidden(shape, at, q, j, hide);
+            }
+            _ => {
+                for i in q.clone().filter(|&i| !self.allows(shape, at.0, at.1, i, j)) {
+                    hide(i..i + 1);
+                }
+            }
         }
     }
 }
@@ -215,7 +253,7 @@ fn check_documents(
 
 /// A boolean tensor: (batch or 1, num_heads or 1, q_len or 1, kv_len or 1), row by row.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(crate) struct Table {
     dims: [usize; 4],
     allowed: Vec<bool>,
 }

@@ -188,9 +188,14 @@ fn check_hurt_query(dtype: DType, special: f64) -> Result<()> {
         let output = attend(&[hurt_query, key.clone(), value.clone()], &all_results())?;
         let (output, expected) = (other_rows(&output, hurt)?, other_rows(&expected, hurt)?);
         let what = format!("{special} in query {hurt}, {dtype:?}");
-        assert_same_bits(&output.context, &expected.context, &what);
-        assert_same_bits(weights(&output), weights(&expected), &what);
-        assert_same_bits(logsumexp(&output), logsumexp(&expected), &what);
+        let assert_same = |a: &Tensor, b: &Tensor| match special.is_finite() {
+            // Where finite numbers overflow, another backend takes over, which rounds in another order.
+            true => assert_close(a, b, 1e-5, &what),
+            false => assert_same_bits(a, b, &what),
+        };
+        assert_same(&output.context, &expected.context);
+        assert_same(weights(&output), weights(&expected));
+        assert_same(logsumexp(&output), logsumexp(&expected));
     }
     Ok(())
 }

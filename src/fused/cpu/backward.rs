@@ -1,0 +1,435 @@
+//! The backward pass: weights are computed once more from the log-sum-exp, block by block.
+//!
+//! | forward | backward |
+//! |---|---|
+//! | s = scale · q·kᵀ | dq = scale · ds·k, dk = scale · dsᵀ·q |
+//! | p = exp(s - lse) | ds = p ∘ (dp - δ), where δ = Σ do ∘ o - dlse |
+//! | o = (p ∘ drop)·v | dp = drop ∘ do·vᵀ, dv = (p ∘ drop)ᵀ·do |
+//!
+//! Source: Dao, "FlashAttention-2" (2023), algorithm 2; the term with dlse from d lse / ds = p.
+
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::Strides;
+use super::element::Element;
+use super::forward::pack_queries;
+use super::micro::{Rows, VECTORS, accumulate, dot_products, outer_products, panel_width};
+use super::problem::{Problem, View};
+use super::real::Real;
+use super::scores::Tile;
+use super::scratch::Scratch;
+use super::softmax::weights_and_grads;
+
+/// Panels of a block of queries. Their weights lie side by side, so that the products over queries, dk and dv, are long
+/// enough to pay for loading and storing their sums.
+const PANELS: usize = 4;
+/// Keys of a block: the weights and their gradients (48 KB each with AVX2) stay in a second-level cache.
+const KEYS: usize = 192;
+
+/// The keys `keys` of one key head, and all queries that look at them. A task owns its rows of dk and dv.
+pub(crate) struct Backward<'a, E: Element> {
+    pub(crate) problem: &'a Problem<'a, E>,
+    /// (batch, num_heads, q_len, value_dim)
+    pub(crate) grad_context: View<'a, E>,
+    /// (batch, num_heads, q_len): what the backward pass needs of each query.
+    pub(crate) rows: &'a [QueryRow<E::Real>],
+    pub(crate) sequence: usize,
+    pub(crate) kv_head: usize,
+    pub(crate) keys: Range<usize>,
+    pub(crate) gradients: Gradients<E>,
+}
+
+/// What is known of a query after the forward pass.
+#[derive(Clone, Copy)]
+pub(crate) struct QueryRow<R> {
+    /// Infinite where there was nothing to attend to, which makes every weight zero.
+    pub(crate) logsumexp: R,
+    /// Σ do ∘ o - dlse
+    pub(crate) delta: R,
+}
+
+/// Where a task writes: every place that is its own, whatever was there before.
+#[derive(Clone, Copy)]
+pub(crate) struct Gradients<E: Element> {
+    /// The queries of this sequence, from this task's share of the keys.
+    pub(crate) q: *mut E::Real,
+    pub(crate) q_strides: Strides,
+    /// This key head of this sequence.
+    pub(crate) k: *mut E,
+    pub(crate) k_by_place: usize,
+    pub(crate) v: *mut E,
+    pub(crate) v_by_place: usize,
+    /// (num_heads, q_len, kv_len) of this sequence, before any sum over what the bias broadcasts, starting as zeros; null
+    /// if not wanted.
+    pub(crate) scores: *mut E::Real,
+}
+
+/// Entries of a row of dk or dv: whole vectors of any instruction set, of which 16 numbers are the longest.
+fn pad(dim: usize) -> usize {
+    dim.next_multiple_of(16)
+}
+
+struct Pieces<'s, R> {
+    /// [d][W] for each panel
+    queries: &'s mut [R],
+    /// [value_dim][W] for each panel
+    grads: &'s mut [R],
+    /// [d][W] for each panel
+    grad_queries: &'s mut [R],
+    /// A row of pad(d) for each query, times the scale
+    query_rows: &'s mut [R],
+    /// A row of pad(value_dim) for each query
+    grad_rows: &'s mut [R],
+    /// [KEYS][PANELS · W]
+    weights: &'s mut [R],
+    /// [KEYS][PANELS · W]
+    grad_scores: &'s mut [R],
+    /// [KEYS][W], with a softcap
+    tanh: &'s mut [R],
+    /// [KEYS][W], with dropout
+    factors: &'s mut [R],
+    keys: &'s mut [R],
+    values: &'s mut [R],
+    /// A row of pad(d) for each key of the task: the sum so far
+    grad_keys: &'s mut [R],
+    /// A row of pad(value_dim) for each key of the task
+    grad_values: &'s mut [R],
+    /// log-sum-exp and delta, [W] for each panel
+    logsumexp: &'s mut [R],
+    delta: &'s mut [R],
+}
+
+impl<E: Element> WithSimd for Backward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (d, dv) = (self.problem.dim(), self.problem.value_dim());
+        let width = panel_width::<E::Real, S>();
+        let block = PANELS * width;
+        let if_wanted = |wanted: bool| if wanted { KEYS * width } else { 0 };
+        let sizes = [
+            d * block,
+            dv * block,
+            d * block,
+            pad(d) * block,
+            pad(dv) * block,
+            KEYS * block,
+            KEYS * block,
+            if_wanted(self.problem.softcap.is_some()),
+            if_wanted(self.problem.dropout.is_some()),
+            KEYS * d,
+            KEYS * dv,
+            pad(d) * self.keys.len(),
+            pad(dv) * self.keys.len(),
+            block,
+            block,
+        ];
+        let mut scratch = Scratch::of_this_thread::<E::Real>(&sizes);
+        let [
+            queries,
+            grads,
+            grad_queries,
+            query_rows,
+            grad_rows,
+            weights,
+            grad_scores,
+            tanh,
+            factors,
+            keys,
+            values,
+            grad_keys,
+            grad_values,
+            logsumexp,
+            delta,
+        ] = scratch.pieces(sizes);
+        let mut pieces = Pieces {
+            queries,
+            grads,
+            grad_queries,
+            query_rows,
+            grad_rows,
+            weights,
+            grad_scores,
+            tanh,
+            factors,
+            keys,
+            values,
+            grad_keys,
+            grad_values,
+            logsumexp,
+            delta,
+        };
+        pieces.grad_keys.fill(E::Real::ZERO);
+        pieces.grad_values.fill(E::Real::ZERO);
+        let q_len = self.problem.shape().q_len;
+        let group = self.problem.group();
+        for head in self.kv_head * group..(self.kv_head + 1) * group {
+            for start in (0..q_len).step_by(block) {
+                self.query_block(simd, head, start..(start + block).min(q_len), &mut pieces);
+            }
+        }
+        self.write_grad_keys_and_values(&pieces);
+    }
+}
+
+impl<E: Element> Backward<'_, E> {
+    #[inline(always)]
+    fn query_block<S: Simd>(&self, simd: S, head: usize, queries: Range<usize>, pieces: &mut Pieces<E::Real>) {
+        let at = (self.sequence, head);
+        let mut ready = false;
+        for start in self.keys.clone().step_by(KEYS) {
+            let keys = start..(start + KEYS).min(self.keys.end);
+            let (keys, _) = self.problem.visible(at, &queries, keys);
+            if keys.is_empty() {
+                continue;
+            }
+            if !ready {
+                self.start::<S>(at, &queries, pieces);
+                ready = true;
+            }
+            self.key_block(simd, at, &queries, keys, pieces);
+        }
+        if !ready {
+            pieces.grad_queries.fill(E::Real::ZERO);
+        }
+        self.write_grad_queries::<S>(head, &queries, pieces);
+    }
+
+    /// Packs the block's queries and the gradients of their contexts, both ways.
+    #[inline(always)]
+    fn start<S: Simd>(&self, at: (usize, usize), queries: &Range<usize>, pieces: &mut Pieces<E::Real>) {
+        let problem = self.problem;
+        let width = panel_width::<E::Real, S>();
+        let scale = E::Real::from_f64(problem.scale);
+        pack_queries::<E>(problem, at, queries, width, scale, pieces.queries);
+        pieces.grad_queries.fill(E::Real::ZERO);
+        let (d_pad, dv_pad, dv) = (pad(problem.dim()), pad(problem.value_dim()), problem.value_dim());
+        for i in 0..PANELS * width {
+            let (panel, lane) = (i / width, i % width);
+            let query_row = &mut pieces.query_rows[i * d_pad..][..d_pad];
+            let grad_row = &mut pieces.grad_rows[i * dv_pad..][..dv_pad];
+            query_row.fill(E::Real::ZERO);
+            grad_row.fill(E::Real::ZERO);
+            let (mut logsumexp, mut delta) = (E::Real::INFINITY, E::Real::ZERO);
+            let query = queries.start + i;
+            if query < queries.end {
+                let row = self.rows[(at.0 * problem.shape().num_heads + at.1) * problem.shape().q_len + query];
+                (logsumexp, delta) = (row.logsumexp, row.delta);
+                for (to, x) in query_row.iter_mut().zip(problem.q.row(at.0, at.1, query)) {
+                    *to = x.widen() * scale;
+                }
+                for (to, x) in grad_row.iter_mut().zip(self.grad_context.row(at.0, at.1, query)) {
+                    *to = x.widen();
+                }
+            }
+            (pieces.logsumexp[i], pieces.delta[i]) = (logsumexp, delta);
+            let panel = &mut pieces.grads[panel * dv * width..][..dv * width];
+            for (to, x) in panel.chunks_exact_mut(width).zip(&*grad_row) {
+                to[lane] = *x;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn key_block<S: Simd>(
+        &self,
+        simd: S,
+        at: (usize, usize),
+        queries: &Range<usize>,
+        block: Range<usize>,
+        pieces: &mut Pieces<E::Real>,
+    ) {
+        let problem = self.problem;
+        let width = panel_width::<E::Real, S>();
+        let stride = PANELS * width;
+        let kv_at = (at.0, self.kv_head);
+        let keys = problem.k.rows(kv_at, block.clone(), pieces.keys);
+        let values = problem.v.rows(kv_at, block.clone(), pieces.values);
+        let panels = queries.len().div_ceil(width);
+        let mut visible: [Range<usize>; PANELS] = std::array::from_fn(|_| 0..0);
+        for (panel, visible) in visible.iter_mut().enumerate().take(panels) {
+            let first_query = queries.start + panel * width;
+            let of_panel = first_query..(first_query + width).min(queries.end);
+            let (range, coverage) = problem.visible(at, &of_panel, block.clone());
+            *visible = range.start - block.start..range.end - block.start;
+            let tile = Tile { at, first_query, queries: of_panel.len(), width, keys: range };
+            self.zero_outside::<S>(panel, visible, block.len(), pieces);
+            if visible.start < visible.end {
+                // SAFETY: the pieces have the sizes that the kernels ask for, and the tile lies inside the block.
+                unsafe { self.panel(simd, &tile, coverage, panel, visible.start, keys, values, pieces) };
+            }
+        }
+        // Keys that the same panels look at are multiplied together.
+        let mut start = 0;
+        while start < block.len() {
+            let looked_at = |key: usize| {
+                let sees = |panel: &usize| visible[*panel].contains(&key);
+                let first = (0..panels).find(sees);
+                first.map(|first| first..(0..panels).rfind(sees).unwrap_or(first) + 1)
+            };
+            let span = looked_at(start);
+            let end = (start + 1..block.len()).find(|&key| looked_at(key) != span).unwrap_or(block.len());
+            if let Some(span) = span {
+                // SAFETY: the gradients have a padded row for each key of this task, the pieces one for each query.
+                unsafe { self.grad_keys_and_values(simd, block.start + start, start..end, span, pieces) };
+            }
+            start = end;
+        }
+        debug_assert!(stride * block.len() <= pieces.weights.len());
+    }
+
+    /// Weights and gradients of scores that a panel doesn't compute, but that lie between those that it does.
+    #[inline(always)]
+    fn zero_outside<S: Simd>(&self, panel: usize, visible: &Range<usize>, keys: usize, pieces: &mut Pieces<E::Real>) {
+        let width = panel_width::<E::Real, S>();
+        for key in (0..keys).filter(|key| !visible.contains(key)) {
+            let lanes = (key * PANELS + panel) * width..(key * PANELS + panel + 1) * width;
+            pieces.weights[lanes.clone()].fill(E::Real::ZERO);
+            pieces.grad_scores[lanes].fill(E::Real::ZERO);
+        }
+    }
+
+    /// Weights, gradients of scores, and the share of these keys in the gradients of a panel's queries.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // all of it is needed, and nothing of it belongs together elsewhere
+    unsafe fn panel<S: Simd>(
+        &self,
+        simd: S,
+        tile: &Tile,
+        coverage: crate::mask::Coverage,
+        panel: usize,
+        skip: usize,
+        keys: Rows<*const E::Real>,
+        values: Rows<*const E::Real>,
+        pieces: &mut Pieces<E::Real>,
+    ) {
+        let problem = self.problem;
+        let (d, dv, width, count) = (problem.dim(), problem.value_dim(), tile.width, tile.keys.len());
+        let stride = PANELS * width;
+        // SAFETY: as the caller promises.
+        unsafe {
+            let keys = Rows { start: keys.start.add(skip * keys.stride), ..keys };
+            let values = Rows { start: values.start.add(skip * values.stride), ..values };
+            let place = (skip * PANELS + panel) * width;
+            let weights = Rows { start: pieces.weights.as_mut_ptr().add(place), stride };
+            let grad_scores = Rows { start: pieces.grad_scores.as_mut_ptr().add(place), stride };
+            let tanh = Rows { start: pieces.tanh.as_mut_ptr(), stride: width };
+            let factors = Rows { start: pieces.factors.as_mut_ptr(), stride: width };
+            dot_products::<E::Real, S>(simd, d, pieces.queries.as_ptr().add(panel * d * width), keys, count, weights);
+            tile.adjust(problem, coverage, weights, problem.softcap.map(|_| tanh));
+            let grads = pieces.grads.as_ptr().add(panel * dv * width);
+            dot_products::<E::Real, S>(simd, dv, grads, values, count, grad_scores);
+            let (dropout, softcap) = (problem.dropout.is_some(), problem.softcap.is_some());
+            if dropout {
+                tile.dropout_factors(problem, factors);
+            }
+            let query = pieces.logsumexp.as_ptr().add(panel * width);
+            let delta = pieces.delta.as_ptr().add(panel * width);
+            weights_and_grads::<E::Real, S>(
+                simd,
+                count,
+                query,
+                delta,
+                weights,
+                grad_scores,
+                dropout.then_some(factors),
+            );
+            self.write_grad_scores(tile, grad_scores);
+            if softcap {
+                for j in 0..count {
+                    for i in 0..width {
+                        let tanh = *tanh.start.add(j * width + i);
+                        *grad_scores.start.add(j * stride + i) *= E::Real::ONE - tanh * tanh;
+                    }
+                }
+            }
+            let one = [E::Real::splat(simd, E::Real::ONE); VECTORS];
+            let grad_queries = pieces.grad_queries.as_mut_ptr().add(panel * d * width);
+            let grad_scores = Rows { start: grad_scores.start.cast_const(), stride };
+            accumulate::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
+        }
+    }
+
+    /// The gradient of the scores after the bias was added, for the bias.
+    #[inline(always)]
+    unsafe fn write_grad_scores(&self, tile: &Tile, grad_scores: Rows<*mut E::Real>) {
+        if self.gradients.scores.is_null() {
+            return;
+        }
+        let shape = self.problem.shape();
+        for i in 0..tile.queries {
+            let row = (tile.at.1 * shape.q_len + tile.first_query + i) * shape.kv_len;
+            for (j, key) in tile.keys.clone().enumerate() {
+                // SAFETY: the caller has a number for every score of the sequence, and no other task has this one.
+                unsafe { *self.gradients.scores.add(row + key) = *grad_scores.start.add(j * grad_scores.stride + i) };
+            }
+        }
+    }
+
+    /// dk and dv of the rows `rows` of a block, from the panels `span`.
+    #[inline(always)]
+    unsafe fn grad_keys_and_values<S: Simd>(
+        &self,
+        simd: S,
+        key: usize,
+        rows: Range<usize>,
+        span: Range<usize>,
+        pieces: &mut Pieces<E::Real>,
+    ) {
+        let width = panel_width::<E::Real, S>();
+        let (stride, place) = (PANELS * width, (rows.start * PANELS + span.start) * width);
+        let (first, inner) = (span.start * width, span.len() * width);
+        let lanes = E::Real::lanes::<S>();
+        let (k_stride, v_stride) = (pad(self.problem.dim()), pad(self.problem.value_dim()));
+        let key = key - self.keys.start;
+        // SAFETY: as the caller promises.
+        unsafe {
+            let weights = Rows { start: pieces.weights.as_ptr().add(place), stride };
+            let grad_rows = Rows { start: pieces.grad_rows.as_ptr().add(first * v_stride), stride: v_stride };
+            let out = Rows { start: pieces.grad_values.as_mut_ptr().add(key * v_stride), stride: v_stride };
+            let columns = self.problem.value_dim().next_multiple_of(lanes);
+            outer_products::<E::Real, S>(simd, columns, out, rows.len(), weights, inner, grad_rows);
+            let grad_scores = Rows { start: pieces.grad_scores.as_ptr().add(place), stride };
+            let query_rows = Rows { start: pieces.query_rows.as_ptr().add(first * k_stride), stride: k_stride };
+            let out = Rows { start: pieces.grad_keys.as_mut_ptr().add(key * k_stride), stride: k_stride };
+            let columns = self.problem.dim().next_multiple_of(lanes);
+            outer_products::<E::Real, S>(simd, columns, out, rows.len(), grad_scores, inner, query_rows);
+        }
+    }
+
+    fn write_grad_keys_and_values(&self, pieces: &Pieces<E::Real>) {
+        let Gradients { k, k_by_place, v, v_by_place, .. } = self.gradients;
+        let (d, dv) = (self.problem.dim(), self.problem.value_dim());
+        for (j, key) in self.keys.clone().enumerate() {
+            // SAFETY: the gradients have a row for each key of this head, and no other task writes those of this one.
+            unsafe {
+                for (c, x) in pieces.grad_keys[j * pad(d)..][..d].iter().enumerate() {
+                    k.add(key * k_by_place + c).write(E::narrow(*x));
+                }
+                for (c, x) in pieces.grad_values[j * pad(dv)..][..dv].iter().enumerate() {
+                    v.add(key * v_by_place + c).write(E::narrow(*x));
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn write_grad_queries<S: Simd>(&self, head: usize, queries: &Range<usize>, pieces: &Pieces<E::Real>) {
+        let width = panel_width::<E::Real, S>();
+        let d = self.problem.dim();
+        let scale = E::Real::from_f64(self.problem.scale);
+        for i in 0..queries.len() {
+            let (panel, lane) = (i / width, i % width);
+            let (by_head, by_place) = self.gradients.q_strides;
+            let row = head * by_head + (queries.start + i) * by_place;
+            let columns = pieces.grad_queries[panel * d * width..][..d * width].chunks_exact(width);
+            for (c, column) in columns.enumerate() {
+                // SAFETY: the gradients have a row for each query of the sequence, and no other task writes it.
+                unsafe { self.gradients.q.add(row + c).write(column[lane] * scale) };
+            }
+        }
+    }
+}

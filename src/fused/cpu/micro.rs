@@ -1,0 +1,301 @@
+//! The inner loops: small blocks of products that stay in registers.
+//!
+//! The lanes of a vector are queries. A *panel* is [`VECTORS`] vectors of them, W queries in all, packed as [d][W]; scores
+//! of a panel lie as [key][W]. Keys and values stand as the caller has them, row by row, each number broadcast from
+//! where it is: nothing but the queries is ever transposed, and no sum runs across lanes.
+//!
+//! With AVX2, a block of 6 rows by 2 vectors holds 12 sums, 2 vectors of queries and 1 broadcast: 15 of 16 registers.
+
+use pulp::Simd;
+
+use super::real::Real;
+
+/// Vectors in a panel.
+pub(crate) const VECTORS: usize = 2;
+/// Rows in a block.
+pub(crate) const ROWS: usize = 6;
+
+/// Queries in a panel.
+pub(crate) fn panel_width<R: Real, S: Simd>() -> usize {
+    VECTORS * R::lanes::<S>()
+}
+
+#[inline(always)]
+pub(crate) unsafe fn load<R: Real, S: Simd>(from: *const R) -> R::Vector<S> {
+    // SAFETY: the caller has `lanes` numbers there.
+    unsafe { from.cast::<R::Vector<S>>().read_unaligned() }
+}
+
+/// `V` vectors, one behind the other. (A loop and no closure: what isn't inlined into the function that dispatched on the
+/// instruction set is compiled without it.)
+#[inline(always)]
+pub(crate) unsafe fn load_all<R: Real, S: Simd, const V: usize>(simd: S, from: *const R) -> [R::Vector<S>; V] {
+    let mut vectors = [R::splat(simd, R::ZERO); V];
+    for (v, vector) in vectors.iter_mut().enumerate() {
+        // SAFETY: the caller has `V · lanes` numbers there.
+        *vector = unsafe { load::<R, S>(from.add(v * R::lanes::<S>())) };
+    }
+    vectors
+}
+
+#[inline(always)]
+pub(crate) unsafe fn store<R: Real, S: Simd>(to: *mut R, x: R::Vector<S>) {
+    // SAFETY: the caller has room for `lanes` numbers there.
+    unsafe { to.cast::<R::Vector<S>>().write_unaligned(x) }
+}
+
+/// Runs a block of the given number of rows over `count` rows: whole blocks, then what is left in blocks of 4, 2 and 1.
+macro_rules! in_blocks {
+    ($count:expr, |$start:ident| $block:ident::<$($rest:ty),*>($($argument:expr),* $(,)?)) => {{
+        let count = $count;
+        let mut $start = 0;
+        while $start + ROWS <= count {
+            $block::<$($rest),*, ROWS>($($argument),*);
+            $start += ROWS;
+        }
+        while $start + 4 <= count {
+            $block::<$($rest),*, 4>($($argument),*);
+            $start += 4;
+        }
+        while $start + 2 <= count {
+            $block::<$($rest),*, 2>($($argument),*);
+            $start += 2;
+        }
+        while $start < count {
+            $block::<$($rest),*, 1>($($argument),*);
+            $start += 1;
+        }
+    }};
+}
+
+/// A matrix whose rows stand `stride` numbers apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<T> {
+    pub(crate) start: T,
+    pub(crate) stride: usize,
+}
+
+/// scores[j][W] = Σ_d rows[j][d] · panel[d][W] for `count` rows.
+///
+/// # Safety
+///
+/// `panel` has d · W numbers, `rows` count rows of d, `scores` count rows of W.
+#[inline(always)]
+pub(crate) unsafe fn dot_products<R: Real, S: Simd>(
+    simd: S,
+    d: usize,
+    panel: *const R,
+    rows: Rows<*const R>,
+    count: usize,
+    scores: Rows<*mut R>,
+) {
+    // SAFETY: as the caller promises; a block stays inside `count` rows.
+    unsafe {
+        in_blocks!(count, |j| dot_block::<R, S>(
+            simd,
+            d,
+            panel,
+            Rows { start: rows.start.add(j * rows.stride), ..rows },
+            Rows { start: scores.start.add(j * scores.stride), ..scores },
+        ));
+    }
+}
+
+#[inline(always)]
+unsafe fn dot_block<R: Real, S: Simd, const N: usize>(
+    simd: S,
+    d: usize,
+    panel: *const R,
+    rows: Rows<*const R>,
+    scores: Rows<*mut R>,
+) {
+    let lanes = R::lanes::<S>();
+    let mut sums = [[R::splat(simd, R::ZERO); VECTORS]; N];
+    // SAFETY: as the caller promises.
+    unsafe {
+        for i in 0..d {
+            let at = panel.add(i * VECTORS * lanes);
+            let queries: [_; VECTORS] = load_all::<R, S, VECTORS>(simd, at);
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let x = R::splat(simd, *rows.start.add(row * rows.stride + i));
+                for (sum, query) in sums.iter_mut().zip(queries) {
+                    *sum = R::mul_add(simd, x, query, *sum);
+                }
+            }
+        }
+        for (row, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                store::<R, S>(scores.start.add(row * scores.stride + v * lanes), sum);
+            }
+        }
+    }
+}
+
+/// panel[d][W] = factor[W] · panel[d][W] + Σ_j rows[j][d] · weights[j][W] over `count` rows.
+///
+/// # Safety
+///
+/// `panel` has d · W numbers, `rows` count rows of d, `weights` count rows of W.
+#[inline(always)]
+pub(crate) unsafe fn accumulate<R: Real, S: Simd>(
+    simd: S,
+    d: usize,
+    panel: *mut R,
+    factor: [R::Vector<S>; VECTORS],
+    rows: Rows<*const R>,
+    count: usize,
+    weights: Rows<*const R>,
+) {
+    let width = panel_width::<R, S>();
+    // SAFETY: as the caller promises; a block stays inside the d columns.
+    unsafe {
+        in_blocks!(d, |i| accumulate_block::<R, S>(
+            simd,
+            panel.add(i * width),
+            factor,
+            Rows { start: rows.start.add(i), ..rows },
+            count,
+            weights,
+        ));
+    }
+}
+
+#[inline(always)]
+unsafe fn accumulate_block<R: Real, S: Simd, const N: usize>(
+    simd: S,
+    panel: *mut R,
+    factor: [R::Vector<S>; VECTORS],
+    rows: Rows<*const R>,
+    count: usize,
+    weights: Rows<*const R>,
+) {
+    let lanes = R::lanes::<S>();
+    // SAFETY: as the caller promises.
+    unsafe {
+        let mut sums = [[R::splat(simd, R::ZERO); VECTORS]; N];
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let before: [_; VECTORS] = load_all::<R, S, VECTORS>(simd, panel.add(i * VECTORS * lanes));
+            for ((sum, before), factor) in sums.iter_mut().zip(before).zip(factor) {
+                *sum = R::vmul(simd, factor, before);
+            }
+        }
+        for j in 0..count {
+            let at = weights.start.add(j * weights.stride);
+            let weights: [_; VECTORS] = load_all::<R, S, VECTORS>(simd, at);
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let x = R::splat(simd, *rows.start.add(j * rows.stride + i));
+                for (sum, weight) in sums.iter_mut().zip(weights) {
+                    *sum = R::mul_add(simd, x, weight, *sum);
+                }
+            }
+        }
+        for (i, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                store::<R, S>(panel.add((i * VECTORS + v) * lanes), sum);
+            }
+        }
+    }
+}
+
+/// out[j][c] += Σ_i weights[j][i] · rows[i][c] for `count` rows j, `inner` rows i and `columns` columns, a multiple of the
+/// lanes.
+///
+/// # Safety
+///
+/// `out` has count rows of `columns`, `rows` inner rows of `columns`, `weights` count rows of `inner`.
+#[inline(always)]
+pub(crate) unsafe fn outer_products<R: Real, S: Simd>(
+    simd: S,
+    columns: usize,
+    out: Rows<*mut R>,
+    count: usize,
+    weights: Rows<*const R>,
+    inner: usize,
+    rows: Rows<*const R>,
+) {
+    let lanes = R::lanes::<S>();
+    // SAFETY: as the caller promises; a block stays inside `count` rows and `columns` columns.
+    unsafe {
+        let mut column = 0;
+        while column < columns {
+            let rows = Rows { start: rows.start.add(column), ..rows };
+            let wide = column + VECTORS * lanes <= columns;
+            if wide {
+                in_blocks!(count, |j| outer_wide::<R, S>(
+                    simd,
+                    Rows { start: out.start.add(j * out.stride + column), ..out },
+                    Rows { start: weights.start.add(j * weights.stride), ..weights },
+                    inner,
+                    rows,
+                ));
+                column += VECTORS * lanes;
+            } else {
+                in_blocks!(count, |j| outer_narrow::<R, S>(
+                    simd,
+                    Rows { start: out.start.add(j * out.stride + column), ..out },
+                    Rows { start: weights.start.add(j * weights.stride), ..weights },
+                    inner,
+                    rows,
+                ));
+                column += lanes;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn outer_wide<R: Real, S: Simd, const N: usize>(
+    simd: S,
+    out: Rows<*mut R>,
+    weights: Rows<*const R>,
+    inner: usize,
+    rows: Rows<*const R>,
+) {
+    // SAFETY: as the caller promises.
+    unsafe { outer_block::<R, S, N, VECTORS>(simd, out, weights, inner, rows) }
+}
+
+#[inline(always)]
+unsafe fn outer_narrow<R: Real, S: Simd, const N: usize>(
+    simd: S,
+    out: Rows<*mut R>,
+    weights: Rows<*const R>,
+    inner: usize,
+    rows: Rows<*const R>,
+) {
+    // SAFETY: as the caller promises.
+    unsafe { outer_block::<R, S, N, 1>(simd, out, weights, inner, rows) }
+}
+
+#[inline(always)]
+unsafe fn outer_block<R: Real, S: Simd, const N: usize, const V: usize>(
+    simd: S,
+    out: Rows<*mut R>,
+    weights: Rows<*const R>,
+    inner: usize,
+    rows: Rows<*const R>,
+) {
+    let lanes = R::lanes::<S>();
+    // SAFETY: as the caller promises.
+    unsafe {
+        let mut sums = [[R::splat(simd, R::ZERO); V]; N];
+        for (j, sums) in sums.iter_mut().enumerate() {
+            *sums = load_all::<R, S, V>(simd, out.start.add(j * out.stride));
+        }
+        for i in 0..inner {
+            let at = rows.start.add(i * rows.stride);
+            let columns: [_; V] = load_all::<R, S, V>(simd, at);
+            for (j, sums) in sums.iter_mut().enumerate() {
+                let x = R::splat(simd, *weights.start.add(j * weights.stride + i));
+                for (sum, column) in sums.iter_mut().zip(columns) {
+                    *sum = R::mul_add(simd, x, column, *sum);
+                }
+            }
+        }
+        for (j, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                store::<R, S>(out.start.add(j * out.stride + v * lanes), sum);
+            }
+        }
+    }
+}

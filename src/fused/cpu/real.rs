@@ -1,0 +1,137 @@
+//! What the kernels compute in, f32 or f64, as vectors of any instruction set.
+
+use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
+
+use pulp::Simd;
+
+/// A type to compute in. All vector functions work lane by lane; NaN in one lane stays there.
+pub(crate) trait Real:
+    Copy
+    + Default
+    + PartialOrd
+    + Send
+    + Sync
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + AddAssign
+    + SubAssign
+    + MulAssign
+    + 'static
+{
+    /// One register of the instruction set `S`.
+    type Vector<S: Simd>: Copy;
+
+    const ZERO: Self;
+    const ONE: Self;
+    /// Where a running maximum starts: a number below every score that can be told from minus infinity, whose product
+    /// with log2(e) is finite.
+    const LOWEST: Self;
+    const INFINITY: Self;
+
+    fn from_f64(x: f64) -> Self;
+    fn to_f64(self) -> f64;
+
+    /// Numbers in a vector.
+    fn lanes<S: Simd>() -> usize {
+        size_of::<Self::Vector<S>>() / size_of::<Self>()
+    }
+    fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
+    fn vadd<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn vsub<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn vmul<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// a · b + c
+    fn mul_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
+    /// The greater; `a` where `b` is NaN.
+    fn max<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// 2^x, and 0 where that would be denormal.
+    fn exp2<S: Simd>(simd: S, x: Self::Vector<S>) -> Self::Vector<S>;
+}
+
+/// Coefficients of 2^r on [-1/2, 1/2]: ln(2)^i / i!. Cut off after degree 6, the rest is below 2^-23; after 13, 2^-52.
+const EXP2: [f64; 14] = {
+    let mut coefficients = [1.0; 14];
+    let mut i = 1;
+    while i < 14 {
+        coefficients[i] = coefficients[i - 1] * std::f64::consts::LN_2 / i as f64;
+        i += 1;
+    }
+    coefficients
+};
+
+macro_rules! real {
+    ($real:ident, $degree:expr, $mantissa:expr, $lowest_exponent:expr,
+     $vector:ident, $splat:ident, $splat_bits:ident, $add:ident, $sub:ident, $mul:ident, $mul_add:ident,
+     $less:ident, $select:ident, $to_bits:ident, $from_bits:ident, $shift:ident by $shift_by:expr, $add_bits:ident) => {
+        impl Real for $real {
+            type Vector<S: Simd> = S::$vector;
+
+            const ZERO: Self = 0.0;
+            const ONE: Self = 1.0;
+            const LOWEST: Self = $real::MIN / 2.0;
+            const INFINITY: Self = $real::INFINITY;
+
+            #[inline(always)]
+            fn from_f64(x: f64) -> Self {
+                x as $real
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                self as f64
+            }
+            #[inline(always)]
+            fn splat<S: Simd>(simd: S, x: Self) -> S::$vector {
+                simd.$splat(x)
+            }
+            #[inline(always)]
+            fn vadd<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$add(a, b)
+            }
+            #[inline(always)]
+            fn vsub<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$sub(a, b)
+            }
+            #[inline(always)]
+            fn vmul<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$mul(a, b)
+            }
+            #[inline(always)]
+            fn mul_add<S: Simd>(simd: S, a: S::$vector, b: S::$vector, c: S::$vector) -> S::$vector {
+                simd.$mul_add(a, b, c)
+            }
+            #[inline(always)]
+            fn max<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$select(simd.$less(a, b), b, a)
+            }
+            #[inline(always)]
+            fn exp2<S: Simd>(simd: S, x: S::$vector) -> S::$vector {
+                // Adding 1.5 · 2^mantissa rounds x to an integer n and leaves n in the lowest bits.
+                let magic = simd.$splat(1.5 * (1u64 << $mantissa) as $real);
+                let shifted = simd.$add(x, magic);
+                let r = simd.$sub(x, simd.$sub(shifted, magic));
+                let mut power = simd.$splat(EXP2[$degree] as $real);
+                let mut i = $degree;
+                while i > 0 {
+                    i -= 1;
+                    power = simd.$mul_add(power, r, simd.$splat(EXP2[i] as $real));
+                }
+                // 2^x = 2^r · 2^n: n is added to the exponent.
+                let n = simd.$shift(simd.$to_bits(shifted), simd.$splat_bits($shift_by));
+                let result = simd.$from_bits(simd.$add_bits(simd.$to_bits(power), n));
+                // Written so that NaN is not less, and stays.
+                simd.$select(simd.$less(x, simd.$splat($lowest_exponent)), simd.$splat(0.0), result)
+            }
+        }
+    };
+}
+
+real!(
+    f32, 6, 23, -126.0, f32s, splat_f32s, splat_u32s, add_f32s, sub_f32s, mul_f32s, mul_add_e_f32s,
+    less_than_f32s, select_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s by 23, add_u32s
+);
+real!(
+    f64, 13, 52, -1022.0, f64s, splat_f64s, splat_u64s, add_f64s, sub_f64s, mul_f64s, mul_add_e_f64s,
+    less_than_f64s, select_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s by 1 << 52, add_u64s
+);

@@ -1,0 +1,52 @@
+//! From scores to weights, and the gradient back.
+
+use pulp::Simd;
+
+use super::micro::{Rows, VECTORS, load, store};
+use super::real::Real;
+
+/// e^(s - shift): exactly 1 where both are equal.
+#[inline(always)]
+pub(crate) fn exponential<R: Real, S: Simd>(simd: S, s: R::Vector<S>, shift: R::Vector<S>) -> R::Vector<S> {
+    let log2_e = R::splat(simd, R::from_f64(std::f64::consts::LOG2_E));
+    R::exp2(simd, R::vmul(simd, R::vsub(simd, s, shift), log2_e))
+}
+
+/// p = e^(s - lse) in place of s, and ds = p ∘ (dp - δ) in place of dp; with dropout, p is then multiplied by its factors.
+///
+/// # Safety
+///
+/// `weights`, `grads` and `factors` have `count` rows of W numbers, `logsumexp` and `delta` W.
+#[inline(always)]
+pub(crate) unsafe fn weights_and_grads<R: Real, S: Simd>(
+    simd: S,
+    count: usize,
+    logsumexp: *const R,
+    delta: *const R,
+    weights: Rows<*mut R>,
+    grads: Rows<*mut R>,
+    factors: Option<Rows<*mut R>>,
+) {
+    let lanes = R::lanes::<S>();
+    // SAFETY: the caller has `count` rows of W numbers.
+    unsafe {
+        for v in 0..VECTORS {
+            let logsumexp = load::<R, S>(logsumexp.add(v * lanes));
+            let delta = load::<R, S>(delta.add(v * lanes));
+            for j in 0..count {
+                let weight = weights.start.add(j * weights.stride + v * lanes);
+                let grad = grads.start.add(j * grads.stride + v * lanes);
+                let p = exponential::<R, S>(simd, load::<R, S>(weight), logsumexp);
+                let mut dp = load::<R, S>(grad);
+                let mut dropped = p;
+                if let Some(factors) = factors {
+                    let factor = load::<R, S>(factors.start.add(j * factors.stride + v * lanes));
+                    dp = R::vmul(simd, dp, factor);
+                    dropped = R::vmul(simd, p, factor);
+                }
+                store::<R, S>(weight, dropped);
+                store::<R, S>(grad, R::vmul(simd, p, R::vsub(simd, dp, delta)));
+            }
+        }
+    }
+}
