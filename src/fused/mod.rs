@@ -160,7 +160,6 @@ macro_rules! stored {
             fn saved(logsumexp: &LogSumExp) -> Option<&[Self::Real]> {
                 match logsumexp {
                     LogSumExp::$variant(x) => Some(x),
-                    #[allow(unreachable_patterns)]
                     _ => None,
                 }
             }

@@ -293,6 +293,10 @@ impl<E: Element> Backward<'_, E> {
     }
 
     /// Weights, gradients of scores, and the share of these keys in the gradients of a panel's queries.
+    ///
+    /// # Safety
+    ///
+    /// The pieces hold the panel; `keys` and `values` have a row for each key up to the last of the tile.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)] // all of it is needed, and nothing of it belongs together elsewhere
     unsafe fn panel<S: Simd>(
@@ -354,6 +358,10 @@ impl<E: Element> Backward<'_, E> {
     }
 
     /// The gradient of the scores after the bias was added, for the bias.
+    ///
+    /// # Safety
+    ///
+    /// `grad_scores` has a row of W numbers for each key of the tile.
     #[inline(always)]
     unsafe fn write_grad_scores(&self, tile: &Tile, grad_scores: Rows<*mut E::Real>) {
         if self.gradients.scores.is_null() {
@@ -370,6 +378,10 @@ impl<E: Element> Backward<'_, E> {
     }
 
     /// dk and dv of the rows `rows` of a block, from the panels `span`.
+    ///
+    /// # Safety
+    ///
+    /// `rows` lie inside the block that starts at the task's key `key - rows.start`, `span` inside its panels.
     #[inline(always)]
     unsafe fn grad_keys_and_values<S: Simd>(
         &self,

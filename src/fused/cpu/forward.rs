@@ -141,6 +141,10 @@ impl<E: Element> Forward<'_, E> {
 
     /// Turns a panel's scores into exponentials relative to the greatest so far, and adds them up. What has been summed
     /// before is to be multiplied by the result.
+    ///
+    /// # Safety
+    ///
+    /// The pieces hold the panel and a row of W numbers for each key of the tile.
     #[inline(always)]
     unsafe fn exponentials<S: Simd>(
         &self,

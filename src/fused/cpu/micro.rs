@@ -20,6 +20,9 @@ pub(crate) fn panel_width<R: Real, S: Simd>() -> usize {
     VECTORS * R::lanes::<S>()
 }
 
+/// # Safety
+///
+/// `from` points to `lanes` numbers.
 #[inline(always)]
 pub(crate) unsafe fn load<R: Real, S: Simd>(from: *const R) -> R::Vector<S> {
     // SAFETY: the caller has `lanes` numbers there.
@@ -28,6 +31,10 @@ pub(crate) unsafe fn load<R: Real, S: Simd>(from: *const R) -> R::Vector<S> {
 
 /// `V` vectors, one behind the other. (A loop and no closure: what isn't inlined into the function that dispatched on the
 /// instruction set is compiled without it.)
+///
+/// # Safety
+///
+/// `from` points to `V · lanes` numbers.
 #[inline(always)]
 pub(crate) unsafe fn load_all<R: Real, S: Simd, const V: usize>(simd: S, from: *const R) -> [R::Vector<S>; V] {
     let mut vectors = [R::splat(simd, R::ZERO); V];
@@ -38,6 +45,9 @@ pub(crate) unsafe fn load_all<R: Real, S: Simd, const V: usize>(simd: S, from: *
     vectors
 }
 
+/// # Safety
+///
+/// `to` points to room for `lanes` numbers.
 #[inline(always)]
 pub(crate) unsafe fn store<R: Real, S: Simd>(to: *mut R, x: R::Vector<S>) {
     // SAFETY: the caller has room for `lanes` numbers there.
@@ -101,6 +111,9 @@ pub(crate) unsafe fn dot_products<R: Real, S: Simd>(
     }
 }
 
+/// # Safety
+///
+/// As [`dot_products`], for N rows.
 #[inline(always)]
 unsafe fn dot_block<R: Real, S: Simd, const N: usize>(
     simd: S,
@@ -160,6 +173,9 @@ pub(crate) unsafe fn accumulate<R: Real, S: Simd>(
     }
 }
 
+/// # Safety
+///
+/// As [`accumulate`], for N columns.
 #[inline(always)]
 unsafe fn accumulate_block<R: Real, S: Simd, const N: usize>(
     simd: S,
@@ -243,6 +259,9 @@ pub(crate) unsafe fn outer_products<R: Real, S: Simd>(
     }
 }
 
+/// # Safety
+///
+/// As [`outer_products`], for N rows and as many columns as a panel is wide.
 #[inline(always)]
 unsafe fn outer_wide<R: Real, S: Simd, const N: usize>(
     simd: S,
@@ -255,6 +274,9 @@ unsafe fn outer_wide<R: Real, S: Simd, const N: usize>(
     unsafe { outer_block::<R, S, N, VECTORS>(simd, out, weights, inner, rows) }
 }
 
+/// # Safety
+///
+/// As [`outer_products`], for N rows and one vector of columns.
 #[inline(always)]
 unsafe fn outer_narrow<R: Real, S: Simd, const N: usize>(
     simd: S,
@@ -267,6 +289,9 @@ unsafe fn outer_narrow<R: Real, S: Simd, const N: usize>(
     unsafe { outer_block::<R, S, N, 1>(simd, out, weights, inner, rows) }
 }
 
+/// # Safety
+///
+/// As [`outer_products`], for N rows and V vectors of columns.
 #[inline(always)]
 unsafe fn outer_block<R: Real, S: Simd, const N: usize, const V: usize>(
     simd: S,

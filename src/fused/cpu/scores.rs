@@ -20,6 +20,9 @@ pub(crate) struct Tile {
 }
 
 impl Tile {
+    /// # Safety
+    ///
+    /// `rows` has a row of `width` numbers for each key; each is borrowed once at a time.
     #[inline(always)]
     unsafe fn row<'x, R>(&self, rows: Rows<*mut R>, j: usize) -> &'x mut [R] {
         // SAFETY: the caller has a row of `width` for each key, and uses one at a time.
@@ -57,6 +60,9 @@ impl Tile {
         }
     }
 
+    /// # Safety
+    ///
+    /// As [`Tile::adjust`].
     #[inline(always)]
     unsafe fn softcap<R: Real>(&self, cap: R, scores: Rows<*mut R>, tanh: Option<Rows<*mut R>>) {
         for j in 0..self.keys.len() {
@@ -73,6 +79,9 @@ impl Tile {
         }
     }
 
+    /// # Safety
+    ///
+    /// As [`Tile::adjust`].
     #[inline(always)]
     unsafe fn add_bias<E: Element>(&self, problem: &Problem<E>, scores: Rows<*mut E::Real>) {
         let Some(bias) = problem.bias else { return };
@@ -95,6 +104,9 @@ impl Tile {
         }
     }
 
+    /// # Safety
+    ///
+    /// As [`Tile::adjust`].
     #[inline(always)]
     unsafe fn subtract_distances<E: Element>(&self, problem: &Problem<E>, slope: E::Real, scores: Rows<*mut E::Real>) {
         let shape = problem.shape();
@@ -108,6 +120,9 @@ impl Tile {
         }
     }
 
+    /// # Safety
+    ///
+    /// As [`Tile::adjust`].
     #[inline(always)]
     unsafe fn hide<E: Element>(&self, problem: &Problem<E>, scores: Rows<*mut E::Real>) {
         let queries = self.first_query..self.first_query + self.queries;
