@@ -1,5 +1,5 @@
-//! The fast path: attention as one candle operation with a gradient, which never holds a q_len x kv_len matrix that it
-//! wasn't given.
+//! The fast path: attention as one candle operation with a gradient, which holds no q_len x kv_len matrix, but for the
+//! gradient of a bias that is being trained.
 //!
 //! This file is the safe seam. It decides what the operation serves, hands the kernels views that have been checked
 //! against their storage, and keeps what the backward pass needs: its inputs, its output, and the log-sum-exp.

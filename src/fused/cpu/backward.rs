@@ -21,6 +21,7 @@ use super::real::Real;
 use super::scores::Tile;
 use super::scratch::Scratch;
 use super::softmax::weights_and_grads;
+use crate::mask::Coverage;
 
 /// Panels of a block of queries. Their weights lie side by side, so that the products over queries, dk and dv, are long
 /// enough to pay for loading and storing their sums.
@@ -244,7 +245,6 @@ impl<E: Element> Backward<'_, E> {
     ) {
         let problem = self.problem;
         let width = panel_width::<E::Real, S>();
-        let stride = PANELS * width;
         let kv_at = (at.0, self.kv_head);
         let keys = problem.k.rows(kv_at, block.clone(), pieces.keys);
         let values = problem.v.rows(kv_at, block.clone(), pieces.values);
@@ -278,7 +278,6 @@ impl<E: Element> Backward<'_, E> {
             }
             start = end;
         }
-        debug_assert!(stride * block.len() <= pieces.weights.len());
     }
 
     /// Weights and gradients of scores that a panel doesn't compute, but that lie between those that it does.
@@ -303,7 +302,7 @@ impl<E: Element> Backward<'_, E> {
         &self,
         simd: S,
         tile: &Tile,
-        coverage: crate::mask::Coverage,
+        coverage: Coverage,
         panel: usize,
         skip: usize,
         keys: Rows<*const E::Real>,

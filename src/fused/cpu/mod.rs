@@ -29,12 +29,14 @@ const SERIAL_BELOW: usize = 500_000;
 const BACKWARD_TASKS: usize = 8;
 const KEYS_PER_TASK: usize = 384;
 
-/// The instruction set: the best that this processor has, or plain scalar code if the environment variable
-/// `CANDLE_ATTENTION_SIMD` is `scalar`.
+/// The instruction set: the best that this processor has, unless the environment variable `CANDLE_ATTENTION_SIMD` asks for
+/// less, `scalar` or (on x86-64, where the processor has it) `avx2`.
 fn arch() -> Arch {
     static ARCH: OnceLock<Arch> = OnceLock::new();
     *ARCH.get_or_init(|| match std::env::var("CANDLE_ATTENTION_SIMD") {
         Ok(name) if name == "scalar" => Arch::Scalar,
+        #[cfg(target_arch = "x86_64")]
+        Ok(name) if name == "avx2" => pulp::x86::V3::try_new().map_or(Arch::new(), Arch::V3),
         _ => Arch::new(),
     })
 }
