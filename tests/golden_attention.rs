@@ -3,7 +3,7 @@
 
 mod common;
 
-use candle_attention::{AttentionOptions, Mask, scaled_dot_product_attention};
+use candle_attention::{AttentionOptions, Backend, Mask, scaled_dot_product_attention};
 use candle_core::{DType, Tensor, Var};
 use common::{Golden, assert_close, gradients, max_scaled_difference};
 use serde_json::Value;
@@ -30,7 +30,13 @@ fn name(case: &Value) -> &str {
 }
 
 /// The largest difference of one case, and the tensor where it is.
-fn check(golden: &Golden, case: &Value, dtype: DType, tolerance: f64) -> anyhow::Result<(f64, String)> {
+fn check(
+    golden: &Golden,
+    case: &Value,
+    dtype: DType,
+    backend: Backend,
+    tolerance: f64,
+) -> anyhow::Result<(f64, String)> {
     let name = name(case);
     let input = |tensor| golden.get(name, dtype, tensor).map(Var::from_tensor).transpose();
     let expected = |tensor: &str| golden.expect(name, dtype, tensor);
@@ -44,6 +50,7 @@ fn check(golden: &Golden, case: &Value, dtype: DType, tolerance: f64) -> anyhow:
         attn_bias: bias.as_ref().map(|bias| bias.as_tensor().clone()),
         alibi_slopes: golden.get(name, dtype, "alibi_slopes").cloned(),
         sinks: sinks.as_ref().map(|sinks| sinks.as_tensor().clone()),
+        backend,
         return_weights: true,
         return_logsumexp: true,
         ..Default::default()
@@ -66,7 +73,7 @@ fn check(golden: &Golden, case: &Value, dtype: DType, tolerance: f64) -> anyhow:
     let mut worst = (0.0, String::new());
     for (tensor, result) in results {
         assert_eq!(result.dtype(), dtype, "{name}, {tensor}");
-        assert_close(&result, expected(&tensor), tolerance, &format!("{name}, {tensor}"));
+        assert_close(&result, expected(&tensor), tolerance, &format!("{backend:?}, {name}, {tensor}"));
         let difference = max_scaled_difference(&result, expected(&tensor))?;
         if difference > worst.0 {
             worst = (difference, format!("{name}, {tensor}"));
@@ -78,14 +85,16 @@ fn check(golden: &Golden, case: &Value, dtype: DType, tolerance: f64) -> anyhow:
 fn check_all(dtype: DType, tolerance: f64) -> anyhow::Result<()> {
     let golden = Golden::load("sdpa")?;
     assert!(golden.cases.len() >= CASES, "{} cases", golden.cases.len());
-    let mut worst = (0.0, String::new());
-    for case in &golden.cases {
-        let difference = check(&golden, case, dtype, tolerance)?;
-        if difference.0 > worst.0 {
-            worst = difference;
+    for backend in [Backend::Reference, Backend::Fused] {
+        let mut worst = (0.0, String::new());
+        for case in &golden.cases {
+            let difference = check(&golden, case, dtype, backend, tolerance)?;
+            if difference.0 > worst.0 {
+                worst = difference;
+            }
         }
+        println!("{backend:?}, {dtype:?}: largest difference {:e} ({})", worst.0, worst.1);
     }
-    println!("{dtype:?}: largest difference {:e} ({})", worst.0, worst.1);
     Ok(())
 }
 

@@ -5,7 +5,7 @@
 
 mod common;
 
-use candle_attention::{AttentionOptions, Mask, scaled_dot_product_attention};
+use candle_attention::{AttentionOptions, Backend, Mask, scaled_dot_product_attention};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use common::{check_gradients, randn, var};
 
@@ -111,8 +111,12 @@ fn check_with_kv_heads(kv_heads: usize, extras: Extras, options: AttentionOption
         let mut vars = inputs.named();
         // Weights and log-sum-exp don't depend on the values.
         vars.retain(|(name, _)| terms.context || *name != "value");
-        let what = format!("loss of {terms:?}");
-        check_gradients(&vars, || loss(&inputs, &options, &terms), TOLERANCE, &what);
+        // Auto is the fused path, but for slopes that want a gradient.
+        for backend in [Backend::Reference, Backend::Auto] {
+            let options = AttentionOptions { backend, ..options.clone() };
+            let what = format!("{backend:?}, loss of {terms:?}");
+            check_gradients(&vars, || loss(&inputs, &options, &terms), TOLERANCE, &what);
+        }
     }
 }
 
