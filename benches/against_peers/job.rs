@@ -1,0 +1,166 @@
+//! What is computed and timed.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use candle_attention::{
+    AttentionOptions, Backend, Mask, SelfAttention, SelfAttentionConfig, scaled_dot_product_attention,
+};
+use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, Var};
+use candle_nn::attention::{AttnMask, flash_attn};
+use candle_nn::ops::{softmax, softmax_last_dim};
+use candle_nn::{VarBuilder, VarMap};
+use serde::Deserialize;
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Contender {
+    /// This crate.
+    Ours,
+    /// Plain candle: matmul, softmax, matmul.
+    Candle,
+    /// candle's fused attention, which has no gradient.
+    CandleFlash,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+pub struct Description {
+    causal: bool,
+    backward: bool,
+    /// Of a layer.
+    num_heads: Option<usize>,
+}
+
+enum Kind {
+    Attention { query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions },
+    Layer { layer: SelfAttention, x: Tensor },
+}
+
+/// A loss whose gradient is given, as in PyTorch's `output.backward(gradient)`. candle's own losses would be timed too.
+struct GradOutput(Tensor);
+
+impl CustomOp1 for GradOutput {
+    fn name(&self) -> &'static str {
+        "grad-output"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+/// What gets a gradient, with names.
+type Trained = Vec<(String, Var)>;
+
+pub struct Job {
+    kind: Kind,
+    /// Where there is a backward pass.
+    grad_output: Option<Tensor>,
+    description: Description,
+    trained: Trained,
+}
+
+impl Job {
+    /// Attention over `query`, `key` and `value`, with `bias` or `key_mask` (batch, kv_len) if they are there; or a layer over
+    /// `x` with the parameters that are there.
+    pub fn load(path: PathBuf, description: Description) -> Result<Self> {
+        let mut inputs = candle_core::safetensors::load(path, &Device::Cpu)?;
+        let grad_output = inputs.remove("grad_output").filter(|_| description.backward);
+        let (kind, trained) = match description.num_heads {
+            Some(num_heads) => layer(inputs, num_heads, description)?,
+            None => attention(&inputs, description)?,
+        };
+        Ok(Self { kind, grad_output, description, trained })
+    }
+
+    /// The output, and with a backward pass the gradients of the trained inputs, given `grad_output`.
+    pub fn run(&self, contender: Contender) -> Result<Vec<(String, Tensor)>> {
+        let output = self.output(contender)?;
+        let mut all = Vec::new();
+        if let Some(grad) = &self.grad_output {
+            let grads = output.apply_op1(GradOutput(grad.clone()))?.backward()?;
+            for (name, var) in &self.trained {
+                let grad = grads.get(var).ok_or_else(|| candle_core::Error::msg(format!("no gradient of `{name}`")))?;
+                all.push((format!("grad_{name}"), grad.clone()));
+            }
+        }
+        all.push(("output".to_string(), output.detach()));
+        Ok(all)
+    }
+
+    fn output(&self, contender: Contender) -> Result<Tensor> {
+        let (query, key, value, options) = match (&self.kind, contender) {
+            (Kind::Layer { layer, x }, Contender::Ours) => return layer.forward(x),
+            (Kind::Layer { .. }, _) => candle_core::bail!("expected this crate: candle has no attention layer"),
+            (Kind::Attention { query, key, value, options }, _) => (query, key, value, options),
+        };
+        let scale = 1.0 / (query.dim(3)? as f64).sqrt();
+        match contender {
+            Contender::Ours => {
+                let options = AttentionOptions { backend: Backend::Fused, ..options.clone() };
+                Ok(scaled_dot_product_attention(query, key, value, &options)?.context)
+            }
+            Contender::Candle => {
+                let mut scores = (query.matmul(&key.t()?)? * scale)?;
+                if self.description.causal {
+                    let allowed = Tensor::tril2(query.dim(2)?, DType::U8, query.device())?.broadcast_as(scores.shape())?;
+                    let never = Tensor::new(f32::NEG_INFINITY, query.device())?.broadcast_as(scores.shape())?;
+                    scores = allowed.where_cond(&scores, &never)?;
+                }
+                // The fast one has no gradient.
+                let weights = if self.description.backward { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
+                weights.matmul(value)
+            }
+            Contender::CandleFlash => {
+                let mask = if self.description.causal { AttnMask::causal() } else { AttnMask::None };
+                let [query, key, value] = [query, key, value].map(|x| x.transpose(1, 2)?.contiguous());
+                flash_attn::<f32>(&query?, &key?, &value?, scale as f32, mask, None, None)
+            }
+        }
+    }
+}
+
+fn attention(inputs: &HashMap<String, Tensor>, description: Description) -> Result<(Kind, Trained)> {
+    let mut trained = Vec::new();
+    let mut input = |name: &str| {
+        let tensor =
+            inputs.get(name).ok_or_else(|| candle_core::Error::msg(format!("expected a tensor `{name}`")))?;
+        if !description.backward {
+            return Ok(tensor.clone());
+        }
+        let var = Var::from_tensor(tensor)?;
+        trained.push((name.to_string(), var.clone()));
+        candle_core::Result::Ok(var.as_tensor().clone())
+    };
+    let (query, key, value) = (input("query")?, input("key")?, input("value")?);
+    let mut attn_mask = if description.causal { Mask::causal() } else { Mask::full() };
+    if let Some(allowed) = inputs.get("key_mask") {
+        attn_mask = attn_mask & Mask::from_tensor(&allowed.unsqueeze(1)?.unsqueeze(1)?)?;
+    }
+    let attn_bias = inputs.get("bias").cloned();
+    let options = AttentionOptions { attn_mask, attn_bias, ..Default::default() };
+    Ok((Kind::Attention { query, key, value, options }, trained))
+}
+
+fn layer(mut inputs: HashMap<String, Tensor>, num_heads: usize, description: Description) -> Result<(Kind, Trained)> {
+    let x = inputs.remove("x").ok_or_else(|| candle_core::Error::msg("expected a tensor `x`"))?;
+    let config =
+        SelfAttentionConfig { is_causal: description.causal, ..SelfAttentionConfig::new(x.dim(2)?, num_heads) };
+    let mut trained = Vec::new();
+    let vb = if description.backward {
+        let variables = VarMap::new();
+        for (name, tensor) in &inputs {
+            let var = Var::from_tensor(tensor)?;
+            variables.data().lock().expect("a lock").insert(name.clone(), var.clone());
+            trained.push((name.clone(), var));
+        }
+        VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)
+    } else {
+        VarBuilder::from_tensors(inputs, DType::F32, &Device::Cpu)
+    };
+    Ok((Kind::Layer { layer: SelfAttention::new(&config, vb)?, x }, trained))
+}

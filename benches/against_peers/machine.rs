@@ -1,0 +1,66 @@
+//! Timing, and what the machine itself can do.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use candle_core::{Device, Result, Tensor};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+/// Runs `f` for the time of the warm-up, then for `time_ms`, each at least once.
+pub fn median_ms(warm_up_ms: u64, time_ms: u64, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(warm_up_ms) {
+        f()?;
+    }
+    let mut times = Vec::new();
+    let start = Instant::now();
+    while times.is_empty() || start.elapsed() < Duration::from_millis(time_ms) {
+        let start = Instant::now();
+        f()?;
+        times.push(start.elapsed());
+    }
+    times.sort();
+    Ok(times[times.len() / 2].as_secs_f64() * 1e3)
+}
+
+/// The best of several passes, in GB/s.
+pub fn read_bandwidth(mebibytes: usize, time_ms: u64) -> Result<f64> {
+    let numbers = vec![1f32; mebibytes << 18];
+    let mut best = 0f64;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(time_ms) {
+        let start = Instant::now();
+        let sum: f32 = numbers
+            .par_chunks(1 << 16)
+            .map(|chunk| {
+                // Enough sums side by side that memory is what they wait for.
+                let mut sums = [0f32; 64];
+                for numbers in chunk.chunks_exact(64) {
+                    for (sum, x) in sums.iter_mut().zip(numbers) {
+                        *sum += x;
+                    }
+                }
+                sums.iter().sum::<f32>()
+            })
+            .sum();
+        black_box(sum);
+        best = best.max(size_of_val(numbers.as_slice()) as f64 / start.elapsed().as_secs_f64() / 1e9);
+    }
+    Ok(best)
+}
+
+pub fn matmul_ms(size: usize, warm_up_ms: u64, time_ms: u64) -> Result<f64> {
+    let matrix = Tensor::randn(0f32, 1.0, (size, size), &Device::Cpu)?;
+    median_ms(warm_up_ms, time_ms, || matrix.matmul(&matrix).map(drop))
+}
+
+/// In bytes; as Linux says it.
+pub fn memory() -> Result<Value> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let bytes = |key: &str| {
+        let line = status.lines().find(|line| line.starts_with(key))?;
+        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+    };
+    Ok(json!({ "peak": bytes("VmHWM:"), "now": bytes("VmRSS:") }))
+}

@@ -1,0 +1,181 @@
+"""The contenders: this crate and candle in a process of their own, PyTorch and ONNX Runtime in this one."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def median_ms(warm_up_ms, time_ms, run):
+    """As the Rust side times: runs for the warm-up, then for `time_ms`, each at least once."""
+    start = time.perf_counter()
+    while (time.perf_counter() - start) * 1e3 < warm_up_ms:
+        run()
+    times = []
+    start = time.perf_counter()
+    while not times or (time.perf_counter() - start) * 1e3 < time_ms:
+        before = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - before)
+    return sorted(times)[len(times) // 2] * 1e3
+
+
+def build():
+    """The path of the program that `main.rs` makes."""
+    command = ["cargo", "build", "--release", "--bench", "against_peers", "--message-format=json-render-diagnostics"]
+    lines = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    programs = [json.loads(line).get("executable") for line in lines]
+    return [program for program in programs if program][-1]
+
+
+class Ours:
+    """The process that serves this crate's and candle's jobs."""
+
+    def __init__(self, program, threads):
+        # Two variables, since candle's matmul and its element-wise loops count threads for themselves.
+        environment = os.environ | {"RAYON_NUM_THREADS": str(threads)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([program, "--serve"], env=environment, text=True, **pipes)
+        self.jobs = 0
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        reply = json.loads(self.process.stdout.readline())
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply
+
+    def load(self, inputs, job):
+        self.jobs += 1
+        self.ask(do="load", id=self.jobs, inputs=str(inputs), job=job)
+        return self.jobs
+
+    def timer(self, job, contender):
+        def time_it(warm_up_ms, time_ms):
+            request = {"id": job, "contender": contender, "warm_up_ms": warm_up_ms, "time_ms": time_ms}
+            return self.ask(do="time", **request)["median_ms"]
+
+        return time_it
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Torch:
+    """scaled_dot_product_attention, or nn.MultiheadAttention."""
+
+    def __init__(self, case, inputs):
+        self.case, self.inputs = case, inputs
+        self.trained = {}
+        if case.name == "layer":
+            self.layer = self.multihead_attention()
+        elif case.backward:
+            self.trained = {name: inputs[name].clone().requires_grad_() for name in ("query", "key", "value")}
+            self.inputs = inputs | self.trained
+
+    def multihead_attention(self):
+        embed_dim = self.inputs["x"].shape[-1]
+        layer = torch.nn.MultiheadAttention(embed_dim, self.case.heads, batch_first=True)
+        parts = [self.inputs[f"{part}_proj.{kind}"] for kind in ("weight", "bias") for part in "qkv"]
+        with torch.no_grad():
+            layer.in_proj_weight.copy_(torch.cat(parts[:3]))
+            layer.in_proj_bias.copy_(torch.cat(parts[3:]))
+            layer.out_proj.weight.copy_(self.inputs["o_proj.weight"])
+            layer.out_proj.bias.copy_(self.inputs["o_proj.bias"])
+        if self.case.backward:
+            self.trained = dict(layer.named_parameters())
+        return layer.train(self.case.backward)
+
+    def output(self):
+        inputs = self.inputs
+        if self.case.name == "layer":
+            x = inputs["x"]
+            return self.layer(x, x, x, need_weights=False)[0]
+        attn_mask = inputs.get("bias")
+        if "key_mask" in inputs:
+            attn_mask = inputs["key_mask"].bool()[:, None, None, :]
+        return F.scaled_dot_product_attention(
+            inputs["query"],
+            inputs["key"],
+            inputs["value"],
+            attn_mask=attn_mask,
+            is_causal=self.case.causal,
+            enable_gqa=self.case.kv_heads != self.case.heads,
+        )
+
+    def run(self):
+        if not self.case.backward:
+            with torch.no_grad():
+                return {"output": self.output()}
+        for parameter in self.trained.values():
+            parameter.grad = None
+        output = self.output()
+        output.backward(self.inputs["grad_output"])
+        return {"output": output.detach()} | {f"grad_{name}": x.grad for name, x in self.trained.items()}
+
+    def answer(self):
+        """What `run` gives, under the names of the Rust side."""
+        answer = self.run()
+        if self.case.name == "layer" and self.case.backward:
+            for kind in ("weight", "bias"):
+                for part, grad in zip("qkv", answer.pop(f"grad_in_proj_{kind}").chunk(3)):
+                    answer[f"grad_{part}_proj.{kind}"] = grad
+                answer[f"grad_o_proj.{kind}"] = answer.pop(f"grad_out_proj.{kind}")
+        return answer
+
+    def time(self, warm_up_ms, time_ms):
+        return median_ms(warm_up_ms, time_ms, self.run)
+
+
+class OnnxRuntime:
+    """Its fused attention, over (batch, len, num_heads * head_dim) as it wants it. f32, forward."""
+
+    def __init__(self, case, inputs, threads):
+        merge = lambda x: np.ascontiguousarray(x.transpose(1, 2).flatten(2).numpy())
+        self.case = case
+        self.feed = {name: merge(inputs[name]) for name in ("query", "key", "value")}
+        if "bias" in inputs:
+            self.feed["bias"] = inputs["bias"][None, None].numpy()
+        if "key_mask" in inputs:
+            self.feed["key_mask"] = inputs["key_mask"].to(torch.int32).numpy()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        model = self.model().SerializeToString()
+        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def model(self):
+        case, feed = self.case, self.feed
+        optional = ["bias" if "bias" in feed else "", "key_mask" if "key_mask" in feed else ""]
+        if case.kv_heads == case.heads:
+            names = ["query", "key", "value", "", optional[1], optional[0]]
+            attributes = {"num_heads": case.heads, "unidirectional": int(case.causal)}
+            node = helper.make_node("MultiHeadAttention", names, ["output"], domain="com.microsoft", **attributes)
+        else:
+            attributes = {"q_num_heads": case.heads, "kv_num_heads": case.kv_heads, "is_causal": int(case.causal)}
+            node = helper.make_node("Attention", ["query", "key", "value"], ["output"], **attributes)
+        types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
+        inputs = [helper.make_tensor_value_info(name, types[x.dtype], x.shape) for name, x in feed.items()]
+        outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, feed["query"].shape)]
+        graph = helper.make_graph([node], "attention", inputs, outputs)
+        imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+    def answer(self):
+        (output,) = self.session.run(None, self.feed)
+        batch, q_len, _ = output.shape
+        return {"output": torch.from_numpy(output).reshape(batch, q_len, self.case.heads, -1).transpose(1, 2)}
+
+    def time(self, warm_up_ms, time_ms):
+        return median_ms(warm_up_ms, time_ms, lambda: self.session.run(None, self.feed))
