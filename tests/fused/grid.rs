@@ -70,16 +70,17 @@ fn tolerance(dtype: DType) -> f64 {
 
 /// About what is summed up: weights of 1 / kv_len times values. Gradients of scores are differences of dot products of
 /// value_dim numbers, which cancel to nothing where a query sees one key alone; so does the gradient of a bias that all keys
-/// share, a sum of many of them.
+/// share, over each query's weights, which add up to 1.
 fn floor(name: &str, case: &Case) -> f64 {
     let Sizes { kv_len, value_dim, .. } = case.sizes;
     let entries = |axes: &str| case.sizes.scores(axes).iter().product::<usize>();
-    let terms = match (name, case.bias) {
-        ("bias", Some(Bias::Trained(axes))) => value_dim * (entries("bhqk") / entries(axes)),
-        ("query" | "key" | "sinks", _) => value_dim,
-        _ => 1,
+    let (shared_by, terms) = match (name, case.bias) {
+        ("bias", Some(Bias::Trained(axes))) if !axes.contains('k') => (1, value_dim * entries("bhq") / entries(axes)),
+        ("bias", Some(Bias::Trained(axes))) => (kv_len, value_dim * entries("bhqk") / entries(axes)),
+        ("query" | "key" | "sinks", _) => (kv_len, value_dim),
+        _ => (kv_len, 1),
     };
-    (terms as f64).sqrt() / kv_len as f64
+    (terms as f64).sqrt() / shared_by as f64
 }
 
 /// The fused path's results in `dtype`, held against the reference in f64 on the same numbers.

@@ -93,9 +93,9 @@ proptest! {
         let inputs = case.inputs(DType::F64).unwrap();
         let fused = case.run(&inputs, Backend::Fused).unwrap();
         for ((name, fused), (_, exact)) in fused.iter().zip(case.run(&inputs, Backend::Reference).unwrap()) {
-            // The floor: a query that sees one key has gradients that cancel to nothing.
+            // The floor, and a tolerance of thousands of roundings: gradients may cancel to nothing.
             let error = error(fused, &exact, 0.1).unwrap();
-            prop_assert!(error < 1e-13, "{name} differs by {error:e}");
+            prop_assert!(error < 1e-12, "{name} differs by {error:e}");
         }
     }
 
