@@ -1,0 +1,88 @@
+//! Masks as plain values, to be sampled, printed and built for some of the sequences of a batch.
+
+use candle_attention::Mask;
+use candle_core::{Device, Result, Tensor};
+
+use crate::common::Random;
+use crate::problem::Sizes;
+
+/// Every way to make a mask.
+#[derive(Clone, Debug)]
+pub enum MaskKind {
+    Full,
+    Causal,
+    CausalAt(usize),
+    Window(Option<usize>, Option<usize>),
+    Sliding(usize),
+    KeyLengths,
+    Prefix(usize),
+    Documents,
+    DocumentIds,
+    /// A random tensor over some of the axes, which are named as in (b, h, q, k).
+    Allowed(&'static str),
+    Blocked(&'static str),
+    Padding,
+    And(Box<MaskKind>, Box<MaskKind>),
+    Or(Box<MaskKind>, Box<MaskKind>),
+}
+
+impl MaskKind {
+    pub fn and(self, other: MaskKind) -> Self {
+        MaskKind::And(Box::new(self), Box::new(other))
+    }
+
+    pub fn or(self, other: MaskKind) -> Self {
+        MaskKind::Or(Box::new(self), Box::new(other))
+    }
+
+    /// Whether it asks for every query to stand at a key.
+    pub fn needs_positions(&self) -> bool {
+        match self {
+            MaskKind::Documents | MaskKind::DocumentIds => true,
+            MaskKind::And(a, b) | MaskKind::Or(a, b) => a.needs_positions() || b.needs_positions(),
+            _ => false,
+        }
+    }
+
+    /// The mask of the sequences from `first` on.
+    pub fn build(&self, sizes: &Sizes, first: usize) -> Result<Mask> {
+        let Sizes { batch, kv_len, .. } = *sizes;
+        let each = |f: &dyn Fn(usize) -> usize| (first..first + batch).map(f).collect::<Vec<_>>();
+        // Two thirds of the keys and fewer for each further sequence, down to none.
+        let length = |b: usize| (kv_len * 2 / 3).saturating_sub(b * 3);
+        Ok(match self {
+            MaskKind::Full => Mask::full(),
+            MaskKind::Causal => Mask::causal(),
+            MaskKind::CausalAt(offset) => Mask::causal().with_offset(*offset),
+            MaskKind::Window(left, right) => Mask::window(*left, *right),
+            MaskKind::Sliding(width) => Mask::sliding_window(*width),
+            MaskKind::KeyLengths => Mask::key_lengths(&each(&length)),
+            MaskKind::Prefix(len) => Mask::prefix(*len),
+            MaskKind::Documents => Mask::documents(&[kv_len / 3, 0, kv_len - kv_len / 3]),
+            MaskKind::DocumentIds => {
+                let ids = |b: usize| (0..kv_len).map(|j| ((j + 5 * b) / 20) as u32).collect::<Vec<_>>();
+                Mask::document_ids(&each(&|b| b).into_iter().map(ids).collect::<Vec<_>>())
+            }
+            MaskKind::Allowed(axes) => Mask::from_tensor(&table(sizes, axes, first)?)?,
+            MaskKind::Blocked(axes) => Mask::from_blocked(&table(sizes, axes, first)?)?,
+            MaskKind::Padding => {
+                let padding = each(&length).into_iter().flat_map(|len| (0..kv_len).map(move |j| u8::from(j >= len)));
+                Mask::from_padding_mask(&Tensor::from_iter(padding, &Device::Cpu)?.reshape((batch, kv_len))?)?
+            }
+            MaskKind::And(a, b) => a.build(sizes, first)? & b.build(sizes, first)?,
+            MaskKind::Or(a, b) => a.build(sizes, first)? | b.build(sizes, first)?,
+        })
+    }
+}
+
+/// Zeros and ones, about as many of each, drawn anew for each sequence.
+fn table(sizes: &Sizes, axes: &str, first: usize) -> Result<Tensor> {
+    let [batch, heads, q_len, kv_len] = sizes.scores(axes);
+    let first = if axes.contains('b') { first } else { 0 };
+    let sequence = |b: usize| {
+        let mut random = Random::new(7 + b as u64);
+        (0..heads * q_len * kv_len).map(|_| random.below(2) as u8).collect::<Vec<_>>()
+    };
+    let drawn = (first..first + batch).flat_map(sequence).collect::<Vec<_>>();
+    Tensor::from_vec(drawn, (batch, heads, q_len, kv_len), &Device::Cpu)
+}
