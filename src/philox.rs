@@ -7,11 +7,11 @@
 //! Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), section 3.3.
 
 /// Multipliers of the two halves of a round (table 2 of the paper).
-const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+pub(crate) const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 /// What is added to the key between rounds: the golden ratio and sqrt(3) - 1, as 32-bit fractions.
-const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+pub(crate) const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 /// The number of rounds that the paper recommends; seven pass every test, ten leave a margin.
-const ROUNDS: usize = 10;
+pub(crate) const ROUNDS: usize = 10;
 
 /// The four numbers at a counter, for a seed.
 pub(crate) fn philox(seed: u64, mut counter: [u32; 4]) -> [u32; 4] {

@@ -107,12 +107,14 @@ impl Job {
             Contender::Candle => {
                 let mut scores = (query.matmul(&key.t()?)? * scale)?;
                 if self.description.causal {
-                    let allowed = Tensor::tril2(query.dim(2)?, DType::U8, query.device())?.broadcast_as(scores.shape())?;
+                    let allowed =
+                        Tensor::tril2(query.dim(2)?, DType::U8, query.device())?.broadcast_as(scores.shape())?;
                     let never = Tensor::new(f32::NEG_INFINITY, query.device())?.broadcast_as(scores.shape())?;
                     scores = allowed.where_cond(&scores, &never)?;
                 }
                 // The fast one has no gradient.
-                let weights = if self.description.backward { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
+                let weights =
+                    if self.description.backward { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
                 weights.matmul(value)
             }
             Contender::CandleFlash => {
@@ -127,8 +129,7 @@ impl Job {
 fn attention(inputs: &HashMap<String, Tensor>, description: Description) -> Result<(Kind, Trained)> {
     let mut trained = Vec::new();
     let mut input = |name: &str| {
-        let tensor =
-            inputs.get(name).ok_or_else(|| candle_core::Error::msg(format!("expected a tensor `{name}`")))?;
+        let tensor = inputs.get(name).ok_or_else(|| candle_core::Error::msg(format!("expected a tensor `{name}`")))?;
         if !description.backward {
             return Ok(tensor.clone());
         }

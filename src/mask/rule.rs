@@ -142,6 +142,38 @@ impl Rule {
 }
 
 impl Rule {
+    /// The part of `k` outside which no query of `q` may attend to any key. Inside it some still may not.
+    pub(crate) fn hull(
+        &self,
+        shape: &ScoreShape,
+        at: (usize, usize),
+        q: &Range<usize>,
+        k: Range<usize>,
+    ) -> Range<usize> {
+        match self {
+            Rule::Full => k,
+            Rule::Band { below, above, offset } => {
+                let (first, last) = (position(shape, *offset, q.start), position(shape, *offset, q.end - 1));
+                let within = |key: i64| key.clamp(k.start as i64, k.end as i64) as usize;
+                let start = below.map_or(k.start, |below| within(first.saturating_sub(below)));
+                start..above.map_or(k.end, |above| within(last.saturating_add(above).saturating_add(1))).max(start)
+            }
+            Rule::FirstKeys(lengths) => k.start..k.end.min(*lengths.get(at.0)).max(k.start),
+            Rule::Documents { ids, offset } => {
+                let (ids, start) = (ids.get(at.0), position(shape, *offset, q.start) as usize);
+                let (low, high) = extremes(&ids[start..start + q.len()]);
+                trim(k, |key| (low..=high).contains(&ids[key]))
+            }
+            Rule::Table(table) => trim(k, |key| table.is_seen(at, q, key)),
+            Rule::Both(pair) => pair.1.hull(shape, at, q, pair.0.hull(shape, at, q, k)),
+            Rule::Either(pair) => match (pair.0.hull(shape, at, q, k.clone()), pair.1.hull(shape, at, q, k)) {
+                (a, b) if a.is_empty() => b,
+                (a, b) if b.is_empty() => a,
+                (a, b) => a.start.min(b.start)..a.end.max(b.end),
+            },
+        }
+    }
+
     /// Calls `hide` with the queries, out of `q`, that may not attend to key `j`, in one or more ranges.
     pub(crate) fn hidden(
         &self,
@@ -170,6 +202,7 @@ impl Rule {
                 pair.0.hidden(shape, at, q, j, hide);
                 pair.1.hidden(shape, at, q, j, hide);
             }
+            Rule::Table(table) => table.hidden(at, q, j, hide),
             _ => {
                 for i in q.clone().filter(|&i| !self.allows(shape, at.0, at.1, i, j)) {
                     hide(i..i + 1);
@@ -197,8 +230,22 @@ fn interval(from: i64, to: i64, lowest: i64, highest: i64) -> Coverage {
     }
 }
 
+/// `range` without what `is_seen` says no to at its ends.
+fn trim(mut range: Range<usize>, is_seen: impl Fn(usize) -> bool) -> Range<usize> {
+    while !range.is_empty() && !is_seen(range.start) {
+        range.start += 1;
+    }
+    while !range.is_empty() && !is_seen(range.end - 1) {
+        range.end -= 1;
+    }
+    range
+}
+
+fn extremes(ids: &[u32]) -> (u32, u32) {
+    ids.iter().fold((u32::MAX, 0), |(low, high), &id| (id.min(low), id.max(high)))
+}
+
 fn documents_tile(ids: &[u32], queries: Range<usize>, keys: Range<usize>) -> Coverage {
-    let extremes = |ids: &[u32]| ids.iter().fold((u32::MAX, 0), |(low, high), &id| (id.min(low), id.max(high)));
     let (q_low, q_high) = extremes(&ids[queries]);
     let (k_low, k_high) = extremes(&ids[keys]);
     if q_high < k_low || k_high < q_low {
@@ -295,15 +342,47 @@ impl Table {
         })
     }
 
-    fn get(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
+    /// Where the entry of query `i` and key `j` is, and how far apart those of queries and of keys are.
+    fn place(&self, (b, h): (usize, usize), i: usize, j: usize) -> (usize, usize, usize) {
         let at = |axis: usize, index: usize| if self.dims[axis] == 1 { 0 } else { index };
         let row = (at(0, b) * self.dims[1] + at(1, h)) * self.dims[2] + at(2, i);
-        self.allowed[row * self.dims[3] + at(3, j)]
+        (row * self.dims[3] + at(3, j), at(2, self.dims[3]), at(3, 1))
     }
 
-    fn tile(&self, (b, h): (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
-        let first = self.get(b, h, q.start, k.start);
-        if q.clone().any(|i| k.clone().any(|j| self.get(b, h, i, j) != first)) {
+    fn get(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
+        self.allowed[self.place((b, h), i, j).0]
+    }
+
+    /// `q`, or one of it where all are alike.
+    fn distinct(&self, q: &Range<usize>) -> usize {
+        if self.dims[2] == 1 { q.len().min(1) } else { q.len() }
+    }
+
+    /// Whether any query of `q` may attend to key `j`.
+    fn is_seen(&self, at: (usize, usize), q: &Range<usize>, j: usize) -> bool {
+        let (place, by_query, _) = self.place(at, q.start, j);
+        (0..self.distinct(q)).any(|i| self.allowed[place + i * by_query])
+    }
+
+    fn hidden(&self, at: (usize, usize), q: &Range<usize>, j: usize, hide: &mut dyn FnMut(Range<usize>)) {
+        let (place, by_query, _) = self.place(at, q.start, j);
+        if by_query == 0 {
+            if !self.allowed[place] {
+                hide(q.clone());
+            }
+            return;
+        }
+        for i in (0..q.len()).filter(|i| !self.allowed[place + i * by_query]) {
+            hide(q.start + i..q.start + i + 1);
+        }
+    }
+
+    fn tile(&self, at: (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
+        let (place, by_query, by_key) = self.place(at, q.start, k.start);
+        let keys = if by_key == 0 { 1 } else { k.len() };
+        let first = self.allowed[place];
+        let is_mixed = |i: usize| self.allowed[place + i * by_query..][..keys].iter().any(|&allowed| allowed != first);
+        if (0..self.distinct(q)).any(is_mixed) {
             Coverage::Some
         } else if first {
             Coverage::All

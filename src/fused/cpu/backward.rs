@@ -14,8 +14,8 @@ use pulp::{Simd, WithSimd};
 
 use super::Strides;
 use super::element::Element;
-use super::forward::pack_queries;
-use super::micro::{Rows, VECTORS, accumulate, dot_products, outer_products, panel_width};
+use super::micro::{Rows, VECTORS, accumulate, dot_products, outer_products, pad, panel_width};
+use super::panels::{pack, unpack};
 use super::problem::{Problem, View};
 use super::real::Real;
 use super::scores::Tile;
@@ -65,11 +65,6 @@ pub(crate) struct Gradients<E: Element> {
     /// (num_heads, q_len, kv_len) of this sequence, before any sum over what the bias broadcasts, starting as zeros; null
     /// if not wanted.
     pub(crate) scores: *mut E::Real,
-}
-
-/// Entries of a row of dk or dv: whole vectors of any instruction set, of which 16 numbers are the longest.
-fn pad(dim: usize) -> usize {
-    dim.next_multiple_of(16)
 }
 
 struct Pieces<'s, R> {
@@ -188,7 +183,7 @@ impl<E: Element> Backward<'_, E> {
                 continue;
             }
             if !ready {
-                self.start::<S>(at, &queries, pieces);
+                self.start(simd, at, &queries, pieces);
                 ready = true;
             }
             self.key_block(simd, at, &queries, keys, pieces);
@@ -196,41 +191,41 @@ impl<E: Element> Backward<'_, E> {
         if !ready {
             pieces.grad_queries.fill(E::Real::ZERO);
         }
-        self.write_grad_queries::<S>(head, &queries, pieces);
+        self.write_grad_queries(simd, head, &queries, pieces);
     }
 
     /// Packs the block's queries and the gradients of their contexts, both ways.
     #[inline(always)]
-    fn start<S: Simd>(&self, at: (usize, usize), queries: &Range<usize>, pieces: &mut Pieces<E::Real>) {
+    fn start<S: Simd>(&self, simd: S, at: (usize, usize), queries: &Range<usize>, pieces: &mut Pieces<E::Real>) {
         let problem = self.problem;
-        let width = panel_width::<E::Real, S>();
+        let shape = problem.shape();
         let scale = E::Real::from_f64(problem.scale);
-        pack_queries::<E>(problem, at, queries, width, scale, pieces.queries);
+        // SAFETY: there is room for the block; a block of keys has as many as a panel has queries, and more.
+        unsafe {
+            pack::<E, S>(simd, &problem.q, at, queries, scale, pieces.keys, pieces.queries.as_mut_ptr());
+            let to = pieces.grads.as_mut_ptr();
+            pack::<E, S>(simd, &self.grad_context, at, queries, E::Real::ONE, pieces.values, to);
+        }
         pieces.grad_queries.fill(E::Real::ZERO);
-        let (d_pad, dv_pad, dv) = (pad(problem.dim()), pad(problem.value_dim()), problem.value_dim());
-        for i in 0..PANELS * width {
-            let (panel, lane) = (i / width, i % width);
-            let query_row = &mut pieces.query_rows[i * d_pad..][..d_pad];
-            let grad_row = &mut pieces.grad_rows[i * dv_pad..][..dv_pad];
-            query_row.fill(E::Real::ZERO);
-            grad_row.fill(E::Real::ZERO);
-            let (mut logsumexp, mut delta) = (E::Real::INFINITY, E::Real::ZERO);
+        let (d_pad, dv_pad) = (pad(problem.dim()), pad(problem.value_dim()));
+        let query_rows = pieces.query_rows.chunks_exact_mut(d_pad);
+        for (i, (query_row, grad_row)) in query_rows.zip(pieces.grad_rows.chunks_exact_mut(dv_pad)).enumerate() {
             let query = queries.start + i;
-            if query < queries.end {
-                let row = self.rows[(at.0 * problem.shape().num_heads + at.1) * problem.shape().q_len + query];
-                (logsumexp, delta) = (row.logsumexp, row.delta);
-                for (to, x) in query_row.iter_mut().zip(problem.q.row(at.0, at.1, query)) {
-                    *to = x.widen() * scale;
-                }
-                for (to, x) in grad_row.iter_mut().zip(self.grad_context.row(at.0, at.1, query)) {
-                    *to = x.widen();
-                }
+            if query >= queries.end {
+                query_row.fill(E::Real::ZERO);
+                grad_row.fill(E::Real::ZERO);
+                (pieces.logsumexp[i], pieces.delta[i]) = (E::Real::INFINITY, E::Real::ZERO);
+                continue;
             }
-            (pieces.logsumexp[i], pieces.delta[i]) = (logsumexp, delta);
-            let panel = &mut pieces.grads[panel * dv * width..][..dv * width];
-            for (to, x) in panel.chunks_exact_mut(width).zip(&*grad_row) {
-                to[lane] = *x;
-            }
+            let row = self.rows[(at.0 * shape.num_heads + at.1) * shape.q_len + query];
+            (pieces.logsumexp[i], pieces.delta[i]) = (row.logsumexp, row.delta);
+            let (query_row, behind) = query_row.split_at_mut(problem.dim());
+            E::widen_all(problem.q.row(at.0, at.1, query), query_row);
+            query_row.iter_mut().for_each(|x| *x = *x * scale);
+            behind.fill(E::Real::ZERO);
+            let (grad_row, behind) = grad_row.split_at_mut(problem.value_dim());
+            E::widen_all(self.grad_context.row(at.0, at.1, query), grad_row);
+            behind.fill(E::Real::ZERO);
         }
     }
 
@@ -321,13 +316,15 @@ impl<E: Element> Backward<'_, E> {
             let grad_scores = Rows { start: pieces.grad_scores.as_mut_ptr().add(place), stride };
             let tanh = Rows { start: pieces.tanh.as_mut_ptr(), stride: width };
             let factors = Rows { start: pieces.factors.as_mut_ptr(), stride: width };
-            dot_products::<E::Real, S>(simd, d, pieces.queries.as_ptr().add(panel * d * width), keys, count, weights);
-            tile.adjust(problem, coverage, weights, problem.softcap.map(|_| tanh));
+            let queries = pieces.queries.as_ptr().add(panel * d * width);
+            let mut unused = [E::Real::splat(simd, E::Real::ZERO); VECTORS];
+            dot_products::<E::Real, S, false>(simd, d, queries, keys, count, weights, &mut unused);
+            tile.adjust(simd, problem, coverage, weights, problem.softcap.map(|_| tanh));
             let grads = pieces.grads.as_ptr().add(panel * dv * width);
-            dot_products::<E::Real, S>(simd, dv, grads, values, count, grad_scores);
+            dot_products::<E::Real, S, false>(simd, dv, grads, values, count, grad_scores, &mut unused);
             let (dropout, softcap) = (problem.dropout.is_some(), problem.softcap.is_some());
             if dropout {
-                tile.dropout_factors(problem, factors);
+                tile.dropout_factors(simd, problem, factors);
             }
             let query = pieces.logsumexp.as_ptr().add(panel * width);
             let delta = pieces.delta.as_ptr().add(panel * width);
@@ -417,29 +414,25 @@ impl<E: Element> Backward<'_, E> {
         for (j, key) in self.keys.clone().enumerate() {
             // SAFETY: the gradients have a row for each key of this head, and no other task writes those of this one.
             unsafe {
-                for (c, x) in pieces.grad_keys[j * pad(d)..][..d].iter().enumerate() {
-                    k.add(key * k_by_place + c).write(E::narrow(*x));
-                }
-                for (c, x) in pieces.grad_values[j * pad(dv)..][..dv].iter().enumerate() {
-                    v.add(key * v_by_place + c).write(E::narrow(*x));
-                }
+                E::narrow_all(&pieces.grad_keys[j * pad(d)..][..d], k.add(key * k_by_place));
+                E::narrow_all(&pieces.grad_values[j * pad(dv)..][..dv], v.add(key * v_by_place));
             }
         }
     }
 
     #[inline(always)]
-    fn write_grad_queries<S: Simd>(&self, head: usize, queries: &Range<usize>, pieces: &Pieces<E::Real>) {
+    fn write_grad_queries<S: Simd>(&self, simd: S, head: usize, queries: &Range<usize>, pieces: &mut Pieces<E::Real>) {
         let width = panel_width::<E::Real, S>();
         let d = self.problem.dim();
         let scale = E::Real::from_f64(self.problem.scale);
-        for i in 0..queries.len() {
-            let (panel, lane) = (i / width, i % width);
-            let (by_head, by_place) = self.gradients.q_strides;
-            let row = head * by_head + (queries.start + i) * by_place;
-            let columns = pieces.grad_queries[panel * d * width..][..d * width].chunks_exact(width);
-            for (c, column) in columns.enumerate() {
-                // SAFETY: the gradients have a row for each query of the sequence, and no other task writes it.
-                unsafe { self.gradients.q.add(row + c).write(column[lane] * scale) };
+        let (by_head, stride) = self.gradients.q_strides;
+        for (panel, start) in queries.clone().step_by(width).enumerate() {
+            let count = width.min(queries.end - start);
+            let columns = pieces.grad_queries[panel * d * width..].as_ptr();
+            // SAFETY: the gradients have a row for each query of the sequence, and no other task writes it.
+            unsafe {
+                let rows = Rows { start: self.gradients.q.add(head * by_head + start * stride), stride };
+                unpack::<E::Real, S>(simd, columns, d, count, scale, pieces.keys, rows);
             }
         }
     }

@@ -9,6 +9,7 @@ use pulp::{Simd, WithSimd};
 
 use super::element::Element;
 use super::micro::{Rows, VECTORS, accumulate, dot_products, load, load_all, panel_width, store};
+use super::panels::{pack, unpack};
 use super::problem::Problem;
 use super::real::Real;
 use super::scores::Tile;
@@ -67,22 +68,17 @@ impl<E: Element> WithSimd for Forward<'_, E> {
         let mut panels = Panels { queries, sums, largest, total, scores, factors, keys, values };
         self.start(simd, &mut panels);
         self.over_keys(simd, &mut panels);
-        self.finish(simd, &panels);
+        self.finish(simd, &mut panels);
     }
 }
 
 impl<E: Element> Forward<'_, E> {
     #[inline(always)]
-    fn start<S: Simd>(&self, _: S, panels: &mut Panels<E::Real>) {
-        let width = panel_width::<E::Real, S>();
-        pack_queries::<E>(
-            self.problem,
-            self.at,
-            &self.queries,
-            width,
-            E::Real::from_f64(self.problem.scale),
-            panels.queries,
-        );
+    fn start<S: Simd>(&self, simd: S, panels: &mut Panels<E::Real>) {
+        let scale = E::Real::from_f64(self.problem.scale);
+        let to = panels.queries.as_mut_ptr();
+        // SAFETY: there is room for all queries; a block of keys has as many as a panel has queries, and more.
+        unsafe { pack::<E, S>(simd, &self.problem.q, self.at, &self.queries, scale, panels.keys, to) };
         panels.sums.fill(E::Real::ZERO);
         panels.largest.fill(E::Real::LOWEST);
         panels.total.fill(E::Real::ZERO);
@@ -120,9 +116,17 @@ impl<E: Element> Forward<'_, E> {
                 // SAFETY: the panel's pieces and the rows of the block have the sizes that the kernels ask for.
                 unsafe {
                     let queries = panels.queries.as_ptr().add(panel * problem.dim() * width);
-                    dot_products::<E::Real, S>(simd, problem.dim(), queries, from(keys), tile.keys.len(), scores);
-                    tile.adjust(problem, coverage, scores, None);
-                    let factor = self.exponentials(simd, &tile, panel, panels);
+                    let largest = panels.largest.as_ptr().add(panel * width);
+                    let mut largest = load_all::<E::Real, S, VECTORS>(simd, largest);
+                    let (d, count) = (problem.dim(), tile.keys.len());
+                    if problem.adjusts(coverage) {
+                        dot_products::<E::Real, S, false>(simd, d, queries, from(keys), count, scores, &mut largest);
+                        tile.adjust(simd, problem, coverage, scores, None);
+                        maxima::<E::Real, S>(simd, scores, count, &mut largest);
+                    } else {
+                        dot_products::<E::Real, S, true>(simd, d, queries, from(keys), count, scores, &mut largest);
+                    }
+                    let factor = self.exponentials(simd, &tile, panel, largest, panels);
                     let sums = panels.sums.as_mut_ptr().add(panel * problem.value_dim() * width);
                     let weights = Rows { start: panels.scores.as_ptr(), stride: width };
                     accumulate::<E::Real, S>(
@@ -139,8 +143,8 @@ impl<E: Element> Forward<'_, E> {
         }
     }
 
-    /// Turns a panel's scores into exponentials relative to the greatest so far, and adds them up. What has been summed
-    /// before is to be multiplied by the result.
+    /// Turns a panel's scores into exponentials relative to the greatest so far, which is `now`, and adds them up. What
+    /// has been summed before is to be multiplied by the result.
     ///
     /// # Safety
     ///
@@ -151,6 +155,7 @@ impl<E: Element> Forward<'_, E> {
         simd: S,
         tile: &Tile,
         panel: usize,
+        now: [<E::Real as Real>::Vector<S>; VECTORS],
         panels: &mut Panels<E::Real>,
     ) -> [<E::Real as Real>::Vector<S>; VECTORS] {
         let (lanes, width) = (E::Real::lanes::<S>(), tile.width);
@@ -160,12 +165,6 @@ impl<E: Element> Forward<'_, E> {
             let largest = panels.largest.as_mut_ptr().add(panel * width);
             let total = panels.total.as_mut_ptr().add(panel * width);
             let before = load_all::<E::Real, S, VECTORS>(simd, largest);
-            let mut now = before;
-            for j in 0..tile.keys.len() {
-                for (v, now) in now.iter_mut().enumerate() {
-                    *now = E::Real::max(simd, *now, load::<E::Real, S>(scores.add(j * width + v * lanes)));
-                }
-            }
             let mut factor = before;
             let mut sum = load_all::<E::Real, S, VECTORS>(simd, total);
             for v in 0..VECTORS {
@@ -185,7 +184,7 @@ impl<E: Element> Forward<'_, E> {
                 store::<E::Real, S>(total.add(v * lanes), sum[v]);
             }
             if self.problem.dropout.is_some() {
-                tile.dropout_factors(self.problem, Rows { start: panels.factors.as_mut_ptr(), stride: width });
+                tile.dropout_factors(simd, self.problem, Rows { start: panels.factors.as_mut_ptr(), stride: width });
                 let count = tile.keys.len() * width;
                 panels.scores[..count].iter_mut().zip(&panels.factors[..count]).for_each(|(p, factor)| *p *= *factor);
             }
@@ -195,52 +194,49 @@ impl<E: Element> Forward<'_, E> {
 
     /// Divides by the sums and writes the results.
     #[inline(always)]
-    fn finish<S: Simd>(&self, _: S, panels: &Panels<E::Real>) {
+    fn finish<S: Simd>(&self, simd: S, panels: &mut Panels<E::Real>) {
         let width = panel_width::<E::Real, S>();
         let dv = self.problem.value_dim();
-        for i in 0..self.queries.len() {
-            let (panel, lane) = (i / width, i % width);
-            let total = panels.total[i];
-            let (inverse, logsumexp) = if total == E::Real::ZERO {
+        for (i, total) in panels.total.iter_mut().enumerate().take(self.queries.len()) {
+            let (inverse, logsumexp) = if *total == E::Real::ZERO {
                 (E::Real::ZERO, -E::Real::INFINITY)
             } else {
                 let logsumexp = panels.largest[i].to_f64() + total.to_f64().ln();
-                (E::Real::ONE / total, E::Real::from_f64(logsumexp))
+                (E::Real::ONE / *total, E::Real::from_f64(logsumexp))
             };
-            let sums = &panels.sums[panel * dv * width..][..dv * width];
-            // SAFETY: the caller has a row of `context` and a number of `logsumexp` for each query of this task alone.
+            // SAFETY: the caller has a number of `logsumexp` for each query of this task alone.
+            unsafe { self.logsumexp.add(i).write(logsumexp) };
+            *total = inverse;
+        }
+        for (panel, sums) in panels.sums.chunks_exact_mut(dv * width).enumerate() {
+            let inverse = &panels.total[panel * width..][..width];
+            for sums in sums.chunks_exact_mut(width) {
+                sums.iter_mut().zip(inverse).for_each(|(sum, inverse)| *sum *= *inverse);
+            }
+            let count = width.min(self.queries.len() - panel * width);
+            // SAFETY: the caller has a row of `context` for each query of this task alone; a block of values has as
+            // many rows as a panel, and more.
             unsafe {
-                self.logsumexp.add(i).write(logsumexp);
-                let row = self.context.add(i * self.context_stride);
-                for (c, sums) in sums.chunks_exact(width).enumerate() {
-                    row.add(c).write(E::narrow(sums[lane] * inverse));
-                }
+                let start = self.context.add(panel * width * self.context_stride);
+                let rows = Rows { start, stride: self.context_stride };
+                unpack::<E, S>(simd, sums.as_ptr(), dv, count, E::Real::ONE, panels.values, rows);
             }
         }
     }
 }
 
-/// Queries as panels [d][W], multiplied by `factor`; zeros in the lanes behind the last.
+/// The greatest of `largest` and the scores, lane by lane.
+///
+/// # Safety
+///
+/// `scores` has `count` rows of W numbers.
 #[inline(always)]
-pub(crate) fn pack_queries<E: Element>(
-    problem: &Problem<E>,
-    at: (usize, usize),
-    queries: &Range<usize>,
-    width: usize,
-    factor: E::Real,
-    panels: &mut [E::Real],
-) {
-    for (panel, to) in panels.chunks_exact_mut(problem.dim() * width).enumerate() {
-        for lane in 0..width {
-            let query = queries.start + panel * width + lane;
-            if query < queries.end {
-                let row = problem.q.row(at.0, at.1, query);
-                for (to, x) in to.chunks_exact_mut(width).zip(row) {
-                    to[lane] = x.widen() * factor;
-                }
-            } else {
-                to.chunks_exact_mut(width).for_each(|to| to[lane] = E::Real::ZERO);
-            }
+unsafe fn maxima<R: Real, S: Simd>(simd: S, scores: Rows<*mut R>, count: usize, largest: &mut [R::Vector<S>; VECTORS]) {
+    for j in 0..count {
+        for (v, largest) in largest.iter_mut().enumerate() {
+            // SAFETY: as the caller promises.
+            let score = unsafe { load::<R, S>(scores.start.add(j * scores.stride + v * R::lanes::<S>())) };
+            *largest = R::max(simd, *largest, score);
         }
     }
 }

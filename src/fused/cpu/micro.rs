@@ -20,6 +20,11 @@ pub(crate) fn panel_width<R: Real, S: Simd>() -> usize {
     VECTORS * R::lanes::<S>()
 }
 
+/// Entries of a row that is read and written in whole vectors of any instruction set, of which 16 numbers are the longest.
+pub(crate) fn pad(dim: usize) -> usize {
+    dim.next_multiple_of(16)
+}
+
 /// # Safety
 ///
 /// `from` points to `lanes` numbers.
@@ -54,9 +59,37 @@ pub(crate) unsafe fn store<R: Real, S: Simd>(to: *mut R, x: R::Vector<S>) {
     unsafe { to.cast::<R::Vector<S>>().write_unaligned(x) }
 }
 
+/// The first `count` numbers, fewer than a vector has, and zeros.
+///
+/// # Safety
+///
+/// `from` points to `count` numbers.
+#[inline(always)]
+pub(crate) unsafe fn load_first<R: Real, S: Simd>(_: S, from: *const R, count: usize) -> R::Vector<S> {
+    // The longest vector has 16.
+    let mut numbers = [R::ZERO; 16];
+    // SAFETY: as the caller promises, and 16 numbers are a vector at least.
+    unsafe {
+        numbers.as_mut_ptr().copy_from_nonoverlapping(from, count.min(16));
+        load::<R, S>(numbers.as_ptr())
+    }
+}
+
+/// Asks for the memory at an address, which need not be anybody's.
+#[inline(always)]
+pub(crate) fn prefetch<R>(address: *const R) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: a hint reads nothing, and SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = address;
+}
+
 /// Runs a block of the given number of rows over `count` rows: whole blocks, then what is left in blocks of 4, 2 and 1.
 macro_rules! in_blocks {
-    ($count:expr, |$start:ident| $block:ident::<$($rest:ty),*>($($argument:expr),* $(,)?)) => {{
+    ($count:expr, |$start:ident| $block:ident::<$($rest:tt),*>($($argument:expr),* $(,)?)) => {{
         let count = $count;
         let mut $start = 0;
         while $start + ROWS <= count {
@@ -85,28 +118,31 @@ pub(crate) struct Rows<T> {
     pub(crate) stride: usize,
 }
 
-/// scores[j][W] = Σ_d rows[j][d] · panel[d][W] for `count` rows.
+/// scores[j][W] = Σ_d rows[j][d] · panel[d][W] for `count` rows. With `MAX`, `largest` becomes the greatest of itself and
+/// them, lane by lane.
 ///
 /// # Safety
 ///
 /// `panel` has d · W numbers, `rows` count rows of d, `scores` count rows of W.
 #[inline(always)]
-pub(crate) unsafe fn dot_products<R: Real, S: Simd>(
+pub(crate) unsafe fn dot_products<R: Real, S: Simd, const MAX: bool>(
     simd: S,
     d: usize,
     panel: *const R,
     rows: Rows<*const R>,
     count: usize,
     scores: Rows<*mut R>,
+    largest: &mut [R::Vector<S>; VECTORS],
 ) {
     // SAFETY: as the caller promises; a block stays inside `count` rows.
     unsafe {
-        in_blocks!(count, |j| dot_block::<R, S>(
+        in_blocks!(count, |j| dot_block::<R, S, MAX>(
             simd,
             d,
             panel,
             Rows { start: rows.start.add(j * rows.stride), ..rows },
             Rows { start: scores.start.add(j * scores.stride), ..scores },
+            largest,
         ));
     }
 }
@@ -115,12 +151,13 @@ pub(crate) unsafe fn dot_products<R: Real, S: Simd>(
 ///
 /// As [`dot_products`], for N rows.
 #[inline(always)]
-unsafe fn dot_block<R: Real, S: Simd, const N: usize>(
+unsafe fn dot_block<R: Real, S: Simd, const MAX: bool, const N: usize>(
     simd: S,
     d: usize,
     panel: *const R,
     rows: Rows<*const R>,
     scores: Rows<*mut R>,
+    largest: &mut [R::Vector<S>; VECTORS],
 ) {
     let lanes = R::lanes::<S>();
     let mut sums = [[R::splat(simd, R::ZERO); VECTORS]; N];
@@ -138,6 +175,9 @@ unsafe fn dot_block<R: Real, S: Simd, const N: usize>(
         }
         for (row, sums) in sums.into_iter().enumerate() {
             for (v, sum) in sums.into_iter().enumerate() {
+                if MAX {
+                    largest[v] = R::max(simd, largest[v], sum);
+                }
                 store::<R, S>(scores.start.add(row * scores.stride + v * lanes), sum);
             }
         }

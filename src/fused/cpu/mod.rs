@@ -2,21 +2,27 @@
 //! of threads.
 
 mod backward;
+mod decode;
+mod dropout;
 mod element;
 mod forward;
 mod micro;
+mod panels;
 mod problem;
 mod real;
 mod scores;
 mod scratch;
 mod softmax;
+mod transpose;
 
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use pulp::Arch;
 use rayon::prelude::*;
 
 use backward::{Backward, Gradients, QueryRow};
+use decode::{Decode, MOST_QUERIES, Partial, merge};
 pub(crate) use element::Element;
 use forward::{Forward, QUERIES};
 pub(crate) use problem::{Bias, Dropout, Problem, View};
@@ -24,6 +30,10 @@ pub(crate) use real::Real;
 
 /// Below this many multiplications a second thread costs more to wake than it saves: about 10 µs of work.
 const SERIAL_BELOW: usize = 500_000;
+
+/// Decoding tasks to aim for, where heads are few, and the fewest keys that are worth a task of their own.
+const DECODE_TASKS: usize = 32;
+const KEYS_PER_DECODE_TASK: usize = 512;
 
 /// Backward tasks to aim for, where heads are few, and the fewest keys that are worth a task of their own.
 const BACKWARD_TASKS: usize = 8;
@@ -86,6 +96,15 @@ pub(crate) fn forward<E: Element>(problem: &Problem<E>, (by_head, by_place): Str
     let mut logsumexp: Vec<E::Real> = Vec::with_capacity(rows);
     let (to_context, to_logsumexp) = (Shared(context.as_mut_ptr()), Shared(logsumexp.as_mut_ptr()));
     let blocks = shape.q_len.div_ceil(QUERIES);
+    if shape.q_len <= MOST_QUERIES {
+        decode(problem, &to_context, (by_head, by_place), &to_logsumexp);
+        // SAFETY: each row has been written.
+        unsafe {
+            context.set_len(rows * dv);
+            logsumexp.set_len(rows);
+        }
+        return (context, logsumexp);
+    }
     run_tasks(problem.work(), shape.batch * shape.num_heads * blocks, |task| {
         let (head, start) = (task / blocks, task % blocks * QUERIES);
         let at = (head / shape.num_heads, head % shape.num_heads);
@@ -110,6 +129,51 @@ pub(crate) fn forward<E: Element>(problem: &Problem<E>, (by_head, by_place): Str
         logsumexp.set_len(rows);
     }
     (context, logsumexp)
+}
+
+/// Writes context and log-sum-exp of a few queries: shares of the keys side by side, then each row from its shares in
+/// their order.
+fn decode<E: Element>(
+    problem: &Problem<E>,
+    to_context: &Shared<E>,
+    (by_head, by_place): Strides,
+    to_logsumexp: &Shared<E::Real>,
+) {
+    let shape = problem.shape();
+    let (kv_heads, dv) = (problem.kv_heads(), problem.value_dim());
+    let (heads, rows) = (shape.batch * kv_heads, problem.group() * shape.q_len);
+    let splits = DECODE_TASKS.div_ceil(heads).min(shape.kv_len.div_ceil(KEYS_PER_DECODE_TASK)).max(1);
+    let keys_per_split = shape.kv_len.div_ceil(splits);
+    let size = Partial::<E::Real>::size(dv);
+    let mut partials = vec![E::Real::ZERO; heads * splits * rows * size];
+    let to_partials = Shared(partials.as_mut_ptr());
+    run_tasks(problem.work(), heads * splits, |task| {
+        let (head, split) = (task / splits, task % splits);
+        let start = (split * keys_per_split).min(shape.kv_len);
+        arch().dispatch(Decode {
+            problem,
+            sequence: head / kv_heads,
+            kv_head: head % kv_heads,
+            keys: start..(start + keys_per_split).min(shape.kv_len),
+            // SAFETY: there are `rows` partial results for each task.
+            partial: unsafe { to_partials.at(task * rows * size) },
+        });
+    });
+    for (head, partials) in partials.chunks_exact(splits * rows * size).enumerate() {
+        let (sequence, kv_head) = (head / kv_heads, head % kv_heads);
+        for row in 0..rows {
+            let (query_head, query) = (kv_head * problem.group() + row / shape.q_len, row % shape.q_len);
+            let partials = partials.chunks_exact(size).skip(row).step_by(rows).map(Partial::of);
+            let place = sequence * shape.num_heads * shape.q_len * dv + query_head * by_head + query * by_place;
+            // SAFETY: the row exists, and nobody else writes here any more.
+            unsafe {
+                let context = std::slice::from_raw_parts_mut(to_context.at(place).cast::<MaybeUninit<E>>(), dv);
+                let logsumexp = merge(partials, context);
+                let head = sequence * shape.num_heads + query_head;
+                to_logsumexp.at(head * shape.q_len + query).write(logsumexp);
+            }
+        }
+    }
 }
 
 /// What the backward pass gives back: q, k and v with their strides as asked for, and the scores (batch, num_heads,

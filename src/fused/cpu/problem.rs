@@ -53,9 +53,7 @@ impl<'a, E: Element> View<'a, E> {
         }
         let dim = self.dims[3];
         for (place, to) in range.zip(scratch.chunks_exact_mut(dim)) {
-            for (to, from) in to.iter_mut().zip(self.row(b, h, place)) {
-                *to = from.widen();
-            }
+            E::widen_all(self.row(b, h, place), to);
         }
         Rows { start: scratch.as_ptr(), stride: dim }
     }
@@ -112,6 +110,11 @@ impl<E: Element> Problem<'_, E> {
         self.shape().num_heads / self.kv_heads()
     }
 
+    /// Whether anything is done to the scores of a tile.
+    pub(crate) fn adjusts(&self, coverage: Coverage) -> bool {
+        self.softcap.is_some() || self.bias.is_some() || self.slopes.is_some() || coverage == Coverage::Some
+    }
+
     pub(crate) fn slope(&self, (b, h): (usize, usize)) -> Option<E::Real> {
         let slopes = self.slopes?;
         let heads = self.shape().num_heads;
@@ -119,27 +122,20 @@ impl<E: Element> Problem<'_, E> {
     }
 
     /// Of the keys in `keys`, the range outside which no query of the tile may attend to any, and whether all may inside.
+    #[inline(always)]
     pub(crate) fn visible(
         &self,
         at: (usize, usize),
         queries: &Range<usize>,
         keys: Range<usize>,
     ) -> (Range<usize>, Coverage) {
-        let (rule, shape) = (self.mask.rule(), self.shape());
-        match rule.tile(&shape, at, queries, &keys) {
-            Coverage::All => (keys, Coverage::All),
-            Coverage::None => (keys.start..keys.start, Coverage::None),
-            Coverage::Some => {
-                let hidden = |key: usize| rule.tile(&shape, at, queries, &(key..key + 1)) == Coverage::None;
-                let mut range = keys;
-                while !range.is_empty() && hidden(range.start) {
-                    range.start += 1;
-                }
-                while !range.is_empty() && hidden(range.end - 1) {
-                    range.end -= 1;
-                }
-                (range, Coverage::Some)
-            }
+        if self.mask.is_full() {
+            return (keys, Coverage::All);
         }
+        let (rule, shape) = (self.mask.rule(), self.shape());
+        let keys = rule.hull(&shape, at, queries, keys);
+        let coverage = if keys.is_empty() { Coverage::None } else { rule.tile(&shape, at, queries, &keys) };
+        // What is hidden wholly may still lie inside the hull of two rules.
+        if coverage == Coverage::None { (keys.start..keys.start, coverage) } else { (keys, coverage) }
     }
 }

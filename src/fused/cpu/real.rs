@@ -4,6 +4,10 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 
 use pulp::Simd;
 
+use super::micro::Rows;
+#[cfg(target_arch = "x86_64")]
+use super::transpose::transpose_8x8;
+
 /// A type to compute in. All vector functions work lane by lane; NaN in one lane stays there.
 pub(crate) trait Real:
     Copy
@@ -46,8 +50,24 @@ pub(crate) trait Real:
     fn mul_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
     /// The greater; `a` where `b` is NaN.
     fn max<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    /// 2^x, and 0 where that would be denormal.
+    /// `b` where a number of `x` is negative, else `a`.
+    fn if_negative<S: Simd>(simd: S, x: Self::Vector<S>, b: Self::Vector<S>, a: Self::Vector<S>) -> Self::Vector<S>;
+    fn vdiv<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// The sum of a vector's numbers.
+    fn reduce_add<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
+    /// 2^x, and 0 where that would be denormal. Not for x that overflow.
     fn exp2<S: Simd>(simd: S, x: Self::Vector<S>) -> Self::Vector<S>;
+
+    /// Whether [`Real::transpose_square`] can be called.
+    fn transposes_squares() -> bool {
+        false
+    }
+    /// to[c][r] = factor · from[r][c], or with `ADD` that much more, for 8 rows of 8.
+    ///
+    /// # Safety
+    ///
+    /// Both have 8 rows of 8 and don't overlap, and `transposes_squares` says yes.
+    unsafe fn transpose_square<const ADD: bool>(_: Self, _: Rows<*const Self>, _: Rows<*mut Self>) {}
 }
 
 /// Coefficients of 2^r on [-1/2, 1/2]: ln(2)^i / i!. Cut off after degree 6, the rest is below 2^-23; after 13, 2^-52.
@@ -63,8 +83,8 @@ const EXP2: [f64; 14] = {
 
 macro_rules! real {
     ($real:ident, $degree:expr, $mantissa:expr, $lowest_exponent:expr,
-     $vector:ident, $splat:ident, $splat_bits:ident, $add:ident, $sub:ident, $mul:ident, $mul_add:ident,
-     $less:ident, $select:ident, $to_bits:ident, $from_bits:ident, $shift:ident by $shift_by:expr, $add_bits:ident) => {
+     $vector:ident, $splat:ident, $splat_bits:ident, $add:ident, $sub:ident, $mul:ident, $div:ident, $mul_add:ident,
+     $less:ident, $select:ident, $reduce_add:ident, $to_bits:ident, $from_bits:ident, $shift:ident by $shift_by:expr, $add_bits:ident; $($special:tt)*) => {
         impl Real for $real {
             type Vector<S: Simd> = S::$vector;
 
@@ -106,6 +126,18 @@ macro_rules! real {
                 simd.$select(simd.$less(a, b), b, a)
             }
             #[inline(always)]
+            fn vdiv<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$div(a, b)
+            }
+            #[inline(always)]
+            fn if_negative<S: Simd>(simd: S, x: S::$vector, b: S::$vector, a: S::$vector) -> S::$vector {
+                simd.$select(simd.$less(x, simd.$splat(0.0)), b, a)
+            }
+            #[inline(always)]
+            fn reduce_add<S: Simd>(simd: S, x: S::$vector) -> $real {
+                simd.$reduce_add(x)
+            }
+            #[inline(always)]
             fn exp2<S: Simd>(simd: S, x: S::$vector) -> S::$vector {
                 // Adding 1.5 · 2^mantissa rounds x to an integer n and leaves n in the lowest bits.
                 let magic = simd.$splat(1.5 * (1u64 << $mantissa) as $real);
@@ -123,15 +155,28 @@ macro_rules! real {
                 // Written so that NaN is not less, and stays.
                 simd.$select(simd.$less(x, simd.$splat($lowest_exponent)), simd.$splat(0.0), result)
             }
+            $($special)*
         }
     };
 }
 
 real!(
-    f32, 6, 23, -126.0, f32s, splat_f32s, splat_u32s, add_f32s, sub_f32s, mul_f32s, mul_add_e_f32s,
-    less_than_f32s, select_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s by 23, add_u32s
+    f32, 6, 23, -126.0, f32s, splat_f32s, splat_u32s, add_f32s, sub_f32s, mul_f32s, div_f32s, mul_add_e_f32s,
+    less_than_f32s, select_f32s, reduce_sum_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s by 23, add_u32s;
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn transposes_squares() -> bool {
+        std::arch::is_x86_feature_detected!("avx")
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn transpose_square<const ADD: bool>(factor: f32, from: Rows<*const f32>, to: Rows<*mut f32>) {
+        // SAFETY: as the caller promises.
+        unsafe { transpose_8x8::<ADD>(factor, from, to) }
+    }
 );
 real!(
-    f64, 13, 52, -1022.0, f64s, splat_f64s, splat_u64s, add_f64s, sub_f64s, mul_f64s, mul_add_e_f64s,
-    less_than_f64s, select_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s by 1 << 52, add_u64s
+    f64, 13, 52, -1022.0, f64s, splat_f64s, splat_u64s, add_f64s, sub_f64s, mul_f64s, div_f64s, mul_add_e_f64s,
+    less_than_f64s, select_f64s, reduce_sum_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s by 1 << 52, add_u64s;
 );

@@ -1,0 +1,477 @@
+//! A few queries against many keys, as when text is generated token by token.
+//!
+//! Such a call waits for memory, so each key and value is read once, in the order in which they stand, for all the query
+//! heads that share it. The lanes are entries of a key: lanes of queries would be empty. Long caches are cut into shares
+//! that are computed side by side and merged by their log-sum-exp.
+//!
+//! Source: Dao, Haziza, Massa, Sizov, "Flash-Decoding for long-context inference" (2023).
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::element::Element;
+use super::micro::{Rows, load, load_first, pad, prefetch, store};
+use super::problem::Problem;
+use super::real::Real;
+use super::scores::Tile;
+use super::scratch::Scratch;
+use super::softmax::exponential;
+use crate::mask::Coverage;
+
+/// More queries than this fill the lanes of a panel well enough.
+pub(crate) const MOST_QUERIES: usize = 8;
+/// Keys of a block: those of 128 entries (64 KB) stay in a second-level cache until all rows have had them.
+const KEYS: usize = 128;
+/// Keys that are multiplied at a time, so that sums don't wait for each other.
+const STEP: usize = 4;
+/// How far ahead memory is asked for, in numbers. Half and twice as many are slower.
+const AHEAD: usize = 1024;
+
+/// A share of the keys of one key head. Its *rows* are the queries of the query heads that share it, head by head.
+pub(crate) struct Decode<'a, E: Element> {
+    pub(crate) problem: &'a Problem<'a, E>,
+    pub(crate) sequence: usize,
+    pub(crate) kv_head: usize,
+    pub(crate) keys: Range<usize>,
+    /// A [`Partial`] for each row, one behind the other.
+    pub(crate) partial: *mut E::Real,
+}
+
+/// What a share of the keys gives for a row: the greatest score, the sum of exponentials relative to it, and the sum of
+/// the values weighted by them.
+pub(crate) struct Partial<'a, R> {
+    pub(crate) largest: R,
+    pub(crate) total: R,
+    pub(crate) sums: &'a [R],
+}
+
+impl<'a, R: Real> Partial<'a, R> {
+    pub(crate) fn size(value_dim: usize) -> usize {
+        value_dim + 2
+    }
+
+    pub(crate) fn of(numbers: &'a [R]) -> Self {
+        Self { largest: numbers[0], total: numbers[1], sums: &numbers[2..] }
+    }
+}
+
+/// The context of a row from the shares of its keys; gives the log-sum-exp.
+pub(crate) fn merge<'a, E: Element>(
+    partials: impl Iterator<Item = Partial<'a, E::Real>> + Clone,
+    context: &mut [MaybeUninit<E>],
+) -> E::Real {
+    let largest =
+        partials.clone().map(|partial| partial.largest).fold(E::Real::LOWEST, |a, b| if b > a { b } else { a });
+    let share = |partial: Partial<E::Real>| (partial.largest.to_f64() - largest.to_f64()).exp();
+    let shares: Vec<f64> = partials.clone().map(share).collect();
+    let total: f64 = partials.clone().zip(&shares).map(|(partial, share)| partial.total.to_f64() * share).sum();
+    let is_empty = total == 0.0;
+    for (c, to) in context.iter_mut().enumerate() {
+        let sum: f64 = partials.clone().zip(&shares).map(|(partial, share)| partial.sums[c].to_f64() * share).sum();
+        to.write(E::narrow(E::Real::from_f64(if is_empty { 0.0 } else { sum / total })));
+    }
+    if is_empty { -E::Real::INFINITY } else { E::Real::from_f64(largest.to_f64() + total.ln()) }
+}
+
+struct Pieces<'s, R> {
+    /// [rows][pad(d)]
+    queries: &'s mut [R],
+    /// [rows][pad(value_dim)]
+    sums: &'s mut [R],
+    /// [rows][KEYS]: scores, then weights
+    weights: &'s mut [R],
+    /// [KEYS][q_len], for what is done to the scores of one head
+    scores: &'s mut [R],
+    /// [rows]
+    largest: &'s mut [R],
+    /// [rows]
+    total: &'s mut [R],
+    keys: &'s mut [R],
+    values: &'s mut [R],
+}
+
+impl<E: Element> WithSimd for Decode<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let problem = self.problem;
+        let (d, dv, q_len) = (problem.dim(), problem.value_dim(), problem.shape().q_len);
+        let rows = problem.group() * q_len;
+        let sizes = [pad(d) * rows, pad(dv) * rows, KEYS * rows, KEYS * q_len, rows, rows, KEYS * d, KEYS * dv];
+        let mut scratch = Scratch::of_this_thread::<E::Real>(&sizes);
+        let [queries, sums, weights, scores, largest, total, keys, values] = scratch.pieces(sizes);
+        let mut pieces = Pieces { queries, sums, weights, scores, largest, total, keys, values };
+        self.start(&mut pieces);
+        for start in self.keys.clone().step_by(KEYS) {
+            self.block(simd, start..(start + KEYS).min(self.keys.end), &mut pieces);
+        }
+        self.finish(&pieces);
+    }
+}
+
+impl<E: Element> Decode<'_, E> {
+    #[inline(always)]
+    fn start(&self, pieces: &mut Pieces<E::Real>) {
+        let problem = self.problem;
+        let q_len = problem.shape().q_len;
+        let scale = E::Real::from_f64(problem.scale);
+        for (row, to) in pieces.queries.chunks_exact_mut(pad(problem.dim())).enumerate() {
+            let head = self.kv_head * problem.group() + row / q_len;
+            let from = problem.q.row(self.sequence, head, row % q_len);
+            to.fill(E::Real::ZERO);
+            to.iter_mut().zip(from).for_each(|(to, x)| *to = x.widen() * scale);
+        }
+        pieces.sums.fill(E::Real::ZERO);
+        pieces.largest.fill(E::Real::LOWEST);
+        pieces.total.fill(E::Real::ZERO);
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&self, simd: S, block: Range<usize>, pieces: &mut Pieces<E::Real>) {
+        let problem = self.problem;
+        let (queries, group) = (0..problem.shape().q_len, problem.group());
+        let at = |head: usize| (self.sequence, self.kv_head * group + head);
+        // The keys that any head looks at.
+        let mut block = block.clone();
+        let mut seen = block.end..block.start;
+        for head in 0..group {
+            let (visible, _) = problem.visible(at(head), &queries, block.clone());
+            if !visible.is_empty() {
+                seen = seen.start.min(visible.start)..seen.end.max(visible.end);
+            }
+        }
+        if seen.is_empty() {
+            return;
+        }
+        block = seen;
+        let (d, dv, rows, count) = (problem.dim(), problem.value_dim(), group * queries.len(), block.len());
+        let kv_at = (self.sequence, self.kv_head);
+        let keys = problem.k.rows(kv_at, block.clone(), pieces.keys);
+        // SAFETY: the pieces have the sizes that the kernels ask for.
+        unsafe { dot_products::<E::Real, S>(simd, d, keys, count, pieces.queries, rows, pieces.weights) };
+        for head in 0..group {
+            let tile = Tile {
+                at: at(head),
+                first_query: 0,
+                queries: queries.len(),
+                width: queries.len(),
+                keys: block.clone(),
+            };
+            self.adjust(simd, &tile, head, pieces);
+        }
+        for row in 0..rows {
+            self.exponentials(simd, row, count, pieces);
+        }
+        if problem.dropout.is_some() {
+            for head in 0..group {
+                let tile = Tile {
+                    at: at(head),
+                    first_query: 0,
+                    queries: queries.len(),
+                    width: queries.len(),
+                    keys: block.clone(),
+                };
+                self.drop_out(simd, &tile, head, pieces);
+            }
+        }
+        let values = problem.v.rows(kv_at, block, pieces.values);
+        // SAFETY: as above.
+        unsafe { add_values::<E::Real, S>(simd, dv, values, count, pieces.weights, rows, pieces.sums) };
+    }
+
+    /// Softcap, bias, ALiBi and mask of one head, whose scores are turned to [key][query] for it.
+    #[inline(always)]
+    fn adjust<S: Simd>(&self, simd: S, tile: &Tile, head: usize, pieces: &mut Pieces<E::Real>) {
+        let problem = self.problem;
+        let queries = 0..tile.queries;
+        let coverage = problem.mask.rule().tile(&problem.shape(), tile.at, &queries, &tile.keys);
+        // What the mask hides wholly is hidden here as well: other heads may look at it.
+        let coverage = if coverage == Coverage::All { coverage } else { Coverage::Some };
+        if !problem.adjusts(coverage) {
+            return;
+        }
+        let count = tile.keys.len();
+        let weights = &mut pieces.weights[head * tile.queries * KEYS..][..tile.queries * KEYS];
+        for (j, scores) in pieces.scores.chunks_exact_mut(tile.queries).enumerate().take(count) {
+            scores.iter_mut().enumerate().for_each(|(i, score)| *score = weights[i * KEYS + j]);
+        }
+        let scores = Rows { start: pieces.scores.as_mut_ptr(), stride: tile.width };
+        // SAFETY: there is a row of q_len scores for each key.
+        unsafe { tile.adjust(simd, problem, coverage, scores, None) };
+        for (j, scores) in pieces.scores.chunks_exact(tile.queries).enumerate().take(count) {
+            scores.iter().enumerate().for_each(|(i, score)| weights[i * KEYS + j] = *score);
+        }
+    }
+
+    #[inline(always)]
+    fn drop_out<S: Simd>(&self, simd: S, tile: &Tile, head: usize, pieces: &mut Pieces<E::Real>) {
+        let factors = Rows { start: pieces.scores.as_mut_ptr(), stride: tile.width };
+        // SAFETY: there is a row of q_len factors for each key.
+        unsafe { tile.dropout_factors(simd, self.problem, factors) };
+        let weights = &mut pieces.weights[head * tile.queries * KEYS..][..tile.queries * KEYS];
+        for (j, factors) in pieces.scores.chunks_exact(tile.queries).enumerate().take(tile.keys.len()) {
+            factors.iter().enumerate().for_each(|(i, factor)| weights[i * KEYS + j] *= *factor);
+        }
+    }
+
+    /// Turns a row's scores into exponentials relative to the greatest so far, and adds them up.
+    #[inline(always)]
+    fn exponentials<S: Simd>(&self, simd: S, row: usize, count: usize, pieces: &mut Pieces<E::Real>) {
+        let lanes = E::Real::lanes::<S>();
+        let weights = &mut pieces.weights[row * KEYS..][..KEYS];
+        // KEYS is a multiple of the lanes, and what lies behind the last key counts nothing.
+        let padded = count.next_multiple_of(lanes);
+        weights[count..padded].fill(-E::Real::INFINITY);
+        let before = pieces.largest[row];
+        let mut largest = before;
+        weights[..count].iter().for_each(|&score| largest = if score > largest { score } else { largest });
+        let shift = E::Real::splat(simd, largest);
+        let mut sum = E::Real::splat(simd, E::Real::ZERO);
+        for weights in weights[..padded].chunks_exact_mut(lanes) {
+            // SAFETY: the chunk is a vector.
+            unsafe {
+                let power = exponential::<E::Real, S>(simd, load::<E::Real, S>(weights.as_ptr()), shift);
+                sum = E::Real::vadd(simd, sum, power);
+                store::<E::Real, S>(weights.as_mut_ptr(), power);
+            }
+        }
+        let factor = E::Real::from_f64((before.to_f64() - largest.to_f64()).exp());
+        pieces.largest[row] = largest;
+        pieces.total[row] = pieces.total[row] * factor + E::Real::reduce_add(simd, sum);
+        if largest != before {
+            let dv = pad(self.problem.value_dim());
+            pieces.sums[row * dv..][..dv].iter_mut().for_each(|sum| *sum *= factor);
+        }
+    }
+
+    #[inline(always)]
+    fn finish(&self, pieces: &Pieces<E::Real>) {
+        let dv = self.problem.value_dim();
+        for (row, sums) in pieces.sums.chunks_exact(pad(dv)).enumerate() {
+            // SAFETY: the caller has a partial result for each row of this task alone.
+            unsafe {
+                let to = self.partial.add(row * Partial::<E::Real>::size(dv));
+                to.write(pieces.largest[row]);
+                to.add(1).write(pieces.total[row]);
+                to.add(2).copy_from_nonoverlapping(sums.as_ptr(), dv);
+            }
+        }
+    }
+}
+
+/// Runs a block of the given number of rows over `count` rows: whole blocks of 4, then what is left in blocks of 2 and 1.
+macro_rules! in_row_blocks {
+    ($count:expr, |$start:ident| $block:ident::<$($rest:tt),*>($($argument:expr),* $(,)?)) => {{
+        let count = $count;
+        let mut $start = 0;
+        while $start + 4 <= count {
+            $block::<$($rest),*, 4>($($argument),*);
+            $start += 4;
+        }
+        while $start + 2 <= count {
+            $block::<$($rest),*, 2>($($argument),*);
+            $start += 2;
+        }
+        while $start < count {
+            $block::<$($rest),*, 1>($($argument),*);
+            $start += 1;
+        }
+    }};
+}
+
+/// scores[row][j] = Σ_d keys[j][d] · queries[row][d] for `count` keys.
+///
+/// # Safety
+///
+/// `keys` has `count` rows of d, at most KEYS; `queries` has `rows` of pad(d), `scores` `rows` of KEYS.
+#[inline(always)]
+unsafe fn dot_products<R: Real, S: Simd>(
+    simd: S,
+    d: usize,
+    keys: Rows<*const R>,
+    count: usize,
+    queries: &[R],
+    rows: usize,
+    scores: &mut [R],
+) {
+    let (queries, scores) = (queries.as_ptr(), scores.as_mut_ptr());
+    // SAFETY: as the caller promises; a block stays inside `rows`.
+    unsafe {
+        in_row_blocks!(rows, |row| dot_block::<R, S>(
+            simd,
+            d,
+            keys,
+            count,
+            queries.add(row * pad(d)),
+            scores.add(row * KEYS),
+        ));
+    }
+}
+
+/// # Safety
+///
+/// As [`dot_products`], for N rows.
+#[inline(always)]
+unsafe fn dot_block<R: Real, S: Simd, const N: usize>(
+    simd: S,
+    d: usize,
+    keys: Rows<*const R>,
+    count: usize,
+    queries: *const R,
+    scores: *mut R,
+) {
+    let mut j = 0;
+    // SAFETY: as the caller promises.
+    unsafe {
+        while j + STEP <= count {
+            let keys = Rows { start: keys.start.add(j * keys.stride), ..keys };
+            dot_keys::<R, S, N, STEP>(simd, d, keys, queries, scores.add(j));
+            j += STEP;
+        }
+        while j < count {
+            let keys = Rows { start: keys.start.add(j * keys.stride), ..keys };
+            dot_keys::<R, S, N, 1>(simd, d, keys, queries, scores.add(j));
+            j += 1;
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`dot_products`], for N rows and M keys.
+#[inline(always)]
+unsafe fn dot_keys<R: Real, S: Simd, const N: usize, const M: usize>(
+    simd: S,
+    d: usize,
+    keys: Rows<*const R>,
+    queries: *const R,
+    scores: *mut R,
+) {
+    let lanes = R::lanes::<S>();
+    let mut sums = [[R::splat(simd, R::ZERO); M]; N];
+    let mut c = 0;
+    // SAFETY: as the caller promises; what lies behind d is zero in the queries.
+    unsafe {
+        while c < d {
+            let mut vectors = [R::splat(simd, R::ZERO); M];
+            for (j, vector) in vectors.iter_mut().enumerate() {
+                let key = keys.start.add(j * keys.stride + c);
+                prefetch(key.wrapping_add(AHEAD.div_ceil(d) * keys.stride));
+                *vector = if c + lanes <= d { load::<R, S>(key) } else { load_first::<R, S>(simd, key, d - c) };
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let query = load::<R, S>(queries.add(row * pad(d) + c));
+                for (sum, vector) in sums.iter_mut().zip(vectors) {
+                    *sum = R::mul_add(simd, vector, query, *sum);
+                }
+            }
+            c += lanes;
+        }
+        for (row, sums) in sums.into_iter().enumerate() {
+            for (j, sum) in sums.into_iter().enumerate() {
+                *scores.add(row * KEYS + j) = R::reduce_add(simd, sum);
+            }
+        }
+    }
+}
+
+/// sums[row][c] += Σ_j weights[row][j] · values[j][c] over `count` keys.
+///
+/// # Safety
+///
+/// `values` has `count` rows of dv, at most KEYS; `weights` has `rows` of KEYS, `sums` `rows` of pad(dv).
+#[inline(always)]
+unsafe fn add_values<R: Real, S: Simd>(
+    simd: S,
+    dv: usize,
+    values: Rows<*const R>,
+    count: usize,
+    weights: &[R],
+    rows: usize,
+    sums: &mut [R],
+) {
+    let (weights, sums) = (weights.as_ptr(), sums.as_mut_ptr());
+    // SAFETY: as the caller promises; a block stays inside `rows`.
+    unsafe {
+        in_row_blocks!(rows, |row| value_block::<R, S>(
+            simd,
+            dv,
+            values,
+            count,
+            weights.add(row * KEYS),
+            sums.add(row * pad(dv)),
+        ));
+    }
+}
+
+/// # Safety
+///
+/// As [`add_values`], for N rows.
+#[inline(always)]
+unsafe fn value_block<R: Real, S: Simd, const N: usize>(
+    simd: S,
+    dv: usize,
+    values: Rows<*const R>,
+    count: usize,
+    weights: *const R,
+    sums: *mut R,
+) {
+    let mut j = 0;
+    // SAFETY: as the caller promises.
+    unsafe {
+        while j + STEP <= count {
+            let values = Rows { start: values.start.add(j * values.stride), ..values };
+            add_keys::<R, S, N, STEP>(simd, dv, values, weights.add(j), sums);
+            j += STEP;
+        }
+        while j < count {
+            let values = Rows { start: values.start.add(j * values.stride), ..values };
+            add_keys::<R, S, N, 1>(simd, dv, values, weights.add(j), sums);
+            j += 1;
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`add_values`], for N rows and M keys.
+#[inline(always)]
+unsafe fn add_keys<R: Real, S: Simd, const N: usize, const M: usize>(
+    simd: S,
+    dv: usize,
+    values: Rows<*const R>,
+    weights: *const R,
+    sums: *mut R,
+) {
+    let lanes = R::lanes::<S>();
+    let mut factors = [[R::splat(simd, R::ZERO); M]; N];
+    let mut c = 0;
+    // SAFETY: as the caller promises; the sums have room behind dv.
+    unsafe {
+        for (row, factors) in factors.iter_mut().enumerate() {
+            for (j, factor) in factors.iter_mut().enumerate() {
+                *factor = R::splat(simd, *weights.add(row * KEYS + j));
+            }
+        }
+        while c < dv {
+            let mut vectors = [R::splat(simd, R::ZERO); M];
+            for (j, vector) in vectors.iter_mut().enumerate() {
+                let value = values.start.add(j * values.stride + c);
+                prefetch(value.wrapping_add(AHEAD.div_ceil(dv) * values.stride));
+                *vector = if c + lanes <= dv { load::<R, S>(value) } else { load_first::<R, S>(simd, value, dv - c) };
+            }
+            for (row, factors) in factors.iter().enumerate() {
+                let place = sums.add(row * pad(dv) + c);
+                let mut sum = load::<R, S>(place);
+                for (vector, factor) in vectors.into_iter().zip(factors) {
+                    sum = R::mul_add(simd, vector, *factor, sum);
+                }
+                store::<R, S>(place, sum);
+            }
+            c += lanes;
+        }
+    }
+}
