@@ -181,6 +181,12 @@ fn check_tensors(query: &Tensor, key: &Tensor, value: &Tensor) -> candle_core::R
             return Err(AttentionError::TooLarge { shape }.into());
         }
     }
+    for (tensor, x) in [("query", query), ("key", key), ("value", value)] {
+        if x.dims().iter().any(|&dim| i32::try_from(dim).is_err()) {
+            let expected = format!("at most {} along every axis", i32::MAX);
+            return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
+        }
+    }
     Ok(())
 }
 

@@ -95,6 +95,14 @@ pub enum AttentionError {
         /// The shape of the scores (batch, num_heads, q_len, kv_len), or of an input.
         shape: [usize; 4],
     },
+    /// Less memory than a result takes.
+    #[error("the {what}: expected {bytes} bytes of memory, got none")]
+    Memory {
+        /// What the memory is for.
+        what: &'static str,
+        /// How much it takes.
+        bytes: usize,
+    },
     /// A configuration field that can't serve.
     #[error("config, {field}: expected {expected}, got {got}")]
     Config {

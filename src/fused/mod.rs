@@ -1,5 +1,5 @@
-//! The fast path: attention as one candle operation with a gradient, which holds no q_len x kv_len matrix, but for the
-//! gradient of a bias that is being trained.
+//! The fast path: attention as one candle operation with a gradient, which holds no q_len x kv_len matrix but those that
+//! it was given: a bias, and its gradient.
 //!
 //! This file is the safe seam. It decides what the operation serves, hands the kernels views that have been checked
 //! against their storage, and keeps what the backward pass needs: its inputs, its output, and the log-sum-exp.
@@ -8,6 +8,7 @@
 
 mod cpu;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Shape, Storage, Tensor};
@@ -65,6 +66,8 @@ pub(crate) fn attention(
         axes,
         pack_logsumexp: want_logsumexp,
         logsumexp: Arc::default(),
+        for_backward: [&q, &k, &v].iter().any(|x| x.track_op()) || trained_bias.is_some(),
+        hides_strange: AtomicBool::new(false),
     };
     let logsumexp = op.logsumexp.clone();
     let (batch, heads, q_len) = axes.of(q.dims4()?);
@@ -112,7 +115,20 @@ fn with_sinks(context: &Tensor, logsumexp: &Tensor, sinks: &Tensor) -> candle_co
 
 /// The kernels take any strides, but for the last axis.
 fn unit_stride(x: &Tensor) -> candle_core::Result<Tensor> {
-    if x.stride().last() == Some(&1) || x.dim(D::Minus1)? == 1 { Ok(x.clone()) } else { x.contiguous() }
+    if x.stride().last() == Some(&1) || x.dim(D::Minus1)? == 1 {
+        return Ok(x.clone());
+    }
+    // A copy that fails would abort the process: a view that repeats a row may be larger than memory.
+    room::<u8>("copy of an input", x.elem_count().saturating_mul(x.dtype().size_in_bytes()))?;
+    x.contiguous()
+}
+
+/// An empty vector with room for `count`, or an error that says for what there is no memory.
+fn room<T>(what: &'static str, count: usize) -> candle_core::Result<Vec<T>> {
+    let mut vector = Vec::new();
+    let bytes = count.saturating_mul(size_of::<T>());
+    vector.try_reserve_exact(count).map_err(|_| AttentionError::Memory { what, bytes })?;
+    Ok(vector)
 }
 
 /// Key and value in one tensor, one after the other.
@@ -181,6 +197,9 @@ struct FusedAttention {
     packed: Option<Packed>,
     pack_logsumexp: bool,
     logsumexp: Arc<OnceLock<LogSumExp>>,
+    for_backward: bool,
+    /// Whether the forward pass met anything infinite or NaN behind the mask.
+    hides_strange: AtomicBool,
 }
 
 /// Three inputs as the operation got them.
@@ -248,7 +267,10 @@ impl FusedAttention {
         self.with_problem::<E, _>(inputs, |problem| {
             let [batch, heads, q_len, _] = problem.q.dims();
             let dv = problem.value_dim();
-            let (mut result, logsumexp) = cpu::forward(problem, self.axes.strides(heads, q_len, dv));
+            let strides = self.axes.strides(heads, q_len, dv);
+            let cpu::Output { context: mut result, logsumexp, hides_strange } =
+                cpu::forward(problem, strides, self.for_backward)?;
+            self.hides_strange.store(hides_strange, Ordering::Relaxed);
             let shape = if self.pack_logsumexp {
                 // f32 or f64 here, so that nothing is lost.
                 result.extend(logsumexp.iter().map(|&x| E::narrow(x)));
@@ -282,14 +304,19 @@ impl FusedAttention {
             let (result_guard, grad_guard) = (result.storage_and_layout(), grad.storage_and_layout());
             let (result, grad) = (numbers(&result_guard.0, result_guard.1)?, numbers(&grad_guard.0, grad_guard.1)?);
             let logsumexp = self.logsumexp.get().and_then(E::saved).ok_or_else(|| missing("log-sum-exp"))?;
-            let grad_logsumexp = self.pack_logsumexp.then(|| E::as_real(&grad[entries..])).flatten();
-            let context = View::new(result, strides, dims).ok_or_else(|| missing("context"))?;
-            let grad_context = View::new(grad, strides, dims).ok_or_else(|| missing("gradient"))?;
-            let want_scores = self.packed.is_some();
-            let strides = |heads, len, dim| self.axes.strides(heads, len, dim);
-            Ok(cpu::backward(problem, context, logsumexp, grad_context, grad_logsumexp, want_scores, strides))
+            let saved = cpu::Saved {
+                context: View::new(result, strides, dims).ok_or_else(|| missing("context"))?,
+                logsumexp,
+                hides_strange: self.hides_strange.load(Ordering::Relaxed),
+            };
+            let incoming = cpu::Incoming {
+                context: View::new(grad, strides, dims).ok_or_else(|| missing("gradient"))?,
+                logsumexp: self.pack_logsumexp.then(|| E::as_real(&grad[entries..])).flatten(),
+            };
+            let bias_dims = self.packed.as_ref().map(|_| aligned(args[2].dims()));
+            cpu::backward(problem, saved, incoming, bias_dims, |heads, len, dim| self.axes.strides(heads, len, dim))
         })?;
-        let (q, scores_shape) = (args[0], self.scores_shape(args)?);
+        let q = args[0];
         let grad_q = Tensor::from_vec(grads.q, q.shape(), q.device())?;
         let Some(packed) = &self.packed else {
             let grad_k = Tensor::from_vec(grads.k, args[1].shape(), q.device())?;
@@ -300,16 +327,9 @@ impl FusedAttention {
         kv.extend(grads.v);
         debug_assert_eq!(kv.len(), packed.key.shape().elem_count() + packed.value.shape().elem_count());
         let grad_kv = Tensor::from_vec(kv, args[1].shape(), q.device())?;
-        let scores = grads.scores.ok_or_else(|| missing("gradient of the scores"))?;
-        let grad_bias = sum_to(&Tensor::from_vec(scores, scores_shape, q.device())?, args[2].shape())?;
+        let grad_bias = grads.bias.ok_or_else(|| missing("gradient of the bias"))?;
+        let grad_bias = Tensor::from_vec(grad_bias, args[2].shape(), q.device())?;
         Ok([Some(grad_q), Some(grad_kv), Some(grad_bias)])
-    }
-
-    fn scores_shape(&self, args: [&Tensor; 3]) -> candle_core::Result<(usize, usize, usize, usize)> {
-        let (batch, heads, q_len) = self.axes.of(args[0].dims4()?);
-        let key = self.packed.as_ref().map_or(args[1].shape(), |packed| packed.key.shape());
-        let (_, _, kv_len) = self.axes.of(key.dims4()?);
-        Ok((batch, heads, q_len, kv_len))
     }
 }
 
@@ -370,20 +390,16 @@ fn missing(what: &str) -> candle_core::Error {
     candle_core::Error::msg(format!("fused attention: the {what} doesn't fit its shape"))
 }
 
-/// Aligned at the right; axes that aren't there, or have one place, have no stride.
-fn bias_view<'a, E: Element>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<Bias<'a, E::Real>> {
-    let mut strides = [0; 4];
-    let missing = 4 - layout.shape().rank();
-    for (axis, (&dim, &stride)) in layout.dims().iter().zip(layout.stride()).enumerate() {
-        strides[missing + axis] = if dim == 1 { 0 } else { stride };
-    }
-    Ok(Bias { data: &storage.as_slice::<E::Real>()?[layout.start_offset()..], strides })
+/// The sizes of the last of four axes; those before are 1.
+fn aligned(dims: &[usize]) -> [usize; 4] {
+    let mut all = [1; 4];
+    all[4 - dims.len()..].copy_from_slice(dims);
+    all
 }
 
-/// The sum over the axes along which a tensor of this shape was broadcast.
-fn sum_to(x: &Tensor, shape: &Shape) -> candle_core::Result<Tensor> {
-    let missing = x.rank() - shape.rank();
-    let axes =
-        (0..x.rank()).filter(|&axis| axis < missing || (shape.dims()[axis - missing] == 1 && x.dims()[axis] != 1));
-    x.sum_keepdim(axes.collect::<Vec<_>>())?.reshape(shape)
+fn bias_view<'a, E: Element>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<Bias<'a, E::Real>> {
+    let mut strides = [0; 4];
+    strides[4 - layout.shape().rank()..].copy_from_slice(layout.stride());
+    let dims = aligned(layout.dims());
+    Ok(Bias::new(&storage.as_slice::<E::Real>()?[layout.start_offset()..], dims, strides))
 }

@@ -14,13 +14,17 @@ use pulp::{Simd, WithSimd};
 
 use super::Strides;
 use super::element::Element;
-use super::micro::{Rows, VECTORS, accumulate, dot_products, outer_products, pad, panel_width};
+use super::micro::{
+    Rows, VECTORS, accumulate, accumulate_with_care, dot_products, outer_products, outer_products_with_care, pad,
+    panel_width,
+};
 use super::panels::{pack, unpack};
 use super::problem::{Problem, View};
 use super::real::Real;
 use super::scores::Tile;
 use super::scratch::Scratch;
 use super::softmax::weights_and_grads;
+use super::transpose::transpose;
 use crate::mask::Coverage;
 
 /// Panels of a block of queries. Their weights lie side by side, so that the products over queries, dk and dv, are long
@@ -39,6 +43,8 @@ pub(crate) struct Backward<'a, E: Element> {
     pub(crate) sequence: usize,
     pub(crate) kv_head: usize,
     pub(crate) keys: Range<usize>,
+    /// Whether there is anything infinite or NaN that the mask may hide from somebody.
+    pub(crate) with_care: bool,
     pub(crate) gradients: Gradients<E>,
 }
 
@@ -62,9 +68,28 @@ pub(crate) struct Gradients<E: Element> {
     pub(crate) k_by_place: usize,
     pub(crate) v: *mut E,
     pub(crate) v_by_place: usize,
-    /// (num_heads, q_len, kv_len) of this sequence, before any sum over what the bias broadcasts, starting as zeros; null
-    /// if not wanted.
-    pub(crate) scores: *mut E::Real,
+    /// What this task's chain adds up for the bias, if wanted.
+    pub(crate) bias: Option<BiasGradient<E::Real>>,
+}
+
+/// The gradient of a bias, with the bias's own axes, row by row.
+#[derive(Clone, Copy)]
+pub(crate) struct BiasGradient<R> {
+    start: *mut R,
+    /// Of batch, heads, queries and keys; 0 where the bias broadcasts.
+    strides: [usize; 4],
+}
+
+impl<R> BiasGradient<R> {
+    pub(crate) fn new(start: *mut R, dims: [usize; 4]) -> Self {
+        let mut strides = [0; 4];
+        let mut stride = 1;
+        for axis in (0..4).rev() {
+            strides[axis] = if dims[axis] == 1 { 0 } else { stride };
+            stride *= dims[axis];
+        }
+        Self { start, strides }
+    }
 }
 
 struct Pieces<'s, R> {
@@ -337,7 +362,11 @@ impl<E: Element> Backward<'_, E> {
                 grad_scores,
                 dropout.then_some(factors),
             );
-            self.write_grad_scores(tile, grad_scores);
+            if self.with_care && coverage == Coverage::Some {
+                tile.hide(problem, weights, E::Real::ZERO);
+                tile.hide(problem, grad_scores, E::Real::ZERO);
+            }
+            self.add_to_bias(simd, tile, grad_scores);
             if softcap {
                 for j in 0..count {
                     for i in 0..width {
@@ -349,26 +378,37 @@ impl<E: Element> Backward<'_, E> {
             let one = [E::Real::splat(simd, E::Real::ONE); VECTORS];
             let grad_queries = pieces.grad_queries.as_mut_ptr().add(panel * d * width);
             let grad_scores = Rows { start: grad_scores.start.cast_const(), stride };
-            accumulate::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
+            if self.with_care {
+                accumulate_with_care::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
+            } else {
+                accumulate::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
+            }
         }
     }
 
-    /// The gradient of the scores after the bias was added, for the bias.
+    /// Adds the gradient of the scores to that of the bias.
     ///
     /// # Safety
     ///
     /// `grad_scores` has a row of W numbers for each key of the tile.
     #[inline(always)]
-    unsafe fn write_grad_scores(&self, tile: &Tile, grad_scores: Rows<*mut E::Real>) {
-        if self.gradients.scores.is_null() {
-            return;
-        }
-        let shape = self.problem.shape();
-        for i in 0..tile.queries {
-            let row = (tile.at.1 * shape.q_len + tile.first_query + i) * shape.kv_len;
-            for (j, key) in tile.keys.clone().enumerate() {
-                // SAFETY: the caller has a number for every score of the sequence, and no other task has this one.
-                unsafe { *self.gradients.scores.add(row + key) = *grad_scores.start.add(j * grad_scores.stride + i) };
+    unsafe fn add_to_bias<S: Simd>(&self, simd: S, tile: &Tile, grad_scores: Rows<*mut E::Real>) {
+        let Some(BiasGradient { start, strides: [sb, sh, si, sj] }) = self.gradients.bias else { return };
+        let keys = tile.keys.len();
+        // SAFETY: the caller has a number for every place of the bias, and no other task has those of these heads and
+        // keys.
+        unsafe {
+            let start = start.add(tile.at.0 * sb + tile.at.1 * sh + tile.first_query * si + tile.keys.start * sj);
+            if si != 0 && sj == 1 {
+                let from = Rows { start: grad_scores.start.cast_const(), stride: grad_scores.stride };
+                let to = Rows { start, stride: si };
+                transpose::<E::Real, S, true>(simd, keys, tile.queries, E::Real::ONE, from, to);
+                return;
+            }
+            for j in 0..keys {
+                for i in 0..tile.queries {
+                    *start.add(i * si + j * sj) += *grad_scores.start.add(j * grad_scores.stride + i);
+                }
             }
         }
     }
@@ -399,12 +439,20 @@ impl<E: Element> Backward<'_, E> {
             let grad_rows = Rows { start: pieces.grad_rows.as_ptr().add(first * v_stride), stride: v_stride };
             let out = Rows { start: pieces.grad_values.as_mut_ptr().add(key * v_stride), stride: v_stride };
             let columns = self.problem.value_dim().next_multiple_of(lanes);
-            outer_products::<E::Real, S>(simd, columns, out, rows.len(), weights, inner, grad_rows);
+            if self.with_care {
+                outer_products_with_care::<E::Real, S>(simd, columns, out, rows.len(), weights, inner, grad_rows);
+            } else {
+                outer_products::<E::Real, S>(simd, columns, out, rows.len(), weights, inner, grad_rows);
+            }
             let grad_scores = Rows { start: pieces.grad_scores.as_ptr().add(place), stride };
             let query_rows = Rows { start: pieces.query_rows.as_ptr().add(first * k_stride), stride: k_stride };
             let out = Rows { start: pieces.grad_keys.as_mut_ptr().add(key * k_stride), stride: k_stride };
             let columns = self.problem.dim().next_multiple_of(lanes);
-            outer_products::<E::Real, S>(simd, columns, out, rows.len(), grad_scores, inner, query_rows);
+            if self.with_care {
+                outer_products_with_care::<E::Real, S>(simd, columns, out, rows.len(), grad_scores, inner, query_rows);
+            } else {
+                outer_products::<E::Real, S>(simd, columns, out, rows.len(), grad_scores, inner, query_rows);
+            }
         }
     }
 

@@ -104,15 +104,24 @@ impl<E: Element> WithSimd for Decode<'_, E> {
         let mut scratch = Scratch::of_this_thread::<E::Real>(&sizes);
         let [queries, sums, weights, scores, largest, total, keys, values] = scratch.pieces(sizes);
         let mut pieces = Pieces { queries, sums, weights, scores, largest, total, keys, values };
-        self.start(&mut pieces);
-        for start in self.keys.clone().step_by(KEYS) {
-            self.block(simd, start..(start + KEYS).min(self.keys.end), &mut pieces);
+        self.over_keys(simd, &mut pieces, false);
+        if !problem.mask.is_full() && pieces.sums.iter().any(|sum| !sum.is_finite()) {
+            // Perhaps it was infinity times the weight of zero of a key that the mask hides.
+            self.over_keys(simd, &mut pieces, true);
         }
         self.finish(&pieces);
     }
 }
 
 impl<E: Element> Decode<'_, E> {
+    #[inline(always)]
+    fn over_keys<S: Simd>(&self, simd: S, pieces: &mut Pieces<E::Real>, with_care: bool) {
+        self.start(pieces);
+        for start in self.keys.clone().step_by(KEYS) {
+            self.block(simd, start..(start + KEYS).min(self.keys.end), pieces, with_care);
+        }
+    }
+
     #[inline(always)]
     fn start(&self, pieces: &mut Pieces<E::Real>) {
         let problem = self.problem;
@@ -130,7 +139,7 @@ impl<E: Element> Decode<'_, E> {
     }
 
     #[inline(always)]
-    fn block<S: Simd>(&self, simd: S, block: Range<usize>, pieces: &mut Pieces<E::Real>) {
+    fn block<S: Simd>(&self, simd: S, block: Range<usize>, pieces: &mut Pieces<E::Real>, with_care: bool) {
         let problem = self.problem;
         let (queries, group) = (0..problem.shape().q_len, problem.group());
         let at = |head: usize| (self.sequence, self.kv_head * group + head);
@@ -178,8 +187,34 @@ impl<E: Element> Decode<'_, E> {
             }
         }
         let values = problem.v.rows(kv_at, block, pieces.values);
-        // SAFETY: as above.
-        unsafe { add_values::<E::Real, S>(simd, dv, values, count, pieces.weights, rows, pieces.sums) };
+        if with_care {
+            for row in 0..rows {
+                self.add_values_with_care(row, values, count, pieces);
+            }
+        } else {
+            // SAFETY: as above.
+            unsafe { add_values::<E::Real, S>(simd, dv, values, count, pieces.weights, rows, pieces.sums) };
+        }
+    }
+
+    /// A weight of zero adds nothing, be the value infinite or NaN.
+    fn add_values_with_care(
+        &self,
+        row: usize,
+        values: Rows<*const E::Real>,
+        count: usize,
+        pieces: &mut Pieces<E::Real>,
+    ) {
+        let dv = self.problem.value_dim();
+        let sums = &mut pieces.sums[row * pad(dv)..][..dv];
+        for (j, weight) in pieces.weights[row * KEYS..][..count].iter().enumerate() {
+            if *weight != E::Real::ZERO {
+                for (c, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: there is a row of dv for each of the `count` keys of the block.
+                    *sum += *weight * unsafe { *values.start.add(j * values.stride + c) };
+                }
+            }
+        }
     }
 
     /// Softcap, bias, ALiBi and mask of one head, whose scores are turned to [key][query] for it.

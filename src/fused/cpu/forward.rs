@@ -4,11 +4,12 @@
 //! algorithm 1.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::{Simd, WithSimd};
 
 use super::element::Element;
-use super::micro::{Rows, VECTORS, accumulate, dot_products, load, load_all, panel_width, store};
+use super::micro::{Rows, VECTORS, accumulate, accumulate_with_care, dot_products, load, load_all, panel_width, store};
 use super::panels::{pack, unpack};
 use super::problem::Problem;
 use super::real::Real;
@@ -32,6 +33,8 @@ pub(crate) struct Forward<'a, E: Element> {
     pub(crate) context_stride: usize,
     /// One for each query.
     pub(crate) logsumexp: *mut E::Real,
+    /// Set if the mask hides what is infinite or NaN, which zeros then don't make go away.
+    pub(crate) hides_strange: &'a AtomicBool,
 }
 
 /// What a task keeps for its panels, each piece a panel after the other.
@@ -67,8 +70,15 @@ impl<E: Element> WithSimd for Forward<'_, E> {
         let [queries, sums, largest, total, scores, factors, keys, values] = scratch.pieces(sizes);
         let mut panels = Panels { queries, sums, largest, total, scores, factors, keys, values };
         self.start(simd, &mut panels);
-        self.over_keys(simd, &mut panels);
-        self.finish(simd, &mut panels);
+        self.over_keys(simd, &mut panels, false);
+        let is_finite = self.finish(simd, &mut panels);
+        if !is_finite && !self.problem.mask.is_full() {
+            // Perhaps it was infinity times a weight of zero.
+            self.hides_strange.store(true, Ordering::Relaxed);
+            self.start(simd, &mut panels);
+            self.over_keys(simd, &mut panels, true);
+            self.finish(simd, &mut panels);
+        }
     }
 }
 
@@ -85,7 +95,7 @@ impl<E: Element> Forward<'_, E> {
     }
 
     #[inline(always)]
-    fn over_keys<S: Simd>(&self, simd: S, panels: &mut Panels<E::Real>) {
+    fn over_keys<S: Simd>(&self, simd: S, panels: &mut Panels<E::Real>, with_care: bool) {
         let problem = self.problem;
         let width = panel_width::<E::Real, S>();
         let kv_len = problem.shape().kv_len;
@@ -121,7 +131,9 @@ impl<E: Element> Forward<'_, E> {
                     let (d, count) = (problem.dim(), tile.keys.len());
                     if problem.adjusts(coverage) {
                         dot_products::<E::Real, S, false>(simd, d, queries, from(keys), count, scores, &mut largest);
-                        tile.adjust(simd, problem, coverage, scores, None);
+                        if tile.adjust(simd, problem, coverage, scores, None) {
+                            self.hides_strange.store(true, Ordering::Relaxed);
+                        }
                         maxima::<E::Real, S>(simd, scores, count, &mut largest);
                     } else {
                         dot_products::<E::Real, S, true>(simd, d, queries, from(keys), count, scores, &mut largest);
@@ -129,15 +141,12 @@ impl<E: Element> Forward<'_, E> {
                     let factor = self.exponentials(simd, &tile, panel, largest, panels);
                     let sums = panels.sums.as_mut_ptr().add(panel * problem.value_dim() * width);
                     let weights = Rows { start: panels.scores.as_ptr(), stride: width };
-                    accumulate::<E::Real, S>(
-                        simd,
-                        problem.value_dim(),
-                        sums,
-                        factor,
-                        from(values),
-                        tile.keys.len(),
-                        weights,
-                    );
+                    let (values, dv) = (from(values), problem.value_dim());
+                    if with_care {
+                        accumulate_with_care::<E::Real, S>(simd, dv, sums, factor, values, count, weights);
+                    } else {
+                        accumulate::<E::Real, S>(simd, dv, sums, factor, values, count, weights);
+                    }
                 }
             }
         }
@@ -192,9 +201,9 @@ impl<E: Element> Forward<'_, E> {
         }
     }
 
-    /// Divides by the sums and writes the results.
+    /// Divides by the sums and writes the results. Says whether all of them are finite.
     #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, panels: &mut Panels<E::Real>) {
+    fn finish<S: Simd>(&self, simd: S, panels: &mut Panels<E::Real>) -> bool {
         let width = panel_width::<E::Real, S>();
         let dv = self.problem.value_dim();
         for (i, total) in panels.total.iter_mut().enumerate().take(self.queries.len()) {
@@ -208,12 +217,15 @@ impl<E: Element> Forward<'_, E> {
             unsafe { self.logsumexp.add(i).write(logsumexp) };
             *total = inverse;
         }
+        let mut is_finite = true;
         for (panel, sums) in panels.sums.chunks_exact_mut(dv * width).enumerate() {
+            let count = width.min(self.queries.len() - panel * width);
             let inverse = &panels.total[panel * width..][..width];
             for sums in sums.chunks_exact_mut(width) {
                 sums.iter_mut().zip(inverse).for_each(|(sum, inverse)| *sum *= *inverse);
+                // No early end: this way it is done by vectors.
+                is_finite &= sums[..count].iter().fold(true, |all, sum| all & sum.is_finite());
             }
-            let count = width.min(self.queries.len() - panel * width);
             // SAFETY: the caller has a row of `context` for each query of this task alone; a block of values has as
             // many rows as a panel, and more.
             unsafe {
@@ -222,6 +234,7 @@ impl<E: Element> Forward<'_, E> {
                 unpack::<E, S>(simd, sums.as_ptr(), dv, count, E::Real::ONE, panels.values, rows);
             }
         }
+        is_finite
     }
 }
 

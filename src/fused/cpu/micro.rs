@@ -228,13 +228,8 @@ unsafe fn accumulate_block<R: Real, S: Simd, const N: usize>(
     let lanes = R::lanes::<S>();
     // SAFETY: as the caller promises.
     unsafe {
+        // A block is summed on its own before it is added: long sums would lose more to rounding.
         let mut sums = [[R::splat(simd, R::ZERO); VECTORS]; N];
-        for (i, sums) in sums.iter_mut().enumerate() {
-            let before: [_; VECTORS] = load_all::<R, S, VECTORS>(simd, panel.add(i * VECTORS * lanes));
-            for ((sum, before), factor) in sums.iter_mut().zip(before).zip(factor) {
-                *sum = R::vmul(simd, factor, before);
-            }
-        }
         for j in 0..count {
             let at = weights.start.add(j * weights.stride);
             let weights: [_; VECTORS] = load_all::<R, S, VECTORS>(simd, at);
@@ -247,7 +242,8 @@ unsafe fn accumulate_block<R: Real, S: Simd, const N: usize>(
         }
         for (i, sums) in sums.into_iter().enumerate() {
             for (v, sum) in sums.into_iter().enumerate() {
-                store::<R, S>(panel.add((i * VECTORS + v) * lanes), sum);
+                let place = panel.add((i * VECTORS + v) * lanes);
+                store::<R, S>(place, R::mul_add(simd, factor[v], load::<R, S>(place), sum));
             }
         }
     }
@@ -344,9 +340,6 @@ unsafe fn outer_block<R: Real, S: Simd, const N: usize, const V: usize>(
     // SAFETY: as the caller promises.
     unsafe {
         let mut sums = [[R::splat(simd, R::ZERO); V]; N];
-        for (j, sums) in sums.iter_mut().enumerate() {
-            *sums = load_all::<R, S, V>(simd, out.start.add(j * out.stride));
-        }
         for i in 0..inner {
             let at = rows.start.add(i * rows.stride);
             let columns: [_; V] = load_all::<R, S, V>(simd, at);
@@ -359,7 +352,76 @@ unsafe fn outer_block<R: Real, S: Simd, const N: usize, const V: usize>(
         }
         for (j, sums) in sums.into_iter().enumerate() {
             for (v, sum) in sums.into_iter().enumerate() {
-                store::<R, S>(out.start.add(j * out.stride + v * lanes), sum);
+                let place = out.start.add(j * out.stride + v * lanes);
+                store::<R, S>(place, R::vadd(simd, load::<R, S>(place), sum));
+            }
+        }
+    }
+}
+
+/// As [`accumulate`], to the last bit, but a weight of zero adds nothing, be the row infinite or NaN. Slow: this is for
+/// data that is.
+///
+/// # Safety
+///
+/// As [`accumulate`].
+#[inline(always)]
+pub(crate) unsafe fn accumulate_with_care<R: Real, S: Simd>(
+    simd: S,
+    d: usize,
+    panel: *mut R,
+    factor: [R::Vector<S>; VECTORS],
+    rows: Rows<*const R>,
+    count: usize,
+    weights: Rows<*const R>,
+) {
+    let lanes = R::lanes::<S>();
+    for i in 0..d {
+        for (v, factor) in factor.into_iter().enumerate() {
+            // SAFETY: as the caller promises.
+            unsafe {
+                let place = panel.add((i * VECTORS + v) * lanes);
+                let mut sum = R::splat(simd, R::ZERO);
+                for j in 0..count {
+                    let x = R::splat(simd, *rows.start.add(j * rows.stride + i));
+                    let weight = load::<R, S>(weights.start.add(j * weights.stride + v * lanes));
+                    sum = R::if_zero(simd, weight, sum, R::mul_add(simd, x, weight, sum));
+                }
+                store::<R, S>(place, R::mul_add(simd, factor, load::<R, S>(place), sum));
+            }
+        }
+    }
+}
+
+/// As [`outer_products`], to the last bit, but a weight of zero adds nothing, be the row infinite or NaN.
+///
+/// # Safety
+///
+/// As [`outer_products`].
+#[inline(always)]
+pub(crate) unsafe fn outer_products_with_care<R: Real, S: Simd>(
+    simd: S,
+    columns: usize,
+    out: Rows<*mut R>,
+    count: usize,
+    weights: Rows<*const R>,
+    inner: usize,
+    rows: Rows<*const R>,
+) {
+    for j in 0..count {
+        for column in (0..columns).step_by(R::lanes::<S>()) {
+            // SAFETY: as the caller promises.
+            unsafe {
+                let mut sum = R::splat(simd, R::ZERO);
+                for i in 0..inner {
+                    let weight = *weights.start.add(j * weights.stride + i);
+                    if weight != R::ZERO {
+                        let x = load::<R, S>(rows.start.add(i * rows.stride + column));
+                        sum = R::mul_add(simd, R::splat(simd, weight), x, sum);
+                    }
+                }
+                let place = out.start.add(j * out.stride + column);
+                store::<R, S>(place, R::vadd(simd, load::<R, S>(place), sum));
             }
         }
     }

@@ -2,6 +2,7 @@
 //! of threads.
 
 mod backward;
+mod chains;
 mod decode;
 mod dropout;
 mod element;
@@ -17,11 +18,15 @@ mod transpose;
 
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
 
 use pulp::Arch;
 use rayon::prelude::*;
 
-use backward::{Backward, Gradients, QueryRow};
+use super::room;
+
+use backward::{Backward, BiasGradient, Gradients, QueryRow};
+use chains::Chains;
 use decode::{Decode, MOST_QUERIES, Partial, merge};
 pub(crate) use element::Element;
 use forward::{Forward, QUERIES};
@@ -34,10 +39,6 @@ const SERIAL_BELOW: usize = 500_000;
 /// Decoding tasks to aim for, where heads are few, and the fewest keys that are worth a task of their own.
 const DECODE_TASKS: usize = 32;
 const KEYS_PER_DECODE_TASK: usize = 512;
-
-/// Backward tasks to aim for, where heads are few, and the fewest keys that are worth a task of their own.
-const BACKWARD_TASKS: usize = 8;
-const KEYS_PER_TASK: usize = 384;
 
 /// The instruction set: the best that this processor has, unless the environment variable `CANDLE_ATTENTION_SIMD` asks for
 /// less, `scalar` or (on x86-64, where the processor has it) `avx2`.
@@ -87,23 +88,38 @@ impl<E: Element> Problem<'_, E> {
 /// How far apart the heads of a sequence and the places of a head are, in a result.
 type Strides = (usize, usize);
 
-/// The context, heads and places as far apart as asked for, and the log-sum-exp (batch, num_heads, q_len).
-pub(crate) fn forward<E: Element>(problem: &Problem<E>, (by_head, by_place): Strides) -> (Vec<E>, Vec<E::Real>) {
+/// What the forward pass gives back.
+pub(crate) struct Output<E: Element> {
+    /// Heads and places as far apart as asked for.
+    pub(crate) context: Vec<E>,
+    /// (batch, num_heads, q_len)
+    pub(crate) logsumexp: Vec<E::Real>,
+    /// Whether the mask hides what is infinite or NaN.
+    pub(crate) hides_strange: bool,
+}
+
+/// `for_backward`: the backward pass computes scores as the forward pass did, to the last bit. Decoding doesn't.
+pub(crate) fn forward<E: Element>(
+    problem: &Problem<E>,
+    (by_head, by_place): Strides,
+    for_backward: bool,
+) -> candle_core::Result<Output<E>> {
     let shape = problem.shape();
     let dv = problem.value_dim();
     let rows = shape.batch * shape.num_heads * shape.q_len;
-    let mut context: Vec<E> = Vec::with_capacity(rows * dv);
-    let mut logsumexp: Vec<E::Real> = Vec::with_capacity(rows);
+    let mut context: Vec<E> = room("context", rows * dv)?;
+    let mut logsumexp: Vec<E::Real> = room("log-sum-exp", rows)?;
     let (to_context, to_logsumexp) = (Shared(context.as_mut_ptr()), Shared(logsumexp.as_mut_ptr()));
     let blocks = shape.q_len.div_ceil(QUERIES);
-    if shape.q_len <= MOST_QUERIES {
+    let hides_strange = AtomicBool::new(false);
+    if shape.q_len <= MOST_QUERIES && !for_backward {
         decode(problem, &to_context, (by_head, by_place), &to_logsumexp);
         // SAFETY: each row has been written.
         unsafe {
             context.set_len(rows * dv);
             logsumexp.set_len(rows);
         }
-        return (context, logsumexp);
+        return Ok(Output { context, logsumexp, hides_strange: false });
     }
     run_tasks(problem.work(), shape.batch * shape.num_heads * blocks, |task| {
         let (head, start) = (task / blocks, task % blocks * QUERIES);
@@ -121,6 +137,7 @@ pub(crate) fn forward<E: Element>(problem: &Problem<E>, (by_head, by_place): Str
             context,
             context_stride: by_place,
             logsumexp,
+            hides_strange: &hides_strange,
         });
     });
     // SAFETY: the tasks cover all queries of all heads, and each has written all of its rows.
@@ -128,7 +145,7 @@ pub(crate) fn forward<E: Element>(problem: &Problem<E>, (by_head, by_place): Str
         context.set_len(rows * dv);
         logsumexp.set_len(rows);
     }
-    (context, logsumexp)
+    Ok(Output { context, logsumexp, hides_strange: hides_strange.into_inner() })
 }
 
 /// Writes context and log-sum-exp of a few queries: shares of the keys side by side, then each row from its shares in
@@ -176,64 +193,79 @@ fn decode<E: Element>(
     }
 }
 
-/// What the backward pass gives back: q, k and v with their strides as asked for, and the scores (batch, num_heads,
-/// q_len, kv_len) if wanted.
+/// What the backward pass needs of the forward pass.
+pub(crate) struct Saved<'a, E: Element> {
+    pub(crate) context: View<'a, E>,
+    /// (batch, num_heads, q_len)
+    pub(crate) logsumexp: &'a [E::Real],
+    pub(crate) hides_strange: bool,
+}
+
+/// The gradients of what the forward pass gave.
+pub(crate) struct Incoming<'a, E: Element> {
+    pub(crate) context: View<'a, E>,
+    pub(crate) logsumexp: Option<&'a [E::Real]>,
+}
+
+/// What the backward pass gives back: q, k and v with their strides as asked for, and the bias if wanted.
 pub(crate) struct Grads<E: Element> {
     pub(crate) q: Vec<E>,
     pub(crate) k: Vec<E>,
     pub(crate) v: Vec<E>,
-    pub(crate) scores: Option<Vec<E::Real>>,
+    pub(crate) bias: Option<Vec<E::Real>>,
 }
 
-/// Gradients, given those of the context and (batch, num_heads, q_len) of the log-sum-exp. `strides` says how heads, len
-/// and dim are to be laid out.
+/// `bias_dims`: the four axes of a bias whose gradient is wanted. `strides` says how heads, len and dim are to be laid out.
 pub(crate) fn backward<E: Element>(
     problem: &Problem<E>,
-    context: View<E>,
-    logsumexp: &[E::Real],
-    grad_context: View<E>,
-    grad_logsumexp: Option<&[E::Real]>,
-    want_scores: bool,
+    saved: Saved<E>,
+    incoming: Incoming<E>,
+    bias_dims: Option<[usize; 4]>,
     strides: impl Fn(usize, usize, usize) -> Strides,
-) -> Grads<E> {
+) -> candle_core::Result<Grads<E>> {
     let shape = problem.shape();
     let (kv_heads, d, dv) = (problem.kv_heads(), problem.dim(), problem.value_dim());
-    let rows = query_rows(problem, context, logsumexp, grad_context, grad_logsumexp);
-    let splits = BACKWARD_TASKS.div_ceil(shape.batch * kv_heads).min(shape.kv_len.div_ceil(KEYS_PER_TASK)).max(1);
+    let rows = query_rows(problem, &saved, &incoming);
+    let hides_strange = saved.hides_strange || rows.iter().any(|row| !row.delta.is_finite());
+    let with_care = hides_strange && !problem.mask.is_full();
+    let chains = Chains::new(shape.batch, kv_heads, bias_dims);
+    let splits = chains.splits(shape.kv_len);
     let keys_per_split = shape.kv_len.div_ceil(splits);
 
     let q_size = shape.batch * shape.num_heads * shape.q_len * d;
     let kv_rows = shape.batch * kv_heads * shape.kv_len;
-    let scores_of_sequence = shape.num_heads * shape.q_len * shape.kv_len;
     let (q_strides, k_strides) = (strides(shape.num_heads, shape.q_len, d), strides(kv_heads, shape.kv_len, d));
     let v_strides = strides(kv_heads, shape.kv_len, dv);
-    let mut grad_q: Vec<E::Real> = Vec::with_capacity(splits * q_size);
-    let mut grad_k: Vec<E> = Vec::with_capacity(kv_rows * d);
-    let mut grad_v: Vec<E> = Vec::with_capacity(kv_rows * dv);
-    let mut grad_scores = want_scores.then(|| vec![E::Real::ZERO; shape.batch * scores_of_sequence]);
+    let mut grad_q: Vec<E::Real> = room("gradient of the query", splits * q_size)?;
+    let mut grad_k: Vec<E> = room("gradient of the key", kv_rows * d)?;
+    let mut grad_v: Vec<E> = room("gradient of the value", kv_rows * dv)?;
+    let bias_size = bias_dims.map_or(0, |dims| dims.iter().product());
+    let mut grad_bias: Vec<E::Real> = room("gradient of the bias", chains.side_by_side * bias_size)?;
+    grad_bias.resize(chains.side_by_side * bias_size, E::Real::ZERO);
     let (q, k, v) = (Shared(grad_q.as_mut_ptr()), Shared(grad_k.as_mut_ptr()), Shared(grad_v.as_mut_ptr()));
-    let scores = grad_scores.as_mut().map(|scores| Shared(scores.as_mut_ptr()));
-    run_tasks(problem.work(), shape.batch * kv_heads * splits, |task| {
-        let (head, split) = (task / splits, task % splits);
-        let (sequence, kv_head) = (head / kv_heads, head % kv_heads);
+    let bias = Shared(grad_bias.as_mut_ptr());
+    run_tasks(problem.work(), chains.count() * splits, |task| {
+        let (chain, split) = (task / splits, task % splits);
         let start = (split * keys_per_split).min(shape.kv_len);
         let keys = start..(start + keys_per_split).min(shape.kv_len);
-        // SAFETY: the sequence, head and share of this task exist.
-        let gradients = unsafe {
-            Gradients {
-                q: q.at(split * q_size + sequence * shape.num_heads * shape.q_len * d),
-                q_strides,
-                k: k.at(sequence * kv_heads * shape.kv_len * d + kv_head * k_strides.0),
-                k_by_place: k_strides.1,
-                v: v.at(sequence * kv_heads * shape.kv_len * dv + kv_head * v_strides.0),
-                v_by_place: v_strides.1,
-                scores: match &scores {
-                    Some(scores) => scores.at(sequence * scores_of_sequence),
-                    None => std::ptr::null_mut(),
-                },
-            }
-        };
-        arch().dispatch(Backward { problem, grad_context, rows: &rows, sequence, kv_head, keys, gradients });
+        for (sequence, kv_head) in chains.members(chain) {
+            // SAFETY: the sequence, head, share and chain of this task exist.
+            let gradients = unsafe {
+                Gradients {
+                    q: q.at(split * q_size + sequence * shape.num_heads * shape.q_len * d),
+                    q_strides,
+                    k: k.at(sequence * kv_heads * shape.kv_len * d + kv_head * k_strides.0),
+                    k_by_place: k_strides.1,
+                    v: v.at(sequence * kv_heads * shape.kv_len * dv + kv_head * v_strides.0),
+                    v_by_place: v_strides.1,
+                    bias: bias_dims.map(|dims| BiasGradient::new(bias.at(chains.side(chain) * bias_size), dims)),
+                }
+            };
+            let keys = keys.clone();
+            let rows = &rows;
+            let grad_context = incoming.context;
+            arch().dispatch(Backward { problem, grad_context, rows, sequence, kv_head, keys, with_care, gradients });
+        }
     });
     // SAFETY: the tasks cover all keys of all heads, and for each share of the keys all queries, and each has written
     // all of its rows.
@@ -242,36 +274,37 @@ pub(crate) fn backward<E: Element>(
         grad_k.set_len(kv_rows * d);
         grad_v.set_len(kv_rows * dv);
     }
-    let (first, others) = grad_q.split_at_mut(q_size);
-    for other in others.chunks_exact(q_size) {
+    let grad_q = sum_of_parts(grad_q, q_size);
+    let bias = bias_dims.map(|_| sum_of_parts(grad_bias, bias_size));
+    Ok(Grads { q: E::from_real(grad_q), k: grad_k, v: grad_v, bias })
+}
+
+/// Parts of the same size, one behind the other, added up in their order.
+fn sum_of_parts<R: Real>(mut parts: Vec<R>, size: usize) -> Vec<R> {
+    let (first, others) = parts.split_at_mut(size);
+    for other in others.chunks_exact(size.max(1)) {
         first.iter_mut().zip(other).for_each(|(sum, x)| *sum += *x);
     }
-    grad_q.truncate(q_size);
-    Grads { q: E::from_real(grad_q), k: grad_k, v: grad_v, scores: grad_scores }
+    parts.truncate(size);
+    parts
 }
 
 /// What each query brings to the backward pass.
-fn query_rows<E: Element>(
-    problem: &Problem<E>,
-    context: View<E>,
-    logsumexp: &[E::Real],
-    grad_context: View<E>,
-    grad_logsumexp: Option<&[E::Real]>,
-) -> Vec<QueryRow<E::Real>> {
+fn query_rows<E: Element>(problem: &Problem<E>, saved: &Saved<E>, incoming: &Incoming<E>) -> Vec<QueryRow<E::Real>> {
     let shape = problem.shape();
     let row = |place: usize| {
         let (head, i) = (place / shape.q_len, place % shape.q_len);
         let (b, h) = (head / shape.num_heads, head % shape.num_heads);
         let mut delta = E::Real::ZERO;
-        for (o, grad) in context.row(b, h, i).iter().zip(grad_context.row(b, h, i)) {
+        for (o, grad) in saved.context.row(b, h, i).iter().zip(incoming.context.row(b, h, i)) {
             delta += o.widen() * grad.widen();
         }
-        if let Some(grads) = grad_logsumexp {
+        if let Some(grads) = incoming.logsumexp {
             delta -= grads[place];
         }
-        let logsumexp = logsumexp[place];
+        let logsumexp = saved.logsumexp[place];
         let logsumexp = if logsumexp == -E::Real::INFINITY { E::Real::INFINITY } else { logsumexp };
         QueryRow { logsumexp, delta }
     };
-    (0..logsumexp.len()).into_par_iter().with_min_len(256).map(row).collect()
+    (0..saved.logsumexp.len()).into_par_iter().with_min_len(256).map(row).collect()
 }

@@ -67,6 +67,16 @@ pub(crate) struct Bias<'a, R> {
     pub(crate) strides: [usize; 4],
 }
 
+impl<'a, R> Bias<'a, R> {
+    /// An axis of one place broadcasts.
+    pub(crate) fn new(data: &'a [R], dims: [usize; 4], mut strides: [usize; 4]) -> Self {
+        for (stride, dim) in strides.iter_mut().zip(dims) {
+            *stride = if dim == 1 { 0 } else { *stride };
+        }
+        Self { data, strides }
+    }
+}
+
 /// Dropout: a number below `threshold` drops a weight, the others are multiplied by `keep`.
 #[derive(Clone, Copy)]
 pub(crate) struct Dropout {

@@ -34,7 +34,7 @@ impl Tile {
     }
 
     /// Softcap, bias, ALiBi and the mask. With a softcap, tanh(s / cap) is left in
-    /// `tanh`, if given, for the backward pass.
+    /// `tanh`, if given, for the backward pass. Says whether the mask hid a score that isn't finite.
     ///
     /// # Safety
     ///
@@ -47,7 +47,7 @@ impl Tile {
         coverage: Coverage,
         scores: Rows<*mut E::Real>,
         tanh: Option<Rows<*mut E::Real>>,
-    ) {
+    ) -> bool {
         // SAFETY: as the caller promises.
         unsafe {
             if let Some(cap) = problem.softcap {
@@ -59,9 +59,7 @@ impl Tile {
             if let Some(slope) = problem.slope(self.at) {
                 self.subtract_distances(problem, slope, scores);
             }
-            if coverage == Coverage::Some {
-                self.hide(problem, scores);
-            }
+            coverage == Coverage::Some && self.hide(problem, scores, -E::Real::INFINITY)
         }
     }
 
@@ -138,21 +136,31 @@ impl Tile {
         }
     }
 
+    /// Replaces the numbers of what the mask hides; says whether one of them was not finite.
+    ///
     /// # Safety
     ///
-    /// As [`Tile::adjust`].
+    /// `numbers` has a row of `width` numbers for each key.
     #[inline(always)]
-    unsafe fn hide<E: Element>(&self, problem: &Problem<E>, scores: Rows<*mut E::Real>) {
+    pub(crate) unsafe fn hide<E: Element>(
+        &self,
+        problem: &Problem<E>,
+        numbers: Rows<*mut E::Real>,
+        with: E::Real,
+    ) -> bool {
         let queries = self.first_query..self.first_query + self.queries;
         let shape = problem.shape();
+        let mut is_strange = false;
         for (j, key) in self.keys.clone().enumerate() {
             // SAFETY: as the caller promises.
-            let row = unsafe { self.row(scores, j) };
+            let row = unsafe { self.row(numbers, j) };
             problem.mask.rule().hidden(&shape, self.at, &queries, key, &mut |hidden| {
                 let lanes = hidden.start - self.first_query..hidden.end - self.first_query;
-                row[lanes].fill(-E::Real::INFINITY);
+                is_strange |= row[lanes.clone()].iter().any(|x| !x.is_finite() && *x != with);
+                row[lanes].fill(with);
             });
         }
+        is_strange
     }
 
     /// What dropout multiplies each weight by.
@@ -244,7 +252,7 @@ fn bounded_tanh<R: Real, S: Simd>(simd: S, x: R::Vector<S>) -> R::Vector<S> {
     let cube = R::vmul(simd, bounded, square);
     let near_zero = R::mul_add(simd, cube, R::vdiv(simd, numerator, denominator), bounded);
 
-    let power = R::exp2(simd, R::vmul(simd, bounded, splat!(2.0 * std::f64::consts::LOG2_E)));
+    let power = R::exp(simd, R::vadd(simd, bounded, bounded));
     let share = R::vdiv(simd, splat!(2.0), R::vadd(simd, power, splat!(1.0)));
     let elsewhere = R::vsub(simd, splat!(1.0), share);
 

@@ -8,8 +8,7 @@ use super::real::Real;
 /// e^(s - shift): exactly 1 where both are equal.
 #[inline(always)]
 pub(crate) fn exponential<R: Real, S: Simd>(simd: S, s: R::Vector<S>, shift: R::Vector<S>) -> R::Vector<S> {
-    let log2_e = R::splat(simd, R::from_f64(std::f64::consts::LOG2_E));
-    R::exp2(simd, R::vmul(simd, R::vsub(simd, s, shift), log2_e))
+    R::exp(simd, R::vsub(simd, s, shift))
 }
 
 /// p = e^(s - lse) in place of s, and ds = p ∘ (dp - δ) in place of dp; with dropout, p is then multiplied by its factors.
