@@ -151,7 +151,7 @@ fn check(sizes: &Sizes, options: &AttentionOptions, dtype: DType, trained: bool,
     let views = with_extra(spread.each_ref().map(|x| &x.base));
     let copies = with_extra([&q?, &k?, &v?]);
     let of_copies = run(&copies.iter().collect::<Vec<_>>(), |x| Ok(x.clone()), &options)?;
-    if cfg!(miri) && what != "everything" {
+    if cfg!(miri) && !(what == "everything" && trained) {
         return Ok(());
     }
     let of_views = run(&views.iter().collect::<Vec<_>>(), Spread::view, &options)?;
@@ -180,7 +180,7 @@ fn check_all(dtype: DType, all_sizes: &[Sizes]) -> Result<()> {
     Ok(())
 }
 
-/// For miri without other threads: rayon's queues break a rule that it holds everybody to.
+/// For miri without other threads: rayon's queues break Stacked Borrows, the rules of who may use which pointer.
 fn on_this_thread(f: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     if !cfg!(miri) {
         return f();
@@ -223,7 +223,7 @@ fn blocks_stay_inside_their_tensors() -> Result<()> {
 /// So long that tasks go to several threads, which miri watches for races; all but a few keys are masked, for its sake.
 #[test]
 fn threads_write_apart() -> Result<()> {
-    let sizes = Sizes { batch: 1, heads: 2, kv_heads: 2, q_len: 8, kv_len: 10_000, dim: 2, value_dim: 2 };
+    let sizes = Sizes { batch: 1, heads: 2, kv_heads: 2, q_len: 32, kv_len: 2000, dim: 2, value_dim: 2 };
     let options = AttentionOptions {
         attn_mask: Mask::prefix(2) | Mask::sliding_window(2),
         backend: Backend::Fused,
