@@ -12,7 +12,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::element::Element;
-use super::micro::{Rows, load, load_first, pad, prefetch, store};
+use super::micro::{Rows, load, load_up_to, pad, prefetch, store};
 use super::problem::Problem;
 use super::real::Real;
 use super::scores::Tile;
@@ -24,8 +24,6 @@ use crate::mask::Coverage;
 pub(crate) const MOST_QUERIES: usize = 8;
 /// Keys of a block: those of 128 entries (64 KB) stay in a second-level cache until all rows have had them.
 const KEYS: usize = 128;
-/// Keys that are multiplied at a time, so that sums don't wait for each other.
-const STEP: usize = 4;
 /// How far ahead memory is asked for, in numbers. Half and twice as many are slower.
 const AHEAD: usize = 1024;
 
@@ -261,8 +259,12 @@ impl<E: Element> Decode<'_, E> {
         let padded = count.next_multiple_of(lanes);
         weights[count..padded].fill(-E::Real::INFINITY);
         let before = pieces.largest[row];
-        let mut largest = before;
-        weights[..count].iter().for_each(|&score| largest = if score > largest { score } else { largest });
+        let mut largest = E::Real::splat(simd, before);
+        for weights in weights[..padded].chunks_exact(lanes) {
+            // SAFETY: the chunk is a vector.
+            largest = E::Real::max(simd, largest, unsafe { load::<E::Real, S>(weights.as_ptr()) });
+        }
+        let largest = E::Real::reduce_max(simd, largest);
         let shift = E::Real::splat(simd, largest);
         let mut sum = E::Real::splat(simd, E::Real::ZERO);
         for weights in weights[..padded].chunks_exact_mut(lanes) {
@@ -358,55 +360,21 @@ unsafe fn dot_block<R: Real, S: Simd, const N: usize>(
     queries: *const R,
     scores: *mut R,
 ) {
-    let mut j = 0;
-    // SAFETY: as the caller promises.
-    unsafe {
-        while j + STEP <= count {
-            let keys = Rows { start: keys.start.add(j * keys.stride), ..keys };
-            dot_keys::<R, S, N, STEP>(simd, d, keys, queries, scores.add(j));
-            j += STEP;
-        }
-        while j < count {
-            let keys = Rows { start: keys.start.add(j * keys.stride), ..keys };
-            dot_keys::<R, S, N, 1>(simd, d, keys, queries, scores.add(j));
-            j += 1;
-        }
-    }
-}
-
-/// # Safety
-///
-/// As [`dot_products`], for N rows and M keys.
-#[inline(always)]
-unsafe fn dot_keys<R: Real, S: Simd, const N: usize, const M: usize>(
-    simd: S,
-    d: usize,
-    keys: Rows<*const R>,
-    queries: *const R,
-    scores: *mut R,
-) {
     let lanes = R::lanes::<S>();
-    let mut sums = [[R::splat(simd, R::ZERO); M]; N];
-    let mut c = 0;
-    // SAFETY: as the caller promises; what lies behind d is zero in the queries.
-    unsafe {
-        while c < d {
-            let mut vectors = [R::splat(simd, R::ZERO); M];
-            for (j, vector) in vectors.iter_mut().enumerate() {
-                let key = keys.start.add(j * keys.stride + c);
-                prefetch(key.wrapping_add(AHEAD.div_ceil(d) * keys.stride));
-                *vector = if c + lanes <= d { load::<R, S>(key) } else { load_first::<R, S>(simd, key, d - c) };
-            }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let query = load::<R, S>(queries.add(row * pad(d) + c));
-                for (sum, vector) in sums.iter_mut().zip(vectors) {
-                    *sum = R::mul_add(simd, vector, query, *sum);
+    for j in 0..count {
+        // One key after the other: the processor then sees that memory is read in order.
+        let mut sums = [R::splat(simd, R::ZERO); N];
+        // SAFETY: as the caller promises; what lies behind d is zero in the queries.
+        unsafe {
+            let key = keys.start.add(j * keys.stride);
+            for c in (0..d).step_by(lanes) {
+                prefetch(key.wrapping_add(AHEAD.div_ceil(d) * keys.stride + c));
+                let entries = load_up_to::<R, S>(simd, key.add(c), d - c);
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    *sum = R::mul_add(simd, entries, load::<R, S>(queries.add(row * pad(d) + c)), *sum);
                 }
             }
-            c += lanes;
-        }
-        for (row, sums) in sums.into_iter().enumerate() {
-            for (j, sum) in sums.into_iter().enumerate() {
+            for (row, sum) in sums.into_iter().enumerate() {
                 *scores.add(row * KEYS + j) = R::reduce_add(simd, sum);
             }
         }
@@ -454,59 +422,23 @@ unsafe fn value_block<R: Real, S: Simd, const N: usize>(
     weights: *const R,
     sums: *mut R,
 ) {
-    let mut j = 0;
-    // SAFETY: as the caller promises.
-    unsafe {
-        while j + STEP <= count {
-            let values = Rows { start: values.start.add(j * values.stride), ..values };
-            add_keys::<R, S, N, STEP>(simd, dv, values, weights.add(j), sums);
-            j += STEP;
-        }
-        while j < count {
-            let values = Rows { start: values.start.add(j * values.stride), ..values };
-            add_keys::<R, S, N, 1>(simd, dv, values, weights.add(j), sums);
-            j += 1;
-        }
-    }
-}
-
-/// # Safety
-///
-/// As [`add_values`], for N rows and M keys.
-#[inline(always)]
-unsafe fn add_keys<R: Real, S: Simd, const N: usize, const M: usize>(
-    simd: S,
-    dv: usize,
-    values: Rows<*const R>,
-    weights: *const R,
-    sums: *mut R,
-) {
     let lanes = R::lanes::<S>();
-    let mut factors = [[R::splat(simd, R::ZERO); M]; N];
-    let mut c = 0;
-    // SAFETY: as the caller promises; the sums have room behind dv.
-    unsafe {
-        for (row, factors) in factors.iter_mut().enumerate() {
-            for (j, factor) in factors.iter_mut().enumerate() {
+    for j in 0..count {
+        let mut factors = [R::splat(simd, R::ZERO); N];
+        // SAFETY: as the caller promises; the sums have room behind dv.
+        unsafe {
+            for (row, factor) in factors.iter_mut().enumerate() {
                 *factor = R::splat(simd, *weights.add(row * KEYS + j));
             }
-        }
-        while c < dv {
-            let mut vectors = [R::splat(simd, R::ZERO); M];
-            for (j, vector) in vectors.iter_mut().enumerate() {
-                let value = values.start.add(j * values.stride + c);
-                prefetch(value.wrapping_add(AHEAD.div_ceil(dv) * values.stride));
-                *vector = if c + lanes <= dv { load::<R, S>(value) } else { load_first::<R, S>(simd, value, dv - c) };
-            }
-            for (row, factors) in factors.iter().enumerate() {
-                let place = sums.add(row * pad(dv) + c);
-                let mut sum = load::<R, S>(place);
-                for (vector, factor) in vectors.into_iter().zip(factors) {
-                    sum = R::mul_add(simd, vector, *factor, sum);
+            let value = values.start.add(j * values.stride);
+            for c in (0..dv).step_by(lanes) {
+                prefetch(value.wrapping_add(AHEAD.div_ceil(dv) * values.stride + c));
+                let entries = load_up_to::<R, S>(simd, value.add(c), dv - c);
+                for (row, factor) in factors.into_iter().enumerate() {
+                    let place = sums.add(row * pad(dv) + c);
+                    store::<R, S>(place, R::mul_add(simd, entries, factor, load::<R, S>(place)));
                 }
-                store::<R, S>(place, sum);
             }
-            c += lanes;
         }
     }
 }

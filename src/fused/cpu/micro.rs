@@ -59,18 +59,20 @@ pub(crate) unsafe fn store<R: Real, S: Simd>(to: *mut R, x: R::Vector<S>) {
     unsafe { to.cast::<R::Vector<S>>().write_unaligned(x) }
 }
 
-/// The first `count` numbers, fewer than a vector has, and zeros.
+/// A vector, or if there are only `count` numbers, these and zeros.
 ///
 /// # Safety
 ///
 /// `from` points to `count` numbers.
 #[inline(always)]
-pub(crate) unsafe fn load_first<R: Real, S: Simd>(_: S, from: *const R, count: usize) -> R::Vector<S> {
-    // The longest vector has 16.
-    let mut numbers = [R::ZERO; 16];
-    // SAFETY: as the caller promises, and 16 numbers are a vector at least.
+pub(crate) unsafe fn load_up_to<R: Real, S: Simd>(_: S, from: *const R, count: usize) -> R::Vector<S> {
+    // SAFETY: as the caller promises; the longest vector has 16 numbers.
     unsafe {
-        numbers.as_mut_ptr().copy_from_nonoverlapping(from, count.min(16));
+        if count >= R::lanes::<S>() {
+            return load::<R, S>(from);
+        }
+        let mut numbers = [R::ZERO; 16];
+        numbers.as_mut_ptr().copy_from_nonoverlapping(from, count);
         load::<R, S>(numbers.as_ptr())
     }
 }

@@ -47,9 +47,10 @@ impl<'a, E: Element> View<'a, E> {
         range: Range<usize>,
         scratch: &mut [E::Real],
     ) -> Rows<*const E::Real> {
-        let first = self.row(b, h, range.start);
-        if let Some(row) = E::as_real(first) {
-            return Rows { start: row.as_ptr(), stride: self.strides[2] };
+        let [sb, sh, si] = self.strides;
+        // All that follows, since a pointer may read no further than the slice that it was taken from.
+        if let Some(rest) = E::as_real(&self.data[b * sb + h * sh + range.start * si..]) {
+            return Rows { start: rest.as_ptr(), stride: si };
         }
         let dim = self.dims[3];
         for (place, to) in range.zip(scratch.chunks_exact_mut(dim)) {

@@ -60,6 +60,8 @@ pub(crate) trait Real:
     fn vdiv<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// The sum of a vector's numbers.
     fn reduce_add<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
+    /// The greatest of a vector's numbers, of which none is NaN.
+    fn reduce_max<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
     /// e^x, and 0 where that would be denormal. Not for x that overflow.
     fn exp<S: Simd>(simd: S, x: Self::Vector<S>) -> Self::Vector<S>;
 
@@ -100,7 +102,7 @@ const EXP_F64: [f64; 14] = {
 macro_rules! real {
     ($real:ident, $coefficients:expr, $mantissa:expr, $lowest_exponent:expr,
      $vector:ident, $splat:ident, $splat_bits:ident, $add:ident, $sub:ident, $mul:ident, $div:ident, $mul_add:ident,
-     $less:ident, $equal:ident, $select:ident, $reduce_add:ident, $to_bits:ident, $from_bits:ident, $shift:ident by $shift_by:expr, $add_bits:ident; $($special:tt)*) => {
+     $less:ident, $equal:ident, $select:ident, $reduce_add:ident, $reduce_max:ident, $to_bits:ident, $from_bits:ident, $shift:ident by $shift_by:expr, $add_bits:ident; $($special:tt)*) => {
         impl Real for $real {
             type Vector<S: Simd> = S::$vector;
 
@@ -158,6 +160,10 @@ macro_rules! real {
                 simd.$reduce_add(x)
             }
             #[inline(always)]
+            fn reduce_max<S: Simd>(simd: S, x: S::$vector) -> $real {
+                simd.$reduce_max(x)
+            }
+            #[inline(always)]
             fn exp<S: Simd>(simd: S, x: S::$vector) -> S::$vector {
                 use std::$real::consts::{LN_2, LOG2_E};
                 // x = r + n · ln(2). Adding 1.5 · 2^mantissa rounds x · log2(e) to the integer n and leaves n in the lowest bits.
@@ -185,7 +191,7 @@ macro_rules! real {
 
 real!(
     f32, EXP_F32, 23, -126.0, f32s, splat_f32s, splat_u32s, add_f32s, sub_f32s, mul_f32s, div_f32s, mul_add_e_f32s,
-    less_than_f32s, equal_f32s, select_f32s, reduce_sum_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s by 23, add_u32s;
+    less_than_f32s, equal_f32s, select_f32s, reduce_sum_f32s, reduce_max_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s by 23, add_u32s;
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
@@ -201,5 +207,5 @@ real!(
 );
 real!(
     f64, EXP_F64, 52, -1022.0, f64s, splat_f64s, splat_u64s, add_f64s, sub_f64s, mul_f64s, div_f64s, mul_add_e_f64s,
-    less_than_f64s, equal_f64s, select_f64s, reduce_sum_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s by 1 << 52, add_u64s;
+    less_than_f64s, equal_f64s, select_f64s, reduce_sum_f64s, reduce_max_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s by 1 << 52, add_u64s;
 );

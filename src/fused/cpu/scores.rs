@@ -6,7 +6,7 @@ use pulp::Simd;
 
 use super::dropout::philox_lanes;
 use super::element::Element;
-use super::micro::{Rows, load, load_first, store};
+use super::micro::{Rows, load_up_to, store};
 use super::problem::Problem;
 use super::real::Real;
 use super::transpose::transpose;
@@ -76,7 +76,7 @@ impl Tile {
             for (at, scores) in row.chunks_mut(lanes).enumerate() {
                 // SAFETY: the chunk has as many numbers as it says; `tanh` has room for as many as `scores`.
                 unsafe {
-                    let score = load_up_to::<R, S>(simd, scores);
+                    let score = load_up_to::<R, S>(simd, scores.as_ptr(), scores.len());
                     let t = bounded_tanh::<R, S>(simd, R::vmul(simd, score, per_cap));
                     if let Some(tanh) = tanh {
                         let place = tanh.start.add(j * tanh.stride + at * lanes);
@@ -193,19 +193,6 @@ impl Tile {
                     }
                 }
             }
-        }
-    }
-}
-
-/// A vector of numbers, or the first of one.
-#[inline(always)]
-fn load_up_to<R: Real, S: Simd>(simd: S, numbers: &[R]) -> R::Vector<S> {
-    // SAFETY: the slice has as many numbers as it says.
-    unsafe {
-        if numbers.len() >= R::lanes::<S>() {
-            load::<R, S>(numbers.as_ptr())
-        } else {
-            load_first::<R, S>(simd, numbers.as_ptr(), numbers.len())
         }
     }
 }
