@@ -41,6 +41,7 @@
 //! | 0 | `philox` | random numbers that depend on their place alone |
 //! | 0 | `axes` | in what order tensors have theirs |
 //! | 0 | `range` | whether scores can overflow |
+//! | 0 | `projection` | x·Wᵀ + b as one operation |
 
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
@@ -57,6 +58,7 @@ mod mask;
 mod multi_head;
 mod options;
 mod philox;
+mod projection;
 mod range;
 mod reference;
 mod rotary;

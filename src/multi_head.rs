@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::{Linear, Module, RmsNorm, VarBuilder};
+use candle_nn::{Linear, RmsNorm, VarBuilder};
 
 use crate::attention::attention;
 use crate::axes::Axes;
@@ -15,6 +15,7 @@ use crate::error::AttentionError;
 use crate::mask::Mask;
 use crate::options::{AttentionOptions, Backend};
 use crate::philox;
+use crate::projection::project;
 use crate::rotary::RotaryEmbedding;
 
 /// What one call of a layer can be asked for, beyond what its config says.
@@ -235,16 +236,12 @@ impl MultiHead {
             (query, key) = (rotate(&query)?, rotate(&key)?);
         }
         let attended = attention(&query, &key, &value, &self.attention_options(options), Axes::TokensFirst)?;
-        let merged = attended.context.reshape((batch * q_len, config.num_heads * config.value_dim()))?;
+        let output = [batch, q_len, config.output_dim()];
         let output = match &self.o_proj {
-            Some(o_proj) => o_proj.forward(&merged)?,
-            None => merged,
+            Some(o_proj) => project(o_proj, &attended.context, &output)?,
+            None => attended.context.reshape(&output)?,
         };
-        Ok(ForwardOutput {
-            output: output.reshape((batch, q_len, config.output_dim()))?,
-            weights: attended.weights,
-            logsumexp: attended.logsumexp,
-        })
+        Ok(ForwardOutput { output, weights: attended.weights, logsumexp: attended.logsumexp })
     }
 
     fn attention_options(&self, options: &ForwardOptions) -> AttentionOptions {
@@ -292,12 +289,10 @@ impl MultiHead {
     }
 }
 
-/// A projection of all tokens, (batch, len, heads, dim). The tokens become rows of one matrix first: candle's `Linear`
-/// gives wrong numbers on a transposed batch.
+/// A projection of all tokens, (batch, len, heads, dim).
 fn split_heads(projection: &Linear, x: &Tensor, heads: usize, dim: usize) -> Result<Tensor> {
-    let (batch, len, input_dim) = x.dims3()?;
-    let rows = x.contiguous()?.reshape((batch * len, input_dim))?;
-    projection.forward(&rows)?.reshape((batch, len, heads, dim))
+    let (batch, len, _) = x.dims3()?;
+    project(projection, x, &[batch, len, heads, dim])
 }
 
 /// The parameter as the `VarBuilder` has it; one that it has only just made is initialised from the seed.

@@ -48,8 +48,8 @@ impl CustomOp1 for GradOutput {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
+    fn bwd(&self, output: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.broadcast_as(output.shape())?))
     }
 }
 

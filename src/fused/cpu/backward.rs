@@ -246,7 +246,7 @@ impl<E: Element> Backward<'_, E> {
             (pieces.logsumexp[i], pieces.delta[i]) = (row.logsumexp, row.delta);
             let (query_row, behind) = query_row.split_at_mut(problem.dim());
             E::widen_all(problem.q.row(at.0, at.1, query), query_row);
-            query_row.iter_mut().for_each(|x| *x = *x * scale);
+            query_row.iter_mut().for_each(|x| *x *= scale);
             behind.fill(E::Real::ZERO);
             let (grad_row, behind) = grad_row.split_at_mut(problem.value_dim());
             E::widen_all(self.grad_context.row(at.0, at.1, query), grad_row);

@@ -38,7 +38,8 @@ pub(crate) trait Real:
     fn from_f64(x: f64) -> Self;
     fn to_f64(self) -> f64;
     fn is_finite(self) -> bool {
-        self - self == Self::ZERO
+        // Infinity times zero is NaN.
+        self * Self::ZERO == Self::ZERO
     }
 
     /// Numbers in a vector.
