@@ -33,7 +33,7 @@ pub struct Description {
 
 enum Kind {
     Attention { query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions },
-    Layer { layer: SelfAttention, x: Tensor },
+    Layer { layer: Box<SelfAttention>, x: Tensor },
 }
 
 /// A loss whose gradient is given, as in PyTorch's `output.backward(gradient)`. candle's own losses would be timed too.
@@ -163,5 +163,5 @@ fn layer(mut inputs: HashMap<String, Tensor>, num_heads: usize, description: Des
     } else {
         VarBuilder::from_tensors(inputs, DType::F32, &Device::Cpu)
     };
-    Ok((Kind::Layer { layer: SelfAttention::new(&config, vb)?, x }, trained))
+    Ok((Kind::Layer { layer: Box::new(SelfAttention::new(&config, vb)?), x }, trained))
 }
