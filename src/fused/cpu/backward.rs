@@ -12,12 +12,10 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::Strides;
+use super::careful::{accumulate_with_care, outer_products_with_care};
 use super::element::Element;
-use super::micro::{
-    Rows, VECTORS, accumulate, accumulate_with_care, dot_products, outer_products, outer_products_with_care, pad,
-    panel_width,
-};
+use super::gradients::{BiasGradient, Gradients, QueryRow};
+use super::micro::{Rows, VECTORS, accumulate, dot_products, outer_products, pad, panel_width};
 use super::panels::{pack, unpack};
 use super::problem::{Problem, View};
 use super::real::Real;
@@ -46,50 +44,6 @@ pub(crate) struct Backward<'a, E: Element> {
     /// Whether there is anything infinite or NaN that the mask may hide from somebody.
     pub(crate) with_care: bool,
     pub(crate) gradients: Gradients<E>,
-}
-
-/// What is known of a query after the forward pass.
-#[derive(Clone, Copy)]
-pub(crate) struct QueryRow<R> {
-    /// Infinite where there was nothing to attend to, which makes every weight zero.
-    pub(crate) logsumexp: R,
-    /// Σ do ∘ o - dlse
-    pub(crate) delta: R,
-}
-
-/// Where a task writes: every place that is its own, whatever was there before.
-#[derive(Clone, Copy)]
-pub(crate) struct Gradients<E: Element> {
-    /// The queries of this sequence, from this task's share of the keys.
-    pub(crate) q: *mut E::Real,
-    pub(crate) q_strides: Strides,
-    /// This key head of this sequence.
-    pub(crate) k: *mut E,
-    pub(crate) k_by_place: usize,
-    pub(crate) v: *mut E,
-    pub(crate) v_by_place: usize,
-    /// What this task's chain adds up for the bias, if wanted.
-    pub(crate) bias: Option<BiasGradient<E::Real>>,
-}
-
-/// The gradient of a bias, with the bias's own axes, row by row.
-#[derive(Clone, Copy)]
-pub(crate) struct BiasGradient<R> {
-    start: *mut R,
-    /// Of batch, heads, queries and keys; 0 where the bias broadcasts.
-    strides: [usize; 4],
-}
-
-impl<R> BiasGradient<R> {
-    pub(crate) fn new(start: *mut R, dims: [usize; 4]) -> Self {
-        let mut strides = [0; 4];
-        let mut stride = 1;
-        for axis in (0..4).rev() {
-            strides[axis] = if dims[axis] == 1 { 0 } else { stride };
-            stride *= dims[axis];
-        }
-        Self { start, strides }
-    }
 }
 
 struct Pieces<'s, R> {

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::{Simd, WithSimd};
 
+use super::careful::accumulate_with_care;
 use super::element::Element;
-use super::micro::{Rows, VECTORS, accumulate, accumulate_with_care, dot_products, load, load_all, panel_width, store};
+use super::micro::{Rows, VECTORS, accumulate, dot_products, load, load_all, panel_width, store};
 use super::panels::{pack, unpack};
 use super::problem::Problem;
 use super::real::Real;

@@ -2,11 +2,14 @@
 //! of threads.
 
 mod backward;
+mod careful;
 mod chains;
 mod decode;
+mod decode_micro;
 mod dropout;
 mod element;
 mod forward;
+mod gradients;
 mod micro;
 mod panels;
 mod problem;
@@ -25,11 +28,12 @@ use rayon::prelude::*;
 
 use super::room;
 
-use backward::{Backward, BiasGradient, Gradients, QueryRow};
+use backward::Backward;
 use chains::Chains;
 use decode::{Decode, MOST_QUERIES, Partial, merge};
 pub(crate) use element::Element;
 use forward::{Forward, QUERIES};
+use gradients::{BiasGradient, Gradients, QueryRow};
 pub(crate) use problem::{Bias, Dropout, Problem, View};
 pub(crate) use real::Real;
 
