@@ -66,7 +66,6 @@ pub(crate) fn attention(
         axes,
         pack_logsumexp: want_logsumexp,
         logsumexp: Arc::default(),
-        for_backward: [&q, &k, &v].iter().any(|x| x.track_op()) || trained_bias.is_some(),
         hides_strange: AtomicBool::new(false),
     };
     let logsumexp = op.logsumexp.clone();
@@ -197,7 +196,6 @@ struct FusedAttention {
     packed: Option<Packed>,
     pack_logsumexp: bool,
     logsumexp: Arc<OnceLock<LogSumExp>>,
-    for_backward: bool,
     /// Whether the forward pass met anything infinite or NaN behind the mask.
     hides_strange: AtomicBool,
 }
@@ -268,8 +266,7 @@ impl FusedAttention {
             let [batch, heads, q_len, _] = problem.q.dims();
             let dv = problem.value_dim();
             let strides = self.axes.strides(heads, q_len, dv);
-            let cpu::Output { context: mut result, logsumexp, hides_strange } =
-                cpu::forward(problem, strides, self.for_backward)?;
+            let cpu::Output { context: mut result, logsumexp, hides_strange } = cpu::forward(problem, strides)?;
             self.hides_strange.store(hides_strange, Ordering::Relaxed);
             let shape = if self.pack_logsumexp {
                 // f32 or f64 here, so that nothing is lost.

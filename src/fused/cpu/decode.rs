@@ -23,6 +23,9 @@ use crate::mask::Coverage;
 
 /// More queries than this fill the lanes of a panel well enough.
 pub(crate) const MOST_QUERIES: usize = 8;
+/// With fewer keys there is nothing to wait for. The choice depends on the shape alone, so that a layer gives the same numbers
+/// whether it trains or not.
+pub(crate) const FEWEST_KEYS: usize = 128;
 /// Keys of a block: those of 128 entries (64 KB) stay in a second-level cache until all rows have had them.
 pub(crate) const KEYS: usize = 128;
 /// A share of the keys of one key head. Its *rows* are the queries of the query heads that share it, head by head.

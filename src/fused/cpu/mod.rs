@@ -30,7 +30,7 @@ use super::room;
 
 use backward::Backward;
 use chains::Chains;
-use decode::{Decode, MOST_QUERIES, Partial, merge};
+use decode::{Decode, FEWEST_KEYS, MOST_QUERIES, Partial, merge};
 pub(crate) use element::Element;
 use forward::{Forward, QUERIES};
 use gradients::{BiasGradient, Gradients, QueryRow};
@@ -102,11 +102,9 @@ pub(crate) struct Output<E: Element> {
     pub(crate) hides_strange: bool,
 }
 
-/// `for_backward`: the backward pass computes scores as the forward pass did, to the last bit. Decoding doesn't.
 pub(crate) fn forward<E: Element>(
     problem: &Problem<E>,
     (by_head, by_place): Strides,
-    for_backward: bool,
 ) -> candle_core::Result<Output<E>> {
     let shape = problem.shape();
     let dv = problem.value_dim();
@@ -116,7 +114,7 @@ pub(crate) fn forward<E: Element>(
     let (to_context, to_logsumexp) = (Shared(context.as_mut_ptr()), Shared(logsumexp.as_mut_ptr()));
     let blocks = shape.q_len.div_ceil(QUERIES);
     let hides_strange = AtomicBool::new(false);
-    if shape.q_len <= MOST_QUERIES && !for_backward {
+    if shape.q_len <= MOST_QUERIES && shape.kv_len >= FEWEST_KEYS {
         decode(problem, &to_context, (by_head, by_place), &to_logsumexp);
         // SAFETY: each row has been written.
         unsafe {
