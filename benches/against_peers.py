@@ -157,6 +157,7 @@ def check(case, name, got, expected):
 class Bench:
     def __init__(self, arguments):
         self.rounds, self.threads = arguments.rounds, arguments.threads
+        self.without_candle = arguments.without_candle
         self.program = build()
         self.ours = Ours(self.program, self.threads)
         self.one_thread = Ours(self.program, 1)
@@ -204,7 +205,7 @@ class Bench:
         if case.dtype == "f32" and not case.backward and case.name != "layer":
             peer = OnnxRuntime(case, inputs, self.threads)
             all["ort"] = (peer.time, peer.answer)
-        if case.name == "plain" and case.dtype == "f32" and case.kv_len <= 2048:
+        if not self.without_candle and case.name == "plain" and case.dtype == "f32" and case.kv_len <= 2048:
             all["candle"] = served(self.ours, job, "candle")
             if not case.backward:
                 all["candle_flash"] = served(self.ours, job, "candle_flash")
@@ -277,6 +278,7 @@ def parse():
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file, too")
     parser.add_argument("--shape", action="append", metavar="1x8x512x64", help="only this shape, as in the table's first column")
     parser.add_argument("--only", action="append", metavar="WORD", help="only rows with this word: a case, pass, dtype, `full` or `causal`; given twice, both words")
+    parser.add_argument("--without-candle", action="store_true", help="leave out candle, which takes longest")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()

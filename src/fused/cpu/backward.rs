@@ -31,6 +31,10 @@ const PANELS: usize = 4;
 /// Keys of a block: the weights and their gradients (48 KB each with AVX2) stay in a second-level cache.
 const KEYS: usize = 192;
 
+/// Products that are summed up before the sum is added to the others: a longer sum loses more to rounding, a shorter one
+/// is loaded and stored more often.
+const LONGEST_SUM: usize = 64;
+
 /// The keys `keys` of one key head, and all queries that look at them. A task owns its rows of dk and dv.
 pub(crate) struct Backward<'a, E: Element> {
     pub(crate) problem: &'a Problem<'a, E>,
@@ -332,10 +336,15 @@ impl<E: Element> Backward<'_, E> {
             let one = [E::Real::splat(simd, E::Real::ONE); VECTORS];
             let grad_queries = pieces.grad_queries.as_mut_ptr().add(panel * d * width);
             let grad_scores = Rows { start: grad_scores.start.cast_const(), stride };
-            if self.with_care {
-                accumulate_with_care::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
-            } else {
-                accumulate::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
+            for start in (0..count).step_by(LONGEST_SUM) {
+                let count = LONGEST_SUM.min(count - start);
+                let keys = Rows { start: keys.start.add(start * keys.stride), ..keys };
+                let grad_scores = Rows { start: grad_scores.start.add(start * stride), stride };
+                if self.with_care {
+                    accumulate_with_care::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
+                } else {
+                    accumulate::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
+                }
             }
         }
     }
@@ -393,19 +402,41 @@ impl<E: Element> Backward<'_, E> {
             let grad_rows = Rows { start: pieces.grad_rows.as_ptr().add(first * v_stride), stride: v_stride };
             let out = Rows { start: pieces.grad_values.as_mut_ptr().add(key * v_stride), stride: v_stride };
             let columns = self.problem.value_dim().next_multiple_of(lanes);
-            if self.with_care {
-                outer_products_with_care::<E::Real, S>(simd, columns, out, rows.len(), weights, inner, grad_rows);
-            } else {
-                outer_products::<E::Real, S>(simd, columns, out, rows.len(), weights, inner, grad_rows);
-            }
+            self.over_queries(simd, columns, out, rows.len(), weights, inner, grad_rows);
             let grad_scores = Rows { start: pieces.grad_scores.as_ptr().add(place), stride };
             let query_rows = Rows { start: pieces.query_rows.as_ptr().add(first * k_stride), stride: k_stride };
             let out = Rows { start: pieces.grad_keys.as_mut_ptr().add(key * k_stride), stride: k_stride };
             let columns = self.problem.dim().next_multiple_of(lanes);
-            if self.with_care {
-                outer_products_with_care::<E::Real, S>(simd, columns, out, rows.len(), grad_scores, inner, query_rows);
-            } else {
-                outer_products::<E::Real, S>(simd, columns, out, rows.len(), grad_scores, inner, query_rows);
+            self.over_queries(simd, columns, out, rows.len(), grad_scores, inner, query_rows);
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As [`outer_products`].
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // those of `outer_products`
+    unsafe fn over_queries<S: Simd>(
+        &self,
+        simd: S,
+        columns: usize,
+        out: Rows<*mut E::Real>,
+        count: usize,
+        weights: Rows<*const E::Real>,
+        inner: usize,
+        rows: Rows<*const E::Real>,
+    ) {
+        for start in (0..inner).step_by(LONGEST_SUM) {
+            let inner = LONGEST_SUM.min(inner - start);
+            // SAFETY: as the caller promises.
+            unsafe {
+                let weights = Rows { start: weights.start.add(start), ..weights };
+                let rows = Rows { start: rows.start.add(start * rows.stride), ..rows };
+                if self.with_care {
+                    outer_products_with_care::<E::Real, S>(simd, columns, out, count, weights, inner, rows);
+                } else {
+                    outer_products::<E::Real, S>(simd, columns, out, count, weights, inner, rows);
+                }
             }
         }
     }
