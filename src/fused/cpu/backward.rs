@@ -334,15 +334,18 @@ impl<E: Element> Backward<'_, E> {
             let query = pieces.logsumexp.as_ptr().add(panel * width);
             let delta = pieces.delta.as_ptr().add(panel * width);
             weights_and_grads::<E::Real, S>(simd, count, query, delta, weights, grad_scores, factors);
-            if self.with_care && coverage == Coverage::Some {
-                tile.hide(problem, weights, E::Real::ZERO);
-                tile.hide(problem, grad_scores, E::Real::ZERO);
+            if self.with_care {
+                tile.zero_nobodys(problem, coverage, weights);
+                tile.zero_nobodys(problem, coverage, grad_scores);
             }
             if let Some(bias) = &self.gradients.bias {
                 bias.add(simd, tile, grad_scores);
             }
             if problem.softcap.is_some() {
                 times_slope_of_tanh::<E::Real, S>(simd, count, tanh, grad_scores);
+                if self.with_care {
+                    tile.zero_nobodys(problem, coverage, grad_scores);
+                }
             }
             if let Some(pairs) = products.by_pairs() {
                 pairs.narrow_along(weights.cast().cast_const(), count, to_weights.cast());

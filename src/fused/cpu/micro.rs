@@ -93,7 +93,7 @@ macro_rules! in_blocks {
     ($count:expr, [$($size:expr),*], |$start:ident, $rows:ident| $block:expr) => {{
         let count = $count;
         let mut $start = 0;
-        $(while $start + $size <= count {
+        $(while count - $start >= $size {
             const $rows: usize = $size;
             $block;
             $start += $size;

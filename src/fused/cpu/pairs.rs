@@ -44,6 +44,7 @@ macro_rules! kernels {
     ($($(#[$doc:meta])* fn $name:ident $(<const $constant:ident: bool>)? ($self:ident, $($argument:ident: $type:ty),* $(,)?) $body:block)*) => {
         impl Pairs {$(
             $(#[$doc])*
+            #[allow(clippy::too_many_arguments)] // a product has as many
             #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16"))]
             pub(crate) unsafe fn $name $(<const $constant: bool>)? ($self, $($argument: $type),*) {
                 #[cfg(target_arch = "x86_64")]

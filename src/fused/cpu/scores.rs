@@ -157,6 +157,28 @@ impl Tile {
         }
     }
 
+    /// Zeros for what the mask hides and in the lanes behind the last query, whatever an infinite or NaN row made of them.
+    ///
+    /// # Safety
+    ///
+    /// `numbers` has a row of `width` numbers for each key.
+    pub(crate) unsafe fn zero_nobodys<E: Element>(
+        &self,
+        problem: &Problem<E>,
+        coverage: Coverage,
+        numbers: Rows<*mut E::Real>,
+    ) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            if coverage == Coverage::Some {
+                self.hide(problem, numbers, E::Real::ZERO);
+            }
+            for j in 0..self.keys.len() {
+                self.row(numbers, j)[self.queries..].fill(E::Real::ZERO);
+            }
+        }
+    }
+
     /// What dropout multiplies each weight by.
     ///
     /// # Safety
