@@ -403,3 +403,29 @@ fn check_equal(part: &'static str, expected: usize, got: usize) -> std::result::
     }
     Err(AttentionError::Cache { part, expected: expected.to_string(), got: got.to_string() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernels read is the cache itself, each key in one piece.
+    #[test]
+    fn keys_and_values_are_read_where_they_stand() -> Result<()> {
+        let config = SelfAttentionConfig { is_causal: true, ..SelfAttentionConfig::new(8, 2) };
+        let mut cache = KvCache::new(&config, 3, DType::F32, &Device::Cpu)?;
+        cache.reserve(16)?;
+        for _ in 0..4 {
+            let tokens = Tensor::ones((3, 2, 2, 4), DType::F32, &Device::Cpu)?;
+            let staged = cache.stage(&tokens, &tokens)?;
+            let (key, value) = staged.key_value()?;
+            let store = cache.store.as_ref().expect("memory");
+            for (view, all) in [(&key, &store.key), (&value, &store.value)] {
+                assert!(std::ptr::eq(&*view.storage_and_layout().0, &*all.storage_and_layout().0));
+                assert_eq!(view.stride(), [2 * 16 * 4, 4, 16 * 4, 1]);
+            }
+            cache.commit(staged, &[2, 0, 1]);
+        }
+        assert_eq!(cache.lengths(), [8, 0, 4]);
+        Ok(())
+    }
+}
