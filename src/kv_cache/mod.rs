@@ -1,8 +1,10 @@
 //! [`KvCache`]: the keys and values of the tokens so far.
 //!
-//! candle-nn's own caches don't serve here: `KvCache` and `RotatingKvCache` know one length for the whole batch, grow by a
-//! fixed amount, change before they fail, and share their memory with their clones; the rotating one gives keys out of
-//! order, which windows and ALiBi would have to undo.
+//! candle-nn's own caches don't serve here. `KvCache` and `RotatingKvCache` know one length for the whole batch and share
+//! their memory with their clones; the first grows by a fixed amount, so that a long text is copied time and again. The
+//! rotating and the scattered one give keys out of order, which windows and ALiBi would have to undo.
+
+mod store;
 
 use std::ops::Range;
 
@@ -11,6 +13,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::config::SelfAttentionConfig;
 use crate::error::AttentionError;
 use crate::fused::room;
+use store::{Layout, Store};
 
 /// The keys and values of the tokens that a [`SelfAttention`](crate::SelfAttention) layer has seen, so that the next ones
 /// cost no more than their own projections and a look at each key. Made by
@@ -56,24 +59,6 @@ pub struct KvCache {
     /// How many of them, the last ones, stand in the store, from its first place on.
     held: Vec<usize>,
     store: Option<Store>,
-}
-
-/// What a layer asks of its cache.
-#[derive(Clone, Debug)]
-struct Layout {
-    num_kv_heads: usize,
-    head_dim: usize,
-    value_dim: usize,
-    window: Option<usize>,
-    dtype: DType,
-    device: Device,
-}
-
-/// (batch, num_kv_heads, capacity, dim): the keys of a head stand one behind the other, as decoding reads them.
-#[derive(Clone, Debug)]
-struct Store {
-    key: Tensor,
-    value: Tensor,
 }
 
 /// A cache with more tokens written behind those that it holds, which don't count until [`KvCache::commit`].
@@ -130,8 +115,7 @@ impl KvCache {
 
     /// For how many tokens of each sequence there is memory: at least [`len`](KvCache::len), or what a window needs of it.
     pub fn capacity(&self) -> usize {
-        // A store has four axes.
-        self.store.as_ref().map_or(0, |store| store.key.dims()[2])
+        self.store.as_ref().map_or(0, Store::capacity)
     }
 
     /// Asks for memory for `more` further tokens of each sequence.
@@ -174,7 +158,7 @@ impl KvCache {
         let mut held = Vec::with_capacity(lengths.len());
         for (&len, (&old, &old_held)) in lengths.iter().zip(self.lengths.iter().zip(&self.held)) {
             let dropped = old - old_held;
-            let first_needed = self.layout.window.map_or(0, |window| (len + 1).saturating_sub(window));
+            let first_needed = self.layout.window.map_or(0, |window| len.saturating_add(1).saturating_sub(window));
             if len > old || first_needed < dropped {
                 let expected = match self.layout.window {
                     Some(window) if len <= old => {
@@ -210,7 +194,7 @@ impl KvCache {
         })
     }
 
-    /// That this is a cache of a layer of this config.
+    /// That this is a cache of a layer of this config, for a batch of this size.
     pub(crate) fn check(
         &self,
         config: &SelfAttentionConfig,
@@ -218,29 +202,8 @@ impl KvCache {
         device: &Device,
         batch: usize,
     ) -> Result<()> {
-        let (cache, layer) = (&self.layout, Layout::of(config, dtype, device));
-        if cache.dtype != dtype {
-            let expected = format!("{dtype:?}, that of the layer's parameters");
-            return Err(AttentionError::DType { tensor: "cache", expected, got: cache.dtype }.into());
-        }
-        let (expected, got) = (device.location(), cache.device.location());
-        if expected != got {
-            return Err(AttentionError::Device { tensor: "cache", expected, got }.into());
-        }
-        for (part, expected, got) in [
-            ("num_kv_heads", layer.num_kv_heads, cache.num_kv_heads),
-            ("head_dim", layer.head_dim, cache.head_dim),
-            ("value_dim", layer.value_dim, cache.value_dim),
-            ("sequences", batch, self.batch()),
-        ] {
-            check_equal(part, expected, got)?;
-        }
-        if layer.window != cache.window {
-            let name = |window: Option<usize>| window.map_or("none".to_string(), |width| width.to_string());
-            let (expected, got) = (name(layer.window), name(cache.window));
-            return Err(AttentionError::Cache { part: "sliding_window", expected, got }.into());
-        }
-        Ok(())
+        self.layout.check(&Layout::of(config, dtype, device))?;
+        Ok(check_equal("sequences", batch, self.batch())?)
     }
 
     /// That `added[b]` of `len` tokens can be added to sequence `b`.
@@ -271,16 +234,7 @@ impl KvCache {
     pub(crate) fn stage(&self, key: &Tensor, value: &Tensor) -> Result<Staged> {
         let len = key.dim(1)?;
         let (store, held) = self.room_for(len)?;
-        for (from, to) in [(key, &store.key), (value, &store.value)] {
-            let from = from.transpose(1, 2)?.contiguous()?;
-            if let Some(held) = common(&held) {
-                to.slice_set(&from, 2, held)?;
-                continue;
-            }
-            for (b, &held) in held.iter().enumerate() {
-                to.narrow(0, b, 1)?.slice_set(&from.narrow(0, b, 1)?, 2, held)?;
-            }
-        }
+        store.write(key, value, &held)?;
         Ok(Staged { store, held, len })
     }
 
@@ -315,21 +269,9 @@ impl KvCache {
 
     /// A new store, whose sequence `i` holds these places of that sequence of the old one.
     fn rebuilt(&self, parts: &[(usize, Range<usize>)], capacity: usize) -> Result<Store> {
-        let Layout { num_kv_heads, head_dim, value_dim, dtype, ref device, .. } = self.layout;
-        let zeros = |dim: usize| {
-            let shape = [parts.len(), num_kv_heads, capacity, dim];
-            let bytes = shape.iter().try_fold(dtype.size_in_bytes(), |bytes, &size| bytes.checked_mul(size));
-            // candle's own way aborts the process where there is no memory.
-            room::<u8>("key-value cache", bytes.ok_or(AttentionError::TooLarge { shape })?)?;
-            Tensor::zeros(&shape, dtype, device)
-        };
-        let new = Store { key: zeros(head_dim)?, value: zeros(value_dim)? };
-        let Some(old) = &self.store else { return Ok(new) };
-        for (i, (b, places)) in parts.iter().enumerate().filter(|(_, (_, places))| !places.is_empty()) {
-            for (from, to) in [(&old.key, &new.key), (&old.value, &new.value)] {
-                let from = from.narrow(0, *b, 1)?.narrow(2, places.start, places.len())?;
-                to.narrow(0, i, 1)?.slice_set(&from.contiguous()?, 2, 0)?;
-            }
+        let new = self.layout.store(parts.len(), capacity)?;
+        if let Some(old) = &self.store {
+            old.copy(parts, &new)?;
         }
         Ok(new)
     }
@@ -338,8 +280,7 @@ impl KvCache {
 impl Staged {
     /// Keys and values of all tokens, those that were staged included, (batch, kv_len, num_kv_heads, dim). Nothing is copied.
     pub(crate) fn key_value(&self) -> Result<(Tensor, Tensor)> {
-        let tokens = |x: &Tensor| x.narrow(2, 0, self.kv_len())?.transpose(1, 2);
-        Ok((tokens(&self.store.key)?, tokens(&self.store.value)?))
+        self.store.first(self.kv_len())
     }
 
     /// New tokens.
@@ -360,19 +301,6 @@ impl Staged {
     /// The same place for all, if it is.
     pub(crate) fn common_offset(&self) -> Option<usize> {
         common(&self.held)
-    }
-}
-
-impl Layout {
-    fn of(config: &SelfAttentionConfig, dtype: DType, device: &Device) -> Self {
-        Self {
-            num_kv_heads: config.num_kv_heads(),
-            head_dim: config.head_dim(),
-            value_dim: config.value_dim(),
-            window: config.sliding_window,
-            dtype,
-            device: device.clone(),
-        }
     }
 }
 
@@ -419,7 +347,8 @@ mod tests {
             let staged = cache.stage(&tokens, &tokens)?;
             let (key, value) = staged.key_value()?;
             let store = cache.store.as_ref().expect("memory");
-            for (view, all) in [(&key, &store.key), (&value, &store.value)] {
+            let (all_keys, all_values) = store.first(16)?;
+            for (view, all) in [(&key, &all_keys), (&value, &all_values)] {
                 assert!(std::ptr::eq(&*view.storage_and_layout().0, &*all.storage_and_layout().0));
                 assert_eq!(view.stride(), [2 * 16 * 4, 4, 16 * 4, 1]);
             }
