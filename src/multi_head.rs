@@ -233,7 +233,7 @@ impl MultiHead {
         self.attend_heads(&query, &key, &value, &self.attention_options(options))
     }
 
-    /// (batch, len, num_heads, head_dim). The first token of each sequence stands at its own position, or at the only one.
+    /// (batch, len, num_heads, head_dim). The first token of each sequence stands at its position, or at the only one.
     fn queries(&self, x: &Tensor, positions: &[usize]) -> Result<Tensor> {
         let query = split_heads(&self.q_proj, x, self.config.num_heads, self.config.head_dim())?;
         self.normalise_and_rotate(query, self.qk_norm.as_ref().map(|(q_norm, _)| q_norm), positions)

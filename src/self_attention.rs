@@ -207,8 +207,8 @@ impl SelfAttention {
 
     /// As [`SelfAttention::forward_cached`], with a mask, a bias, or more in return, over scores (batch, num_heads, len,
     /// kv_len), where kv_len is the length of the longest sequence, these tokens included. Key `j` of a sequence is its
-    /// token `j`, and its queries follow the tokens that it has. With a sliding window the keys are the last ones, and masks and
-    /// biases can't be given.
+    /// token `j`, and its queries follow the tokens that it has. With a sliding window the keys are the last ones, and
+    /// masks and biases can't be given.
     ///
     /// # Errors
     ///
