@@ -33,10 +33,11 @@ pub fn odd_config() -> SelfAttentionConfig {
         dropout_p: 0.1 + 0.2,
         qk_norm_eps: Some(1e-6),
         rotary: Some(RotaryConfig { base: 1e4 / 3.0, dim: Some(2), pairing: Pairing::Interleaved }),
-        alibi: false,
+        alibi: true,
         sinks: true,
-        add_bias_kv: true,
-        add_zero_attn: true,
+        // These don't go with ALiBi.
+        add_bias_kv: false,
+        add_zero_attn: false,
         seed: u64::MAX,
     }
 }
