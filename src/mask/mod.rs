@@ -189,6 +189,25 @@ impl Mask {
         Self(self.0.with_offset(&PerSequence::Each(offsets.into())))
     }
 
+    /// As this mask for all keys but the last `count`, which every query may attend to: learned keys, say, that stand
+    /// behind those of the sequence. Positions, lengths and documents are those of the keys before them.
+    ///
+    /// ```
+    /// use candle_attention::Mask;
+    /// use candle_core::Device;
+    ///
+    /// let seen = Mask::causal().with_extra_keys(1).to_tensor((1, 1, 2, 3), &Device::Cpu)?;
+    /// assert_eq!(seen.get(0)?.get(0)?.to_vec2::<u8>()?, [[1, 0, 1], [1, 1, 1]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn with_extra_keys(self, count: usize) -> Self {
+        match self.0 {
+            Rule::Full => self,
+            rule if count == 0 => Self(rule),
+            rule => Self(Rule::Extra { rule: Arc::new(rule), count }),
+        }
+    }
+
     /// For those who have checked the shape and ask often.
     pub(crate) fn rule(&self) -> &Rule {
         &self.0
@@ -203,8 +222,8 @@ impl Mask {
     ///
     /// # Errors
     ///
-    /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents that don't add up to kv_len, a
-    /// tensor that doesn't broadcast to the scores.
+    /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents that don't add up to kv_len, more
+    /// extra keys than keys, a tensor that doesn't broadcast to the scores.
     pub fn check(&self, shape: impl Into<ScoreShape>) -> Result<()> {
         Ok(self.0.check(&shape.into())?)
     }

@@ -44,6 +44,11 @@ pub(crate) enum Rule {
         offset: Offset,
     },
     Table(Arc<Table>),
+    /// The last `count` keys are seen by every query; the rule speaks of those before them.
+    Extra {
+        rule: Arc<Rule>,
+        count: usize,
+    },
     Both(Arc<(Rule, Rule)>),
     Either(Arc<(Rule, Rule)>),
 }
@@ -55,6 +60,9 @@ impl Rule {
         match self {
             Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset.clone()) },
             Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset.clone()) },
+            Rule::Extra { rule, count } => {
+                Rule::Extra { rule: Arc::new(rule.as_ref().clone().with_offset(offset)), count }
+            }
             Rule::Both(pair) => Rule::Both(both(&pair)),
             Rule::Either(pair) => Rule::Either(both(&pair)),
             other => other,
@@ -70,6 +78,7 @@ impl Rule {
                 matches!(ids, PerSequence::Each(_)) || matches!(offset, Some(PerSequence::Each(_)))
             }
             Rule::Table(table) => table.dims[0] != 1,
+            Rule::Extra { rule, .. } => rule.varies_by_sequence(),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_sequence() || pair.1.varies_by_sequence(),
         }
     }
@@ -77,6 +86,7 @@ impl Rule {
     pub(super) fn varies_by_head(&self) -> bool {
         match self {
             Rule::Table(table) => table.dims[1] != 1,
+            Rule::Extra { rule, .. } => rule.varies_by_head(),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_head() || pair.1.varies_by_head(),
             _ => false,
         }
@@ -89,6 +99,12 @@ impl Rule {
             Rule::FirstKeys(PerSequence::Each(lengths)) => check_key_lengths(lengths, shape),
             Rule::Documents { ids, offset } => check_documents(ids, offset, shape),
             Rule::Table(table) => table.check(shape),
+            Rule::Extra { count, .. } if *count > shape.kv_len => Err(AttentionError::Mask {
+                part: "extra keys",
+                expected: format!("at most kv_len {}", shape.kv_len),
+                got: format!("{count}"),
+            }),
+            Rule::Extra { rule, count } => rule.check(&without(shape, *count)),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.check(shape).and_then(|()| pair.1.check(shape)),
         }
     }
@@ -107,6 +123,10 @@ impl Rule {
                 ids[j] == ids[position(shape, offset, b, i) as usize]
             }
             Rule::Table(table) => table.get(b, h, i, j),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                j >= shape.kv_len || rule.allows(&shape, b, h, i, j)
+            }
             Rule::Both(pair) => pair.0.allows(shape, b, h, i, j) && pair.1.allows(shape, b, h, i, j),
             Rule::Either(pair) => pair.0.allows(shape, b, h, i, j) || pair.1.allows(shape, b, h, i, j),
         }
@@ -132,6 +152,18 @@ impl Rule {
                 documents_tile(ids.get(at.0), start..start + q.len(), k.clone())
             }
             Rule::Table(table) => table.tile(at, q, k),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                let (others, extra) = split(k, shape.kv_len);
+                match (others.is_empty(), extra.is_empty()) {
+                    (true, _) => Coverage::All,
+                    (false, true) => rule.tile(&shape, at, q, &others),
+                    (false, false) => match rule.tile(&shape, at, q, &others) {
+                        Coverage::All => Coverage::All,
+                        _ => Coverage::Some,
+                    },
+                }
+            }
             Rule::Both(pair) => match (pair.0.tile(shape, at, q, k), pair.1.tile(shape, at, q, k)) {
                 (Coverage::None, _) | (_, Coverage::None) => Coverage::None,
                 (Coverage::All, Coverage::All) => Coverage::All,
@@ -170,6 +202,16 @@ impl Rule {
                 trim(k, |key| (low..=high).contains(&ids[key]))
             }
             Rule::Table(table) => trim(k, |key| table.is_seen(at, q, key)),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                let (others, extra) = split(&k, shape.kv_len);
+                let seen = rule.hull(&shape, at, q, others);
+                match (seen.is_empty(), extra.is_empty()) {
+                    (_, true) => seen,
+                    (true, false) => extra,
+                    (false, false) => seen.start..extra.end,
+                }
+            }
             Rule::Both(pair) => pair.1.hull(shape, at, q, pair.0.hull(shape, at, q, k)),
             Rule::Either(pair) => match (pair.0.hull(shape, at, q, k.clone()), pair.1.hull(shape, at, q, k)) {
                 (a, b) if a.is_empty() => b,
@@ -208,6 +250,12 @@ impl Rule {
                 pair.1.hidden(shape, at, q, j, hide);
             }
             Rule::Table(table) => table.hidden(at, q, j, hide),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                if j < shape.kv_len {
+                    rule.hidden(&shape, at, q, j, hide);
+                }
+            }
             _ => {
                 for i in q.clone().filter(|&i| !self.allows(shape, at.0, at.1, i, j)) {
                     hide(i..i + 1);
@@ -224,6 +272,16 @@ fn position(shape: &ScoreShape, offset: &Offset, b: usize, i: usize) -> i64 {
         Some(offset) => i64::try_from(*offset.get(b)).unwrap_or(i64::MAX),
     };
     first.saturating_add(i as i64)
+}
+
+/// The scores without those of the last `count` keys.
+fn without(shape: &ScoreShape, count: usize) -> ScoreShape {
+    ScoreShape { kv_len: shape.kv_len - count, ..*shape }
+}
+
+/// The parts of `k` before `place` and from there on.
+fn split(k: &Range<usize>, place: usize) -> (Range<usize>, Range<usize>) {
+    (k.start.min(place)..k.end.min(place), k.start.max(place)..k.end.max(place))
 }
 
 /// How much of the values `from..=to`, each of which occurs, lies in `lowest..=highest`.

@@ -1,4 +1,4 @@
-//! A boolean tensor as a mask.
+//! [`Table`]: a mask that was given as a tensor.
 
 use std::ops::Range;
 

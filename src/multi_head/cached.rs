@@ -62,10 +62,10 @@ impl MultiHead {
         cache.check_added(added, len)?;
 
         let query = self.queries(&x, cache.lengths())?;
-        let (key, value) = self.keys_and_values(&x, cache.lengths())?;
+        let (key, value) = self.keys_and_values([&x, &x], cache.lengths())?;
         let staged = cache.stage(&key, &value)?;
         let (key, value) = staged.key_value()?;
-        let output = self.attend_heads(&query.detach(), &key, &value, &self.cached_options(options, &staged)?)?;
+        let output = self.attend_heads(&query.detach(), key, value, self.cached_options(options, &staged)?)?;
         cache.commit(staged, added);
         output.map(|tensor| if has_batch { Ok(tensor.detach()) } else { tensor.detach().squeeze(0) })
     }
@@ -89,12 +89,13 @@ impl MultiHead {
         Ok(options)
     }
 
-    /// Keys and values of a memory (batch, kv_len, kv_dim), or without a batch axis.
-    pub(crate) fn project_memory(&self, memory: &Tensor) -> Result<ProjectedMemory> {
-        self.check_input("memory", memory, self.config.kv_dim())?;
-        let has_batch = memory.rank() == 3;
-        let memory = if has_batch { memory.clone() } else { memory.unsqueeze(0)? };
-        let (key, value) = self.keys_and_values(&memory, &[0])?;
+    /// Keys of a memory (batch, kv_len, kv_dim) and values of another (batch, kv_len, value_input_dim), or without a batch
+    /// axis.
+    pub(crate) fn project_memory(&self, [key, value]: [&Tensor; 2]) -> Result<ProjectedMemory> {
+        self.check_sources([key, value])?;
+        let has_batch = key.rank() == 3;
+        let with_batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
+        let (key, value) = self.keys_and_values([&with_batch(key)?, &with_batch(value)?], &[0])?;
         // The keys of a head one behind the other: that is how they are read, again and again.
         let by_head = |x: Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
         Ok(ProjectedMemory { key: by_head(key)?, value: by_head(value)?, has_batch })
@@ -118,7 +119,8 @@ impl MultiHead {
             return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
         }
         let query = self.queries(&x_3, &[0])?;
-        let output = self.attend_heads(&query, &memory.key, &memory.value, &self.attention_options(options))?;
+        let (key, value) = (memory.key.clone(), memory.value.clone());
+        let output = self.attend_heads(&query, key, value, self.attention_options(options))?;
         if memory.has_batch { Ok(output) } else { output.map(|tensor| tensor.squeeze(0)) }
     }
 

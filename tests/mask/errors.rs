@@ -165,3 +165,12 @@ fn tile_outside_the_scores_is_refused() {
         assert_names(error, "expected a place inside ScoreShape", &got);
     }
 }
+
+#[test]
+fn more_extra_keys_than_keys_are_refused() {
+    let error = Mask::causal().with_extra_keys(4).check((1, 1, 2, 3)).unwrap_err().to_string();
+    assert!(error.contains("extra keys") && error.contains("at most kv_len 3") && error.contains("got 4"), "{error}");
+    // What doesn't fit the keys before them doesn't fit.
+    assert!(Mask::key_lengths(&[3]).with_extra_keys(1).check((1, 1, 2, 3)).is_err());
+    Mask::key_lengths(&[2]).with_extra_keys(1).check((1, 1, 2, 3)).unwrap();
+}
