@@ -1,7 +1,9 @@
 //! The words of a sentence and their fixed embeddings.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
+
+use crate::words::find;
 
 /// A sentence, and which of its words should attend to which.
 pub struct Sentence {
@@ -37,21 +39,6 @@ impl Sentence {
             entries.extend(meaning.iter().zip(place).map(|(meaning, place)| meaning + 0.5 * place));
         }
         Ok(Tensor::from_vec(entries, (self.words.len(), dim), device)?)
-    }
-}
-
-/// The place of a word, or of its n-th occurrence if it is written `word#n`. Capitals and punctuation don't matter.
-fn find(words: &[String], wanted: &str, flag: &str) -> Result<usize> {
-    let (word, occurrence) = match wanted.rsplit_once('#').map(|(word, number)| (word, number.parse::<usize>())) {
-        Some((word, Ok(number))) => (word, number),
-        _ => (wanted, 1),
-    };
-    let plain = |word: &str| word.trim_matches(|c: char| c.is_ascii_punctuation()).to_lowercase();
-    let places = (0..words.len()).filter(|&place| plain(&words[place]) == plain(word)).collect::<Vec<_>>();
-    ensure!(!places.is_empty(), "{flag}: expected a word of the sentence ({}), got \"{word}\"", words.join(", "));
-    match occurrence.checked_sub(1).and_then(|index| places.get(index)) {
-        Some(&place) => Ok(place),
-        None => bail!("{flag}: expected an occurrence of \"{word}\" from 1 to {}, got {occurrence}", places.len()),
     }
 }
 
