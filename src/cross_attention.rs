@@ -3,10 +3,10 @@
 use std::ops::Deref;
 use std::path::Path;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::checkpoint::LayerKind;
+use crate::checkpoint::{LayerKind, Layout};
 use crate::config::SelfAttentionConfig;
 use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
 
@@ -78,6 +78,34 @@ impl CrossAttention {
         Ok(Self(MultiHead::from_bytes(LayerKind::CrossAttention, bytes, device)?))
     }
 
+    /// A layer from weights that another program trained, as
+    /// [`SelfAttention::from_layout`](crate::SelfAttention::from_layout).
+    ///
+    /// # Errors
+    ///
+    /// As there, and a config with a rotary embedding.
+    pub fn from_layout(layout: Layout, config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
+        Ok(Self(MultiHead::from_layout(LayerKind::CrossAttention, layout, config, &vb)?))
+    }
+
+    /// A layer from another program's checkpoint on disk, as
+    /// [`SelfAttention::load_layout`](crate::SelfAttention::load_layout).
+    ///
+    /// # Errors
+    ///
+    /// As there, and a config with a rotary embedding.
+    pub fn load_layout(
+        layout: Layout,
+        config: &SelfAttentionConfig,
+        path: impl AsRef<Path>,
+        prefix: &str,
+        dtype: Option<DType>,
+        device: &Device,
+    ) -> Result<Self> {
+        let (place, form) = ((path.as_ref(), prefix), (dtype, device));
+        Ok(Self(MultiHead::load_layout(LayerKind::CrossAttention, layout, config, place, form)?))
+    }
+
     /// The output, without dropout.
     ///
     /// # Errors
@@ -97,7 +125,8 @@ impl CrossAttention {
     }
 
     /// The output, and what each token of `x` attends to: weights (batch, num_heads, q_len, kv_len), or (num_heads,
-    /// q_len, kv_len) for input without a batch axis.
+    /// q_len, kv_len) for input without a batch axis; the last axis is longer by the
+    /// [extra keys](SelfAttentionConfig::extra_keys).
     ///
     /// # Errors
     ///
@@ -112,7 +141,43 @@ impl CrossAttention {
     ///
     /// See [`CrossAttention`].
     pub fn forward_with(&self, x: &Tensor, memory: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
-        self.attend(x, memory, options)
+        self.forward_key_value(x, memory, memory, options)
+    }
+
+    /// As [`CrossAttention::forward_with`], with keys and values from two memories of one length: `key` (batch, kv_len,
+    /// kv_dim) and `value` (batch, kv_len, value_input_dim).
+    ///
+    /// # Errors
+    ///
+    /// See [`CrossAttention`], and two memories of different lengths.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::{CrossAttention, ForwardOptions, SelfAttentionConfig};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// // `nn.MultiheadAttention(8, 2, kdim=6, vdim=3)`
+    /// let config =
+    ///     SelfAttentionConfig { kv_dim: Some(6), value_input_dim: Some(3), ..SelfAttentionConfig::new(8, 2) };
+    /// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    /// let attention = CrossAttention::new(&config, vb)?;
+    /// let x = Tensor::randn(0f32, 1.0, (2, 4, 8), &Device::Cpu)?;
+    /// let key = Tensor::randn(0f32, 1.0, (2, 5, 6), &Device::Cpu)?;
+    /// let value = Tensor::randn(0f32, 1.0, (2, 5, 3), &Device::Cpu)?;
+    /// let output = attention.forward_key_value(&x, &key, &value, &ForwardOptions::default())?.output;
+    /// assert_eq!(output.dims(), [2, 4, 8]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_key_value(
+        &self,
+        x: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.attend(x, [key, value], options)
     }
 }
 

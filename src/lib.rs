@@ -28,9 +28,11 @@
 //! | 6 | `self_attention`, `cross_attention` | the layers' faces |
 //! | 5 | `multi_head` | what both share: parameters, projections, heads |
 //! | 4 | `attention` | checks its input, then computes |
+//! | 4 | `parameters` | a layer's tensors: checked for, made, initialised |
 //! | 3 | `reference` | attention with every score in memory: read this first |
 //! | 3 | `fused` | the same without a q_len x kv_len matrix: the fast path |
-//! | 3 | `checkpoint` | safetensors that carry their config |
+//! | 3 | `extra_keys` | keys and values that a layer adds to those it is given |
+//! | 3 | `checkpoint` | safetensors that carry their config, and the layouts of other programs |
 //! | 2 | `options` | what attention can be asked for, and what it gives back |
 //! | 2 | `config` | what a layer is made of, checked in one place |
 //! | 1 | `mask` | which keys each query may attend to |
@@ -48,15 +50,17 @@
 
 mod attention;
 mod axes;
-mod checkpoint;
+pub mod checkpoint;
 mod config;
 mod cross_attention;
 mod error;
+mod extra_keys;
 mod fused;
 pub mod heatmap;
 mod mask;
 mod multi_head;
 mod options;
+mod parameters;
 mod philox;
 mod projection;
 mod range;
@@ -66,6 +70,7 @@ mod self_attention;
 pub mod simplified;
 
 pub use attention::scaled_dot_product_attention;
+pub use checkpoint::Layout;
 pub use config::SelfAttentionConfig;
 pub use cross_attention::CrossAttention;
 pub use error::AttentionError;

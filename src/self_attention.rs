@@ -3,10 +3,10 @@
 use std::ops::Deref;
 use std::path::Path;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{ModuleT, VarBuilder};
 
-use crate::checkpoint::LayerKind;
+use crate::checkpoint::{LayerKind, Layout};
 use crate::config::SelfAttentionConfig;
 use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
 
@@ -54,7 +54,7 @@ pub struct SelfAttention(MultiHead);
 
 impl SelfAttention {
     /// A layer whose parameters come from, or are made in, `vb`: `q_proj`, `k_proj`, `v_proj` and `o_proj` (`.weight`,
-    /// `.bias`), `q_norm.weight`, `k_norm.weight` and `sinks`, as far as the config asks for them.
+    /// `.bias`), `q_norm.weight`, `k_norm.weight`, `sinks`, `bias_k` and `bias_v`, as far as the config asks for them.
     ///
     /// Weights that a `VarMap` doesn't hold yet are drawn from the config's seed and their names: the same every time,
     /// and different for each layer of a model.
@@ -106,6 +106,61 @@ impl SelfAttention {
         Ok(Self(MultiHead::from_bytes(LayerKind::SelfAttention, bytes, device)?))
     }
 
+    /// A layer from weights that another program trained: `vb`, at the attention's place in the model, has them as `layout`
+    /// says. They are copied, in the dtype of `vb`, and each becomes a variable of the layer's own (see
+    /// [`vars`](MultiHead::vars)).
+    ///
+    /// The config says what no checkpoint does: heads, scale, rotary embedding, masks.
+    ///
+    /// # Errors
+    ///
+    /// A config that can't serve, or with parameters that the layout has no place for; tensors that `vb` doesn't have, has
+    /// in another shape, or has although the config doesn't ask for them: all are named.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::{Layout, SelfAttention, SelfAttentionConfig};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::VarBuilder;
+    ///
+    /// // The state dict of `nn.MultiheadAttention(4, 2, bias=False)`, in a model that calls it `attn`.
+    /// let tensors = [
+    ///     ("attn.in_proj_weight".to_string(), Tensor::randn(0f32, 1.0, (12, 4), &Device::Cpu)?),
+    ///     ("attn.out_proj.weight".to_string(), Tensor::randn(0f32, 1.0, (4, 4), &Device::Cpu)?),
+    /// ];
+    /// let vb = VarBuilder::from_tensors(tensors.clone().into(), DType::F32, &Device::Cpu);
+    /// let config = SelfAttentionConfig { qkv_bias: false, out_bias: false, ..SelfAttentionConfig::new(4, 2) };
+    /// let attention = SelfAttention::from_layout(Layout::Torch, &config, vb.pp("attn"))?;
+    /// let key_rows = tensors[0].1.narrow(0, 4, 4)?;
+    /// assert_eq!(attention.k_proj().weight().to_vec2::<f32>()?, key_rows.to_vec2::<f32>()?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn from_layout(layout: Layout, config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
+        Ok(Self(MultiHead::from_layout(LayerKind::SelfAttention, layout, config, &vb)?))
+    }
+
+    /// As [`SelfAttention::from_layout`], from a checkpoint on disk: a safetensors file, the `*.index.json` of a sharded
+    /// one, or a folder with either. Of it only the tensors whose names begin with `prefix` and a dot (with an empty
+    /// prefix, all) are read, and cast to `dtype` if one is given.
+    ///
+    /// # Errors
+    ///
+    /// As there, and: a checkpoint that can't be read or that lacks a shard; without `dtype`, tensors of several dtypes;
+    /// tensors under the prefix that the layout doesn't know; weights that are NaN or infinite, or become so in `dtype`. All
+    /// that is wrong with the tensors is in one error.
+    pub fn load_layout(
+        layout: Layout,
+        config: &SelfAttentionConfig,
+        path: impl AsRef<Path>,
+        prefix: &str,
+        dtype: Option<DType>,
+        device: &Device,
+    ) -> Result<Self> {
+        let (place, form) = ((path.as_ref(), prefix), (dtype, device));
+        Ok(Self(MultiHead::load_layout(LayerKind::SelfAttention, layout, config, place, form)?))
+    }
+
     /// The output, without dropout.
     ///
     /// # Errors
@@ -125,7 +180,7 @@ impl SelfAttention {
     }
 
     /// The output, and what each token attends to: weights (batch, num_heads, len, len), or (num_heads, len, len) for
-    /// input without a batch axis.
+    /// input without a batch axis; the last axis is longer by the [extra keys](SelfAttentionConfig::extra_keys).
     ///
     /// # Errors
     ///
@@ -140,7 +195,7 @@ impl SelfAttention {
     ///
     /// See [`SelfAttention`].
     pub fn forward_with(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
-        self.attend(x, x, options)
+        self.attend(x, [x, x], options)
     }
 }
 

@@ -1,6 +1,7 @@
 //! [`Mask`]: which keys each query may attend to.
 
 mod rule;
+mod table;
 
 use std::ops::{BitAnd, BitOr, Range};
 use std::sync::Arc;
@@ -8,8 +9,9 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor};
 
 use crate::error::AttentionError;
+use rule::PerSequence;
 pub(crate) use rule::Rule;
-use rule::{PerSequence, Table};
+use table::Table;
 
 /// The sizes that scores have: (batch, num_heads, q_len, kv_len).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,6 +172,25 @@ impl Mask {
         Self(self.0.with_offset(offset))
     }
 
+    /// As this mask for all keys but the last `count`, which every query may attend to: learned keys, say, that stand
+    /// behind those of the sequence. Positions, lengths and documents are those of the keys before them.
+    ///
+    /// ```
+    /// use candle_attention::Mask;
+    /// use candle_core::Device;
+    ///
+    /// let seen = Mask::causal().with_extra_keys(1).to_tensor((1, 1, 2, 3), &Device::Cpu)?;
+    /// assert_eq!(seen.get(0)?.get(0)?.to_vec2::<u8>()?, [[1, 0, 1], [1, 1, 1]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn with_extra_keys(self, count: usize) -> Self {
+        match self.0 {
+            Rule::Full => self,
+            rule if count == 0 => Self(rule),
+            rule => Self(Rule::Extra { rule: Arc::new(rule), count }),
+        }
+    }
+
     /// For those who have checked the shape and ask often.
     pub(crate) fn rule(&self) -> &Rule {
         &self.0
@@ -184,8 +205,8 @@ impl Mask {
     ///
     /// # Errors
     ///
-    /// Lengths for another number of sequences or longer than kv_len, documents that don't add up to kv_len, a tensor
-    /// that doesn't broadcast to the scores.
+    /// Lengths for another number of sequences or longer than kv_len, documents that don't add up to kv_len, more extra
+    /// keys than keys, a tensor that doesn't broadcast to the scores.
     pub fn check(&self, shape: impl Into<ScoreShape>) -> Result<()> {
         Ok(self.0.check(&shape.into())?)
     }

@@ -3,8 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
-
+use super::table::Table;
 use super::{Coverage, ScoreShape};
 use crate::error::AttentionError;
 
@@ -43,6 +42,11 @@ pub(crate) enum Rule {
         offset: Option<usize>,
     },
     Table(Arc<Table>),
+    /// The last `count` keys are seen by every query; the rule speaks of those before them.
+    Extra {
+        rule: Arc<Rule>,
+        count: usize,
+    },
     Both(Arc<(Rule, Rule)>),
     Either(Arc<(Rule, Rule)>),
 }
@@ -54,6 +58,9 @@ impl Rule {
         match self {
             Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset) },
             Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset) },
+            Rule::Extra { rule, count } => {
+                Rule::Extra { rule: Arc::new(rule.as_ref().clone().with_offset(offset)), count }
+            }
             Rule::Both(pair) => Rule::Both(both(&pair)),
             Rule::Either(pair) => Rule::Either(both(&pair)),
             other => other,
@@ -66,6 +73,7 @@ impl Rule {
             Rule::FirstKeys(lengths) => matches!(lengths, PerSequence::Each(_)),
             Rule::Documents { ids, .. } => matches!(ids, PerSequence::Each(_)),
             Rule::Table(table) => table.dims[0] != 1,
+            Rule::Extra { rule, .. } => rule.varies_by_sequence(),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_sequence() || pair.1.varies_by_sequence(),
         }
     }
@@ -73,6 +81,7 @@ impl Rule {
     pub(super) fn varies_by_head(&self) -> bool {
         match self {
             Rule::Table(table) => table.dims[1] != 1,
+            Rule::Extra { rule, .. } => rule.varies_by_head(),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_head() || pair.1.varies_by_head(),
             _ => false,
         }
@@ -84,6 +93,12 @@ impl Rule {
             Rule::FirstKeys(PerSequence::Each(lengths)) => check_key_lengths(lengths, shape),
             Rule::Documents { ids, offset } => check_documents(ids, *offset, shape),
             Rule::Table(table) => table.check(shape),
+            Rule::Extra { count, .. } if *count > shape.kv_len => Err(AttentionError::Mask {
+                part: "extra keys",
+                expected: format!("at most kv_len {}", shape.kv_len),
+                got: format!("{count}"),
+            }),
+            Rule::Extra { rule, count } => rule.check(&without(shape, *count)),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.check(shape).and_then(|()| pair.1.check(shape)),
         }
     }
@@ -102,6 +117,10 @@ impl Rule {
                 ids[j] == ids[position(shape, *offset, i) as usize]
             }
             Rule::Table(table) => table.get(b, h, i, j),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                j >= shape.kv_len || rule.allows(&shape, b, h, i, j)
+            }
             Rule::Both(pair) => pair.0.allows(shape, b, h, i, j) && pair.1.allows(shape, b, h, i, j),
             Rule::Either(pair) => pair.0.allows(shape, b, h, i, j) || pair.1.allows(shape, b, h, i, j),
         }
@@ -127,6 +146,18 @@ impl Rule {
                 documents_tile(ids.get(at.0), start..start + q.len(), k.clone())
             }
             Rule::Table(table) => table.tile(at, q, k),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                let (others, extra) = split(k, shape.kv_len);
+                match (others.is_empty(), extra.is_empty()) {
+                    (true, _) => Coverage::All,
+                    (false, true) => rule.tile(&shape, at, q, &others),
+                    (false, false) => match rule.tile(&shape, at, q, &others) {
+                        Coverage::All => Coverage::All,
+                        _ => Coverage::Some,
+                    },
+                }
+            }
             Rule::Both(pair) => match (pair.0.tile(shape, at, q, k), pair.1.tile(shape, at, q, k)) {
                 (Coverage::None, _) | (_, Coverage::None) => Coverage::None,
                 (Coverage::All, Coverage::All) => Coverage::All,
@@ -165,6 +196,16 @@ impl Rule {
                 trim(k, |key| (low..=high).contains(&ids[key]))
             }
             Rule::Table(table) => trim(k, |key| table.is_seen(at, q, key)),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                let (others, extra) = split(&k, shape.kv_len);
+                let seen = rule.hull(&shape, at, q, others);
+                match (seen.is_empty(), extra.is_empty()) {
+                    (_, true) => seen,
+                    (true, false) => extra,
+                    (false, false) => seen.start..extra.end,
+                }
+            }
             Rule::Both(pair) => pair.1.hull(shape, at, q, pair.0.hull(shape, at, q, k)),
             Rule::Either(pair) => match (pair.0.hull(shape, at, q, k.clone()), pair.1.hull(shape, at, q, k)) {
                 (a, b) if a.is_empty() => b,
@@ -203,6 +244,12 @@ impl Rule {
                 pair.1.hidden(shape, at, q, j, hide);
             }
             Rule::Table(table) => table.hidden(at, q, j, hide),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                if j < shape.kv_len {
+                    rule.hidden(&shape, at, q, j, hide);
+                }
+            }
             _ => {
                 for i in q.clone().filter(|&i| !self.allows(shape, at.0, at.1, i, j)) {
                     hide(i..i + 1);
@@ -217,6 +264,16 @@ fn position(shape: &ScoreShape, offset: Option<usize>, i: usize) -> i64 {
     let first =
         offset.map_or(shape.kv_len as i64 - shape.q_len as i64, |offset| i64::try_from(offset).unwrap_or(i64::MAX));
     first.saturating_add(i as i64)
+}
+
+/// The scores without those of the last `count` keys.
+fn without(shape: &ScoreShape, count: usize) -> ScoreShape {
+    ScoreShape { kv_len: shape.kv_len - count, ..*shape }
+}
+
+/// The parts of `k` before `place` and from there on.
+fn split(k: &Range<usize>, place: usize) -> (Range<usize>, Range<usize>) {
+    (k.start.min(place)..k.end.min(place), k.start.max(place)..k.end.max(place))
 }
 
 /// How much of the values `from..=to`, each of which occurs, lies in `lowest..=highest`.
@@ -296,98 +353,4 @@ fn check_documents(
         return error(format!("queries at positions 0 to {}", shape.kv_len), format!("positions {first} to {end}"));
     }
     Ok(())
-}
-
-/// A boolean tensor: (batch or 1, num_heads or 1, q_len or 1, kv_len or 1), row by row.
-#[derive(Debug)]
-pub(crate) struct Table {
-    dims: [usize; 4],
-    allowed: Vec<bool>,
-}
-
-impl Table {
-    pub(super) fn new(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> candle_core::Result<Self> {
-        if !tensor.dtype().is_int() {
-            return Err(AttentionError::DType {
-                tensor: "mask",
-                expected: "u8 or another integer (a float mask is added to the scores: pass it as attn_bias)".into(),
-                got: tensor.dtype(),
-            }
-            .into());
-        }
-        let rank = tensor.rank();
-        if !(2..=4).contains(&rank) {
-            return Err(AttentionError::Rank {
-                tensor: "mask",
-                expected: "2 to 4 axes that broadcast to (batch, num_heads, q_len, kv_len)",
-                shape: tensor.dims().to_vec(),
-            }
-            .into());
-        }
-        let mut dims = [1; 4];
-        dims[4 - rank..].copy_from_slice(tensor.dims());
-        let values = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        Ok(Self { dims, allowed: values.into_iter().map(allows).collect() })
-    }
-
-    fn check(&self, shape: &ScoreShape) -> Result<(), AttentionError> {
-        let scores = [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
-        if self.dims.iter().zip(scores).all(|(&dim, size)| dim == size || dim == 1) {
-            return Ok(());
-        }
-        Err(AttentionError::Mask {
-            part: "tensor",
-            expected: format!("a shape that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}"),
-            got: format!("{:?}", self.dims),
-        })
-    }
-
-    /// Where the entry of query `i` and key `j` is, and how far apart those of queries and of keys are.
-    fn place(&self, (b, h): (usize, usize), i: usize, j: usize) -> (usize, usize, usize) {
-        let at = |axis: usize, index: usize| if self.dims[axis] == 1 { 0 } else { index };
-        let row = (at(0, b) * self.dims[1] + at(1, h)) * self.dims[2] + at(2, i);
-        (row * self.dims[3] + at(3, j), at(2, self.dims[3]), at(3, 1))
-    }
-
-    fn get(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
-        self.allowed[self.place((b, h), i, j).0]
-    }
-
-    /// `q`, or one of it where all are alike.
-    fn distinct(&self, q: &Range<usize>) -> usize {
-        if self.dims[2] == 1 { q.len().min(1) } else { q.len() }
-    }
-
-    /// Whether any query of `q` may attend to key `j`.
-    fn is_seen(&self, at: (usize, usize), q: &Range<usize>, j: usize) -> bool {
-        let (place, by_query, _) = self.place(at, q.start, j);
-        (0..self.distinct(q)).any(|i| self.allowed[place + i * by_query])
-    }
-
-    fn hidden(&self, at: (usize, usize), q: &Range<usize>, j: usize, hide: &mut dyn FnMut(Range<usize>)) {
-        let (place, by_query, _) = self.place(at, q.start, j);
-        if by_query == 0 {
-            if !self.allowed[place] {
-                hide(q.clone());
-            }
-            return;
-        }
-        for i in (0..q.len()).filter(|i| !self.allowed[place + i * by_query]) {
-            hide(q.start + i..q.start + i + 1);
-        }
-    }
-
-    fn tile(&self, at: (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
-        let (place, by_query, by_key) = self.place(at, q.start, k.start);
-        let keys = if by_key == 0 { 1 } else { k.len() };
-        let first = self.allowed[place];
-        let is_mixed = |i: usize| self.allowed[place + i * by_query..][..keys].iter().any(|&allowed| allowed != first);
-        if (0..self.distinct(q)).any(is_mixed) {
-            Coverage::Some
-        } else if first {
-            Coverage::All
-        } else {
-            Coverage::None
-        }
-    }
 }

@@ -21,8 +21,10 @@ pub fn odd_config() -> SelfAttentionConfig {
         head_dim: Some(4),
         value_dim: Some(3),
         kv_dim: Some(10),
+        value_input_dim: Some(10),
         out_proj: true,
         qkv_bias: true,
+        k_bias: false,
         out_bias: false,
         scale: Some(0.1),
         softcap: Some(1.0 / 3.0),
@@ -31,8 +33,10 @@ pub fn odd_config() -> SelfAttentionConfig {
         dropout_p: 0.1 + 0.2,
         qk_norm_eps: Some(1e-6),
         rotary: Some(RotaryConfig { base: 1e4 / 3.0, dim: Some(2), pairing: Pairing::Interleaved }),
-        alibi: true,
+        alibi: false,
         sinks: true,
+        add_bias_kv: true,
+        add_zero_attn: true,
         seed: u64::MAX,
     }
 }

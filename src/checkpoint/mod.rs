@@ -1,9 +1,15 @@
-//! Layers as files: safetensors that carry the layer's config in their metadata, so that a file alone is enough.
+//! Weights in files: layers as safetensors that carry their config, and weights that others trained.
+//!
+//! What [`save`](crate::MultiHead::save) writes has the layer's config in its metadata, so that the file alone is enough.
+//! For checkpoints of other programs [`Layout`] says how they name and arrange the parameters, and [`var_builder`] reads a
+//! whole model's.
+
+mod file;
+mod layout;
+mod tensors;
+mod weights;
 
 use std::collections::HashMap;
-use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor, Var};
@@ -13,6 +19,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Parameter, SelfAttentionConfig};
 use crate::error::AttentionError;
+pub(crate) use file::{read, write};
+pub use layout::Layout;
+pub(crate) use layout::{from_file, from_var_builder, to_file, to_tensors};
+pub use weights::var_builder;
 
 /// The metadata entry that holds the [`Header`] as JSON.
 const METADATA_KEY: &str = "candle_attention";
@@ -43,9 +53,16 @@ pub(crate) struct Checkpoint {
 pub(crate) fn to_bytes(header: &Header, parameters: &[(&'static str, &Tensor)]) -> candle_core::Result<Vec<u8>> {
     let json = serde_json::to_string(header).map_err(candle_core::Error::wrap)?;
     let metadata = HashMap::from([(METADATA_KEY.to_string(), json)]);
+    serialise(parameters.iter().map(|&(name, tensor)| (name.to_string(), tensor)), metadata)
+}
+
+fn serialise<'a>(
+    tensors: impl Iterator<Item = (String, &'a Tensor)>,
+    metadata: HashMap<String, String>,
+) -> candle_core::Result<Vec<u8>> {
     // safetensors takes the data through a function that can't fail: whatever can go wrong must do so before.
-    let on_cpu = |&(name, tensor): &(&'static str, &Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
-    let tensors = parameters.iter().map(on_cpu).collect::<candle_core::Result<Vec<_>>>()?;
+    let on_cpu = |(name, tensor): (String, &Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
+    let tensors = tensors.map(on_cpu).collect::<candle_core::Result<Vec<_>>>()?;
     safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)
 }
 
@@ -148,8 +165,7 @@ fn misfit(parameter: &Parameter, view: &TensorView, dtype: &mut Option<DType>) -
         Some(first) => format!("{first:?} as the others"),
         None => "F16, BF16, F32 or F64".to_string(),
     };
-    let fits =
-        |got| matches!(got, DType::F16 | DType::BF16 | DType::F32 | DType::F64) && dtype.is_none_or(|x| x == got);
+    let fits = |got| is_served(got) && dtype.is_none_or(|x| x == got);
     match got.filter(|&got| fits(got)) {
         Some(got) => {
             *dtype = Some(got);
@@ -159,57 +175,7 @@ fn misfit(parameter: &Parameter, view: &TensorView, dtype: &mut Option<DType>) -
     }
 }
 
-/// The whole file.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>, AttentionError> {
-    fs::read(path).map_err(|cause| file_error(path, "read", &cause))
-}
-
-/// Writes the whole file or nothing: a new file in the same folder, synced to disk, takes the place of the old one.
-pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), AttentionError> {
-    // A link stays a link: what it points to is replaced.
-    follow_links(path)
-        .and_then(|target| replace_file(&target, bytes))
-        .map_err(|cause| file_error(path, "write", &cause))
-}
-
-/// What a link leads to, even if that isn't there yet. Linux follows 40 links, and no more.
-fn follow_links(path: &Path) -> std::io::Result<PathBuf> {
-    let mut target = path.to_path_buf();
-    for _ in 0..40 {
-        match fs::read_link(&target) {
-            Ok(next) => target = target.parent().unwrap_or(Path::new("")).join(next),
-            Err(_) => return Ok(target),
-        }
-    }
-    Err(std::io::Error::other("too many links, one to the next"))
-}
-
-fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    if path.is_dir() {
-        return Err(std::io::ErrorKind::IsADirectory.into());
-    }
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    // Readable by others, as a file made in the ordinary way, less what the umask takes away; an old file's permissions
-    // stay.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.prefix(".candle-attention-").tempfile_in(folder)?;
-    if let Ok(old) = fs::metadata(path) {
-        file.as_file().set_permissions(old.permissions())?;
-    }
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    // The renaming itself is on disk once the folder is; only Unix can sync one.
-    #[cfg(unix)]
-    fs::File::open(folder)?.sync_all()?;
-    Ok(())
-}
-
-fn file_error(path: &Path, action: &'static str, cause: &std::io::Error) -> AttentionError {
-    AttentionError::File { path: path.to_path_buf(), action, cause: cause.to_string() }
+/// Whether parameters may have this dtype.
+pub(crate) fn is_served(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
 }
