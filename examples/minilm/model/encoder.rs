@@ -1,6 +1,6 @@
 //! The network: embeddings, then blocks of attention and feed-forward.
 
-use candle_attention::{ForwardOptions, ForwardOutput, Mask, SelfAttention, SelfAttentionConfig};
+use candle_attention::{ForwardOptions, ForwardOutput, Layout, Mask, SelfAttention, SelfAttentionConfig};
 use candle_core::{Result, Tensor};
 use candle_nn::{Activation, LayerNorm, Linear, Module, VarBuilder, layer_norm, linear};
 
@@ -79,8 +79,9 @@ struct Block {
 impl Block {
     fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
         let (width, wide, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+        let attention = SelfAttentionConfig::new(width, config.num_attention_heads);
         Ok(Self {
-            attention: attention(config, vb.pp("attention"))?,
+            attention: SelfAttention::from_layout(Layout::Bert, &attention, vb.pp("attention"))?,
             attention_norm: layer_norm(width, eps, vb.pp("attention.output.LayerNorm"))?,
             up: linear(width, wide, vb.pp("intermediate.dense"))?,
             activation: config.hidden_act,
@@ -94,15 +95,7 @@ impl Block {
         let x = self.attention_norm.forward(&(x + &attended.output)?)?;
         let hidden = self.activation.forward(&self.up.forward(&x)?)?;
         let x = self.norm.forward(&(&x + self.down.forward(&hidden)?)?)?;
-        Ok(ForwardOutput { output: x, ..attended })
+        // The attention's parameters are variables, and nobody asks for their gradient.
+        Ok(ForwardOutput { output: x.detach(), weights: attended.weights.map(|weights| weights.detach()), ..attended })
     }
-}
-
-fn attention(config: &Config, vb: VarBuilder) -> Result<SelfAttention> {
-    let vb = vb.rename_f(|name: &str| {
-        let names =
-            [("q_proj", "self.query"), ("k_proj", "self.key"), ("v_proj", "self.value"), ("o_proj", "output.dense")];
-        names.iter().fold(name.to_string(), |name, (ours, theirs)| name.replace(ours, theirs))
-    });
-    SelfAttention::new(&SelfAttentionConfig::new(config.hidden_size, config.num_attention_heads), vb)
 }
