@@ -24,7 +24,7 @@ mod words;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use candle_attention::heatmap::{Colour, Heatmap};
+use candle_attention::heatmap::Colour;
 use clap::Parser;
 use serde_json::json;
 
@@ -35,7 +35,7 @@ use embed::{embed, most_alike, similarities};
 use model::{Model, Sentence};
 
 /// A table of more sentences is too much to read.
-const MAX_TABLE: usize = 24;
+const MAX_TABLE: usize = 12;
 /// The pairs that are shown then.
 const PAIRS: usize = 10;
 
@@ -55,27 +55,26 @@ fn run(arguments: &Arguments) -> Result<()> {
     model::check_pooling(&arguments.model)?;
     let model = Model::open(&arguments.model, &device)?;
     let sentences = texts.iter().map(|text| model.read(text)).collect::<Result<Vec<_>>>()?;
-    for (i, sentence) in sentences.iter().enumerate().filter(|(_, sentence)| sentence.cut > 0) {
-        let (read, all) = (sentence.ids.len(), sentence.ids.len() + sentence.cut);
-        eprintln!("note: of the {all} tokens of sentence {}, only {read} are read (max_seq_length)", i + 1);
+    for note in sentences.iter().filter_map(Sentence::cut_note) {
+        eprintln!("note: {note}");
     }
 
     let embeddings = embed(&model, &sentences)?;
-    let similarities = similarities(&embeddings)?;
+    let similarities = similarities(&embeddings)?.to_vec2::<f32>()?;
     let looks = looks(&model, &sentences, arguments)?;
     let comparison = arguments.compare.then(|| compare(&model, &arguments.model, &sentences, &device)).transpose()?;
     if arguments.json {
         let looks = looks.iter().map(Look::to_json).collect::<Vec<_>>();
         let line = json!({
             "sentences": texts, "embeddings": embeddings.to_vec2::<f32>()?,
-            "similarities": similarities.to_vec2::<f32>()?, "attention": looks,
+            "similarities": similarities, "attention": looks,
             "comparison": comparison.as_ref().map(Comparison::to_json),
         });
         println!("{line}");
         return Ok(());
     }
     if looks.is_empty() {
-        show_similarities(&sentences, &similarities)?;
+        show_similarities(&sentences, &similarities);
     }
     for look in &looks {
         println!("{}", look.to_text(Colour::for_stream(&std::io::stdout()))?);
@@ -87,18 +86,21 @@ fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// A table, or the most alike of too many.
-fn show_similarities(sentences: &[Sentence], similarities: &candle_core::Tensor) -> Result<()> {
+fn show_similarities(sentences: &[Sentence], similarities: &[Vec<f32>]) {
     if sentences.len() > MAX_TABLE {
-        for (i, j, similarity) in most_alike(&similarities.to_vec2()?, PAIRS) {
-            println!("{similarity:.4}  {:?}\n        {:?}", sentences[i].text, sentences[j].text);
+        for (i, j, similarity) in most_alike(similarities, PAIRS) {
+            println!("{similarity:>5.2}  {:?}\n       {:?}", sentences[i].text, sentences[j].text);
         }
-        return Ok(());
+        return;
     }
-    let numbers = (1..=sentences.len()).map(|number| number.to_string()).collect::<Vec<_>>();
-    for (number, sentence) in numbers.iter().zip(sentences) {
-        println!("{number:>2}  {:?}", sentence.text);
+    for (i, sentence) in sentences.iter().enumerate() {
+        println!("{:>2}  {:?}", i + 1, sentence.text);
     }
-    println!("\nThe cosine of the angle between the embeddings:\n");
-    println!("{}", Heatmap::new(similarities, &numbers)?.to_text(Colour::for_stream(&std::io::stdout())));
-    Ok(())
+    print!("\n  ");
+    (1..=sentences.len()).for_each(|number| print!("{number:>6}"));
+    for (i, row) in similarities.iter().enumerate() {
+        print!("\n{:>2}", i + 1);
+        row.iter().for_each(|similarity| print!("{similarity:>6.2}"));
+    }
+    println!();
 }

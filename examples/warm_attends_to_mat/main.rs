@@ -13,6 +13,8 @@
 mod arguments;
 #[path = "../common/device.rs"]
 mod device;
+#[path = "../common/embeddings.rs"]
+mod embeddings;
 mod lesson;
 mod sentence;
 #[path = "../common/words.rs"]

@@ -79,6 +79,17 @@ fn words_tokens(encoding: &Encoding) -> usize {
 }
 
 impl Sentence {
+    /// What to say of a sentence that isn't read to its end.
+    pub fn cut_note(&self) -> Option<String> {
+        let (read, all) = (self.ids.len(), self.ids.len() + self.cut);
+        (self.cut > 0)
+            .then(|| format!("of the {all} tokens of a sentence, only {read} are read: {:?}", self.beginning()))
+    }
+
+    fn beginning(&self) -> String {
+        self.text.chars().take(40).chain(['…']).collect()
+    }
+
     /// Weights (.., len, len) of tokens as weights (.., words, words) of words: what a word gets is the sum of what its
     /// tokens get, what it gives is their mean, so that rows still sum to 1. (Clark et al., "What Does BERT Look At?",
     /// BlackboxNLP 2019, section 4.1.)
