@@ -12,6 +12,7 @@ use crate::axes::Axes;
 use crate::checkpoint::{self, Header, LayerKind};
 use crate::config::{Init, Parameter, SelfAttentionConfig};
 use crate::error::AttentionError;
+use crate::file;
 use crate::mask::Mask;
 use crate::options::{AttentionOptions, Backend};
 use crate::philox;
@@ -107,7 +108,7 @@ impl MultiHead {
     }
 
     pub(crate) fn load(kind: LayerKind, path: &Path, device: &Device) -> Result<Self> {
-        let bytes = checkpoint::read(path)?;
+        let bytes = file::read(path)?;
         Self::from_bytes(kind, &bytes, device).map_err(|error| error.with_path(path))
     }
 
@@ -187,7 +188,7 @@ impl MultiHead {
     ///
     /// A folder that can't be written to, a full disk: an earlier file is then as it was.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        Ok(checkpoint::write(path.as_ref(), &self.to_bytes()?)?)
+        Ok(file::write(path.as_ref(), &self.to_bytes()?)?)
     }
 
     /// What [`MultiHead::save`] writes.
