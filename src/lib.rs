@@ -35,10 +35,11 @@
 //! | 3 | `checkpoint` | safetensors that carry their config, and the layouts of other programs |
 //! | 2 | `options` | what attention can be asked for, and what it gives back |
 //! | 2 | `config` | what a layer is made of, checked in one place |
+//! | 2 | `heatmap` | attention weights to look at |
 //! | 1 | `mask` | which keys each query may attend to |
 //! | 1 | `rotary` | rotary position embedding |
 //! | 1 | `simplified` | attention without trainable weights |
-//! | 1 | `heatmap` | attention weights to look at |
+//! | 1 | `file` | files read as a whole, and written as a whole or not at all |
 //! | 0 | `error` | every way an input can be wrong |
 //! | 0 | `philox` | random numbers that depend on their place alone |
 //! | 0 | `axes` | in what order tensors have theirs |
@@ -54,33 +55,4 @@ pub mod checkpoint;
 mod config;
 mod cross_attention;
 mod error;
-mod extra_keys;
-mod fused;
-pub mod heatmap;
-mod mask;
-mod multi_head;
-mod options;
-mod parameters;
-mod philox;
-mod projection;
-mod range;
-mod reference;
-mod rotary;
-mod self_attention;
-pub mod simplified;
-
-pub use attention::scaled_dot_product_attention;
-pub use checkpoint::Layout;
-pub use config::SelfAttentionConfig;
-pub use cross_attention::CrossAttention;
-pub use error::AttentionError;
-pub use mask::{Coverage, Mask, ScoreShape};
-pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead};
-pub use options::{AttentionOptions, AttentionOutput, Backend};
-pub use rotary::{Pairing, RotaryConfig, RotaryEmbedding};
-pub use self_attention::SelfAttention;
-
-/// The programs in the README are compiled and run as tests.
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod file;

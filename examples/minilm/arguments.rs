@@ -27,10 +27,10 @@ pub struct Arguments {
     /// Show what this word looks at in its sentences; `word#2` is its second occurrence
     #[arg(long, value_name = "WORD")]
     pub attend: Option<String>,
-    /// The layer, from 0, that --attend shows [default: the mean of all]
+    /// Let --attend show the heads of this layer, from 0 [default: all layers, each the mean of its heads]
     #[arg(long, value_name = "N", requires = "attend")]
     pub layer: Option<usize>,
-    /// The head of the layer, from 0, that --attend shows [default: the mean of all]
+    /// Let --attend show this head of the layer alone, from 0
     #[arg(long, value_name = "N", requires = "layer")]
     pub head: Option<usize>,
     /// Also run candle-transformers' BERT: how far are its token states, how long does it take?

@@ -1,22 +1,22 @@
 //! What a word looks at in its sentence.
 
-use std::fmt::Write;
-
 use anyhow::{Result, ensure};
-use candle_attention::heatmap::Colour;
+use candle_attention::heatmap::{Colour, Heatmap};
+use candle_core::Tensor;
 use serde_json::{Value, json};
-use unicode_width::UnicodeWidthStr;
 
 use crate::arguments::Arguments;
 use crate::model::{Model, Sentence};
 use crate::words::find;
 
-/// The weights of one word's row, by word.
+/// What one word gives to each word of its sentence.
 pub struct Look<'a> {
     sentence: &'a Sentence,
     word: usize,
-    weights: Vec<f32>,
-    heads: String,
+    /// Who looks: layers, heads of a layer, or one head.
+    eyes: Vec<String>,
+    /// (eyes, words)
+    weights: Tensor,
 }
 
 /// A look for each sentence that has the word.
@@ -40,45 +40,40 @@ impl<'a> Look<'a> {
     fn new(model: &Model, sentence: &'a Sentence, word: usize, arguments: &Arguments) -> Result<Self> {
         let weights = sentence.by_word(&model.attention(sentence)?)?.narrow(2, word, 1)?.squeeze(2)?;
         let (layers, heads, _) = weights.dims3()?;
-        let in_range = |flag: &str, number: usize, count: usize| {
-            ensure!(number < count, "{flag}: expected 0 to {}, got {number}", count - 1);
-            Ok(())
-        };
-        let (weights, heads) = match (arguments.layer, arguments.head) {
-            (None, _) => (weights.mean((0, 1))?, format!("the mean of {layers} layers of {heads} heads")),
-            (Some(layer), head) => {
-                in_range("--layer", layer, layers)?;
-                let weights = weights.get(layer)?;
-                match head {
-                    None => (weights.mean(0)?, format!("layer {layer}, the mean of {heads} heads")),
-                    Some(head) => {
-                        in_range("--head", head, heads)?;
-                        (weights.get(head)?, format!("layer {layer}, head {head}"))
-                    }
-                }
+        let (eyes, weights) = match (arguments.layer, arguments.head) {
+            (None, _) => (names("layer", layers), weights.mean(1)?),
+            (Some(layer), None) => (names("head", heads), weights.get(in_range("--layer", layer, layers)?)?),
+            (Some(layer), Some(head)) => {
+                let weights = weights.get(in_range("--layer", layer, layers)?)?;
+                let weights = weights.narrow(0, in_range("--head", head, heads)?, 1)?;
+                return Ok(Self { sentence, word, eyes: vec![format!("layer {layer}, head {head}")], weights });
             }
         };
-        Ok(Self { sentence, word, weights: weights.to_vec1()?, heads })
+        let eyes = eyes.chain(["mean".into()]).collect();
+        let weights = Tensor::cat(&[&weights, &weights.mean_keepdim(0)?], 0)?;
+        Ok(Self { sentence, word, eyes, weights })
+    }
+
+    /// A row for each layer, or head of the layer that was asked for.
+    pub fn to_text(&self, colour: Colour) -> Result<String> {
+        let Sentence { text, words, .. } = self.sentence;
+        let table = Heatmap::between(&self.weights, &self.eyes, words)?.to_text(colour)?;
+        Ok(format!("What \"{}\" looks at in {text:?}:\n\n{table}", words[self.word]))
+    }
+
+    pub fn to_json(&self) -> Result<Value> {
+        let Sentence { text, words, .. } = self.sentence;
+        let rows = self.eyes.iter().zip(self.weights.to_vec2::<f32>()?);
+        let rows = rows.map(|(eye, weights)| json!({"name": eye, "weights": weights})).collect::<Vec<_>>();
+        Ok(json!({"sentence": text, "word": words[self.word], "words": words, "rows": rows}))
     }
 }
 
-impl Look<'_> {
-    /// A line for each word of the sentence.
-    pub fn to_text(&self, _colour: Colour) -> Result<String> {
-        let Sentence { text, words, .. } = self.sentence;
-        let mut lines = format!("What \"{}\" looks at in {text:?}, {}:\n\n", words[self.word], self.heads);
-        let margin = words.iter().map(|word| word.width()).max().unwrap_or(0);
-        for (word, weight) in words.iter().zip(&self.weights) {
-            let bar = "█".repeat((weight * 60.0).round() as usize);
-            writeln!(lines, "{}{word}  {weight:.2} {bar}", " ".repeat(margin - word.width()))?;
-        }
-        Ok(lines)
-    }
+fn names(name: &'static str, count: usize) -> impl Iterator<Item = String> {
+    (0..count).map(move |number| format!("{name} {number}"))
+}
 
-    pub fn to_json(&self) -> Value {
-        let Sentence { text, words, .. } = self.sentence;
-        json!({
-            "sentence": text, "word": words[self.word], "heads": self.heads, "words": words, "weights": self.weights,
-        })
-    }
+fn in_range(flag: &str, number: usize, count: usize) -> Result<usize> {
+    ensure!(number < count, "{flag}: expected 0 to {}, got {number}", count - 1);
+    Ok(number)
 }

@@ -64,7 +64,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let looks = looks(&model, &sentences, arguments)?;
     let comparison = arguments.compare.then(|| compare(&model, &arguments.model, &sentences, &device)).transpose()?;
     if arguments.json {
-        let looks = looks.iter().map(Look::to_json).collect::<Vec<_>>();
+        let looks = looks.iter().map(Look::to_json).collect::<Result<Vec<_>>>()?;
         let line = json!({
             "sentences": texts, "embeddings": embeddings.to_vec2::<f32>()?,
             "similarities": similarities, "attention": looks,

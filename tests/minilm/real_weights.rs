@@ -122,15 +122,16 @@ fn the_program_says_what_the_model_does() {
     assert_eq!(result["embeddings"][2].as_array().unwrap().len(), 384);
     let looks = result["attention"].as_array().unwrap();
     assert_eq!(looks.len(), 1, "one sentence has a mat");
-    let weights = looks[0]["weights"].as_array().unwrap().iter().map(|weight| weight.as_f64().unwrap());
-    assert!((weights.sum::<f64>() - 1.0).abs() < 1e-5);
+    let rows = looks[0]["rows"].as_array().unwrap();
+    assert_eq!((rows.len(), &rows[0]["name"]), (1, &"layer 5, head 11".into()));
 
     let model = open(Path::new(folder));
     let sentence = model.read(texts[0]).unwrap();
     let head = sentence.by_word(&model.attention(&sentence).unwrap()).unwrap().get(5).unwrap().get(11).unwrap();
     let mat = head.get(6).unwrap().to_vec1::<f32>().unwrap();
     assert_eq!(sentence.words[6], "mat");
-    for (weight, expected) in looks[0]["weights"].as_array().unwrap().iter().zip(mat) {
+    assert_eq!(rows[0]["weights"].as_array().unwrap().len(), mat.len());
+    for (weight, expected) in rows[0]["weights"].as_array().unwrap().iter().zip(mat) {
         assert!((weight.as_f64().unwrap() - f64::from(expected)).abs() < 1e-6);
     }
 }

@@ -1,0 +1,412 @@
+"use strict";
+
+// What is on show: `head` may be one beyond the last, which is the mean of all.
+const state = { layer: 0, head: 0, query: 0, key: null };
+const data = JSON.parse(document.getElementById("data").textContent);
+const part = (id) => document.getElementById(id);
+const root = document.documentElement;
+
+// ---- Weights ----
+
+/** The weights of a layer as numbers, decoded when first asked for: 16 bits each, from `low` to `high`. */
+function decode(layer) {
+  if (!layer.decoded) {
+    const bytes = Uint8Array.from(atob(layer.weights), (character) => character.charCodeAt(0));
+    const steps = new DataView(bytes.buffer);
+    const weights = new Float32Array(bytes.length / 2);
+    const step = (layer.high - layer.low) / 65535;
+    for (let i = 0; i < weights.length; i++) weights[i] = layer.low + steps.getUint16(2 * i, true) * step;
+    layer.size = layer.queries.length * layer.keys.length;
+    layer.decoded = weights;
+    layer.weights = null;
+  }
+  return layer.decoded;
+}
+
+/** The weights of a head, row by row, or of the mean of all heads. */
+function headWeights(layer, head) {
+  const weights = decode(layer);
+  const heads = layer.titles.length;
+  if (head < heads) return weights.subarray(head * layer.size, (head + 1) * layer.size);
+  if (!layer.mean) {
+    layer.mean = new Float32Array(layer.size);
+    for (let i = 0; i < weights.length; i++) layer.mean[i % layer.size] += weights[i] / heads;
+  }
+  return layer.mean;
+}
+
+const layer = () => data.layers[state.layer];
+const row = (query) => {
+  const width = layer().keys.length;
+  return headWeights(layer(), state.head).subarray(query * width, (query + 1) * width);
+};
+const headTitles = (layer) => (layer.titles.length > 1 ? [...layer.titles, "mean"] : layer.titles);
+
+/** A weight in four decimals, or with an exponent where these would hide it. */
+function number(weight) {
+  const size = Math.abs(weight);
+  return size === 0 || (size >= 5e-5 && size < 1000) ? weight.toFixed(4) : weight.toExponential(1);
+}
+
+// ---- Colours ----
+
+/** 256 colours from `low` to `high`, each as it lies in the memory of a canvas. */
+function palette() {
+  const stops = root.dataset.theme === "dark" ? data.dark : data.light;
+  const bytes = new Uint8ClampedArray(4 * 256);
+  for (let i = 0; i < 256; i++) {
+    const place = (i / 255) * (stops.length - 1);
+    const below = Math.min(Math.floor(place), stops.length - 2);
+    for (let c = 0; c < 3; c++) {
+      bytes[4 * i + c] = stops[below][c] + (stops[below + 1][c] - stops[below][c]) * (place - below);
+    }
+    bytes[4 * i + 3] = 255;
+  }
+  return new Uint32Array(bytes.buffer);
+}
+
+/** Draws a head on a canvas, one pixel for each weight. */
+function drawWeights(canvas, layer, head) {
+  const weights = headWeights(layer, head);
+  const colours = palette();
+  canvas.width = layer.keys.length;
+  canvas.height = layer.queries.length;
+  const image = new ImageData(canvas.width, canvas.height);
+  const pixels = new Uint32Array(image.data.buffer);
+  const factor = 255 / (layer.high - layer.low);
+  for (let i = 0; i < pixels.length; i++) pixels[i] = colours[Math.round((weights[i] - layer.low) * factor)];
+  canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
+const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+// ---- Choosing ----
+
+/** An element with attributes, and text that is never read as HTML. */
+function element(name, attributes = {}, text = "") {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.textContent = text;
+  return made;
+}
+
+function chooseLayer(index) {
+  state.layer = index;
+  const { queries, keys, caption, low, high } = layer();
+  state.head = Math.min(state.head, headTitles(layer()).length - 1);
+  state.query = Math.min(state.query, queries.length - 1);
+  state.key = null;
+  part("layer").value = String(index);
+  part("caption").hidden = !caption;
+  part("caption").textContent = caption ?? "";
+  part("low").textContent = String(+low.toPrecision(3));
+  part("high").textContent = String(+high.toPrecision(3));
+  const most = Math.max(queries.length, keys.length);
+  root.style.setProperty("--row", most <= 32 ? "26px" : most <= 64 ? "20px" : "16px");
+  root.style.setProperty("--text", most <= 32 ? "14px" : most <= 64 ? "13px" : "11.5px");
+  listHeads();
+  listTokens();
+  show();
+}
+
+function chooseHead(index, focus = false) {
+  const buttons = [...part("heads").children];
+  state.head = (index + buttons.length) % buttons.length;
+  buttons.forEach((button, i) => {
+    button.setAttribute("aria-checked", String(i === state.head));
+    button.tabIndex = i === state.head ? 0 : -1;
+  });
+  if (focus) buttons[state.head].focus();
+  show();
+}
+
+/** Makes a query the one on show; `scroll` when it may be out of sight. */
+function chooseQuery(index, scroll = false) {
+  state.query = Math.max(0, Math.min(index, layer().queries.length - 1));
+  if (scroll) part("queries").children[state.query].scrollIntoView({ block: "nearest" });
+  show();
+}
+
+function listHeads() {
+  const titles = headTitles(layer());
+  part("heads").hidden = titles.length === 1 && !titles[0];
+  const buttons = titles.map((title, i) => {
+    const button = element("button", { type: "button", role: "radio", title: title || "head" });
+    button.append(element("canvas", { "aria-hidden": "true" }), element("span", {}, title));
+    button.addEventListener("click", () => chooseHead(i));
+    return button;
+  });
+  part("heads").replaceChildren(...buttons);
+  drawThumbnails();
+  chooseHead(state.head);
+}
+
+function drawThumbnails() {
+  [...part("heads").children].forEach((button, i) => drawWeights(button.firstChild, layer(), i));
+}
+
+function listTokens() {
+  const label = (token) => element("bdi", { title: token }, token);
+  const queries = layer().queries.map((token, i) => {
+    const item = element("li", { role: "option", id: `query-${i}` });
+    item.append(label(token));
+    return item;
+  });
+  const keys = layer().keys.map((token) => {
+    const item = element("li");
+    item.append(label(token), element("span", { class: "bar" }), element("span", { class: "number" }));
+    return item;
+  });
+  part("queries").replaceChildren(...queries);
+  part("keys").replaceChildren(...keys);
+  const paths = keys.map(() => document.createElementNS("http://www.w3.org/2000/svg", "path"));
+  part("lines").replaceChildren(...paths);
+}
+
+// ---- Showing ----
+
+function show() {
+  const weights = row(state.query);
+  const { queries, keys } = layer();
+  [...part("queries").children].forEach((item, i) => item.setAttribute("aria-selected", String(i === state.query)));
+  part("queries").setAttribute("aria-activedescendant", `query-${state.query}`);
+  const most = Math.max(...weights.map(Math.abs)) || 1;
+  showKeys(weights, most);
+  drawLines(weights, most);
+
+  const sum = weights.reduce((total, weight) => total + weight, 0);
+  const title = headTitles(layer())[state.head];
+  part("reading-query").textContent = queries[state.query];
+  part("sum").textContent = [layer().name, title, `the row sums to ${sum.toFixed(3)}`].filter(Boolean).join(" · ");
+  const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, 8);
+  const items = order.map((key) => part("keys").children[key].cloneNode(true));
+  part("strongest").replaceChildren(...items);
+  const [first] = order;
+  part("spoken").textContent = `${title} ${queries[state.query]} looks most at ${keys[first]}, ${number(weights[first])}`;
+  drawMatrix();
+}
+
+function showKeys(weights, most) {
+  [...part("keys").children].forEach((item, key) => {
+    const share = Math.max(0, weights[key] / most);
+    item.children[1].style.setProperty("--part", `${100 * share}%`);
+    item.children[2].textContent = number(weights[key]);
+    item.style.opacity = 0.55 + 0.45 * share;
+  });
+}
+
+/** Curves from the query to its keys, the wider and clearer the more weight. */
+function drawLines(weights, most) {
+  const svg = part("lines");
+  const width = svg.clientWidth;
+  const height = parseFloat(style("--row"));
+  const middle = (index) => (index + 0.5) * height;
+  const start = middle(state.query);
+  [...svg.children].forEach((path, key) => {
+    const share = Math.max(0, weights[key] / most);
+    path.style.display = share < 0.004 ? "none" : "";
+    path.setAttribute("d", `M0 ${start}C${width / 2} ${start} ${width / 2} ${middle(key)} ${width} ${middle(key)}`);
+    path.style.strokeWidth = 0.75 + 4 * share;
+    path.style.strokeOpacity = 0.15 + 0.85 * share;
+  });
+}
+
+// ---- Matrix ----
+
+// One pixel for each weight, kept so that moving about need not draw it anew.
+const picture = document.createElement("canvas");
+let pictured = "";
+// Where the squares are on the canvas, in CSS pixels.
+const grid = { x: 0, y: 0, cell: 1 };
+
+/** As much of a label as is that wide. */
+function fit(context, label, width) {
+  if (context.measureText(label).width <= width) return label;
+  let short = [...label].slice(0, 40);
+  while (short.length && context.measureText(`${short.join("")}…`).width > width) short.pop();
+  return `${short.join("")}…`;
+}
+
+function drawMatrix() {
+  const { queries, keys } = layer();
+  const canvas = part("matrix");
+  const context = canvas.getContext("2d");
+  const shown = [state.layer, state.head, root.dataset.theme].join();
+  if (pictured !== shown) drawWeights(picture, layer(), state.head);
+  pictured = shown;
+
+  const room = canvas.parentElement.clientWidth - 40;
+  const most = Math.max(queries.length, keys.length);
+  const font = (size) => `${size}px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif`;
+  context.font = font(12);
+  const widest = (labels) => Math.min(110, Math.max(...labels.map((label) => context.measureText(label).width)));
+  grid.x = Math.ceil(widest(queries)) + 8;
+  grid.y = Math.ceil(widest(keys)) + 8;
+  grid.cell = Math.max(1, Math.min(44, (room - grid.x) / keys.length, Math.max(440, 5 * most) / queries.length));
+  if (grid.cell > 3) grid.cell = Math.floor(grid.cell);
+
+  const [width, height] = [grid.x + grid.cell * keys.length + 2, grid.y + grid.cell * queries.length + 2];
+  const zoom = window.devicePixelRatio || 1;
+  canvas.width = Math.ceil(width * zoom);
+  canvas.height = Math.ceil(height * zoom);
+  canvas.style.width = `${width}px`;
+  canvas.style.height = `${height}px`;
+  context.scale(zoom, zoom);
+  context.imageSmoothingEnabled = false;
+  context.drawImage(picture, grid.x, grid.y, grid.cell * keys.length, grid.cell * queries.length);
+  context.font = font(Math.min(12, Math.max(9, grid.cell * 0.8)));
+  drawLabels(context);
+  drawNumbers(context, font);
+  drawMarks(context);
+}
+
+/** Labels that don't touch: all, or every second, or every third, and the chosen ones in any case. */
+function drawLabels(context) {
+  const { queries, keys } = layer();
+  const every = Math.ceil(11 / grid.cell);
+  const place = (i) => (i + 0.5) * grid.cell;
+  // A label gives way to the chosen one beside it.
+  const due = (i, chosen) => i === chosen || (i % every === 0 && (chosen === null || Math.abs(i - chosen) >= every));
+  context.textBaseline = "middle";
+  const write = (label, i, chosen, room, align) => {
+    if (!due(i, chosen)) return;
+    context.fillStyle = i === chosen ? style("--accent") : style("--ink");
+    context.textAlign = align;
+    context.fillText(fit(context, label, room), 0, 0);
+  };
+  queries.forEach((label, i) => {
+    context.save();
+    context.translate(grid.x - 6, grid.y + place(i));
+    write(label, i, state.query, grid.x - 6, "right");
+    context.restore();
+  });
+  keys.forEach((label, i) => {
+    context.save();
+    context.translate(grid.x + place(i), grid.y - 6);
+    context.rotate(-Math.PI / 2);
+    write(label, i, state.key, grid.y - 6, "left");
+    context.restore();
+  });
+}
+
+/** The weights themselves, where a square holds one. */
+function drawNumbers(context, font) {
+  if (grid.cell < 34) return;
+  const { keys, queries, low, high } = layer();
+  const weights = headWeights(layer(), state.head);
+  const dark = root.dataset.theme === "dark";
+  context.font = font(11);
+  context.textAlign = "center";
+  for (let i = 0; i < queries.length * keys.length; i++) {
+    const share = (weights[i] - low) / (high - low);
+    context.fillStyle = (share > (dark ? 0.65 : 0.45)) === dark ? "#1d2330" : "#ffffff";
+    const [x, y] = [i % keys.length, Math.floor(i / keys.length)];
+    const text = fit(context, Math.abs(weights[i]) < 10 ? weights[i].toFixed(2) : number(weights[i]), grid.cell);
+    context.fillText(text, grid.x + (x + 0.5) * grid.cell, grid.y + (y + 0.5) * grid.cell);
+  }
+}
+
+/** The chosen row, and the weight under the pointer. */
+function drawMarks(context) {
+  const { keys, queries } = layer();
+  context.strokeStyle = style("--accent");
+  context.lineWidth = 1.5;
+  context.strokeRect(grid.x, grid.y + state.query * grid.cell, grid.cell * keys.length, grid.cell);
+  const weights = row(state.query);
+  if (state.key === null) {
+    part("cell").textContent = `Point at a weight. Rows are queries, columns are keys.`;
+    return;
+  }
+  context.strokeRect(grid.x + state.key * grid.cell, grid.y, grid.cell, grid.cell * queries.length);
+  part("cell").textContent = `${queries[state.query]} → ${keys[state.key]}: ${number(weights[state.key])}`;
+}
+
+function pointAt(event) {
+  const box = part("matrix").getBoundingClientRect();
+  const query = Math.floor((event.clientY - box.top - grid.y) / grid.cell);
+  const key = Math.floor((event.clientX - box.left - grid.x) / grid.cell);
+  if (query < 0 || key < 0 || query >= layer().queries.length || key >= layer().keys.length) return;
+  if (query === state.query && key === state.key) return;
+  state.key = key;
+  chooseQuery(query);
+}
+
+// ---- Mouse and keyboard ----
+
+function onKey(id, moves) {
+  part(id).addEventListener("keydown", (event) => {
+    const move = moves[event.key];
+    if (!move || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    move();
+  });
+}
+
+const last = () => layer().queries.length - 1;
+const moveQuery = (by) => () => chooseQuery(state.query + by, true);
+const moveHead = (by, focus) => () => chooseHead(state.head + by, focus);
+const moveKey = (by) => () => {
+  state.key = Math.max(0, Math.min((state.key ?? -1) + by, layer().keys.length - 1));
+  show();
+  part("spoken").textContent = part("cell").textContent;
+};
+
+onKey("heads", {
+  ArrowLeft: moveHead(-1, true), ArrowUp: moveHead(-1, true), ArrowRight: moveHead(1, true), ArrowDown: moveHead(1, true),
+});
+onKey("queries", {
+  ArrowUp: moveQuery(-1), ArrowDown: moveQuery(1), ArrowLeft: moveHead(-1), ArrowRight: moveHead(1),
+  PageUp: moveQuery(-10), PageDown: moveQuery(10), Home: () => chooseQuery(0, true), End: () => chooseQuery(last(), true),
+});
+onKey("matrix", {
+  ArrowUp: () => chooseQuery(state.query - 1), ArrowDown: () => chooseQuery(state.query + 1),
+  ArrowLeft: moveKey(-1), ArrowRight: moveKey(1),
+});
+
+const queryAt = (event) => [...part("queries").children].indexOf(event.target.closest("li"));
+for (const kind of ["mouseover", "click"]) {
+  part("queries").addEventListener(kind, (event) => {
+    if (queryAt(event) >= 0) chooseQuery(queryAt(event));
+  });
+}
+part("matrix").addEventListener("pointermove", pointAt);
+part("matrix").addEventListener("pointerdown", pointAt);
+part("layer").addEventListener("change", (event) => chooseLayer(Number(event.target.value)));
+new ResizeObserver(() => show()).observe(document.body);
+
+// ---- Light and dark ----
+
+const system = matchMedia("(prefers-color-scheme: dark)");
+let wanted = null;
+
+function setTheme() {
+  const dark = wanted ?? system.matches;
+  root.dataset.theme = dark ? "dark" : "light";
+  part("theme").textContent = dark ? "Light" : "Dark";
+  part("theme").setAttribute("aria-label", dark ? "Change to light colours" : "Change to dark colours");
+  const stops = (dark ? data.dark : data.light).map((colour) => `rgb(${colour})`);
+  part("ramp").style.background = `linear-gradient(to right, ${stops})`;
+  if (part("heads").children.length) {
+    drawThumbnails();
+    show();
+  }
+}
+
+part("theme").addEventListener("click", () => {
+  wanted = !(wanted ?? system.matches);
+  setTheme();
+});
+system.addEventListener("change", setTheme);
+
+// ---- Start ----
+
+part("layer").replaceChildren(...data.layers.map(({ name }, i) => element("option", { value: i }, name)));
+part("layer-choice").hidden = data.layers.length === 1;
+const { queries, keys, titles } = data.layers[0];
+const count = (many, one) => `${many} ${one}${many === 1 ? "" : "s"}`;
+const tokens = queries.join("\n") === keys.join("\n")
+  ? count(queries.length, "token")
+  : `${count(queries.length, "query").replace("querys", "queries")}, ${count(keys.length, "key")}`;
+part("about").textContent = [count(data.layers.length, "layer"), count(titles.length, "head"), tokens].join(" · ");
+setTheme();
+chooseLayer(0);
