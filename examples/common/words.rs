@@ -8,7 +8,7 @@ pub fn find(words: &[String], wanted: &str, flag: &str) -> Result<usize> {
         Some((word, Ok(number))) => (word, number),
         _ => (wanted, 1),
     };
-    let places = places(words, word);
+    let places = (0..words.len()).filter(|&place| plain(&words[place]) == plain(word)).collect::<Vec<_>>();
     ensure!(!places.is_empty(), "{flag}: expected a word of the sentence ({}), got \"{word}\"", words.join(", "));
     match occurrence.checked_sub(1).and_then(|index| places.get(index)) {
         Some(&place) => Ok(place),
@@ -16,14 +16,8 @@ pub fn find(words: &[String], wanted: &str, flag: &str) -> Result<usize> {
     }
 }
 
-/// Where it stands as it is written, capitals aside; else without the punctuation around it.
-fn places(words: &[String], word: &str) -> Vec<usize> {
-    let all = |like: &dyn Fn(&str) -> String| {
-        (0..words.len()).filter(|&place| like(&words[place]) == like(word)).collect::<Vec<_>>()
-    };
-    let exact = all(&str::to_lowercase);
-    if !exact.is_empty() {
-        return exact;
-    }
-    all(&|word| word.trim_matches(|c: char| c.is_ascii_punctuation()).to_lowercase())
+/// Without capitals and the punctuation around it; a sign alone stays.
+fn plain(word: &str) -> String {
+    let letters = word.trim_matches(|c: char| c.is_ascii_punctuation());
+    if letters.is_empty() { word.to_string() } else { letters.to_lowercase() }
 }
