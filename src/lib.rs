@@ -55,4 +55,34 @@ pub mod checkpoint;
 mod config;
 mod cross_attention;
 mod error;
+mod extra_keys;
 mod file;
+mod fused;
+pub mod heatmap;
+mod mask;
+mod multi_head;
+mod options;
+mod parameters;
+mod philox;
+mod projection;
+mod range;
+mod reference;
+mod rotary;
+mod self_attention;
+pub mod simplified;
+
+pub use attention::scaled_dot_product_attention;
+pub use checkpoint::Layout;
+pub use config::SelfAttentionConfig;
+pub use cross_attention::CrossAttention;
+pub use error::AttentionError;
+pub use mask::{Coverage, Mask, ScoreShape};
+pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead};
+pub use options::{AttentionOptions, AttentionOutput, Backend};
+pub use rotary::{Pairing, RotaryConfig, RotaryEmbedding};
+pub use self_attention::SelfAttention;
+
+/// The programs in the README are compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

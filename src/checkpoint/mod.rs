@@ -18,7 +18,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Parameter, SelfAttentionConfig};
 use crate::error::AttentionError;
-
 pub use layout::Layout;
 pub(crate) use layout::{from_file, from_var_builder, to_file, to_tensors};
 pub use weights::var_builder;
@@ -172,4 +171,9 @@ fn misfit(parameter: &Parameter, view: &TensorView, dtype: &mut Option<DType>) -
         }
         None => Some(format!("`{name}`: expected dtype {expected}, got {:?}", view.dtype())),
     }
+}
+
+/// Whether parameters may have this dtype.
+pub(crate) fn is_served(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
 }
