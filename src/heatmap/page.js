@@ -42,10 +42,10 @@ const row = (query) => {
 };
 const headTitles = (layer) => (layer.titles.length > 1 ? [...layer.titles, "mean"] : layer.titles);
 
-/** A weight in four decimals, or with an exponent where these would hide it. */
+/** A weight in four decimals, or with an exponent where these can't tell the layer's weights apart. */
 function number(weight) {
-  const size = Math.abs(weight);
-  return size === 0 || (size >= 5e-5 && size < 1000) ? weight.toFixed(4) : weight.toExponential(1);
+  if (weight === 0) return "0";
+  return layer().high >= 0.01 && Math.abs(weight) < 1000 ? weight.toFixed(4) : weight.toExponential(2);
 }
 
 // ---- Colours ----
@@ -104,9 +104,8 @@ function chooseLayer(index) {
   const most = Math.max(queries.length, keys.length);
   root.style.setProperty("--row", most <= 32 ? "26px" : most <= 64 ? "20px" : "16px");
   root.style.setProperty("--text", most <= 32 ? "14px" : most <= 64 ? "13px" : "11.5px");
-  listHeads();
   listTokens();
-  show();
+  listHeads();
 }
 
 function chooseHead(index, focus = false) {
@@ -178,7 +177,7 @@ function show() {
   const title = headTitles(layer())[state.head];
   part("reading-query").textContent = queries[state.query];
   part("sum").textContent = [layer().name, title, `the row sums to ${sum.toFixed(3)}`].filter(Boolean).join(" · ");
-  const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, 8);
+  const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, 5);
   const items = order.map((key) => part("keys").children[key].cloneNode(true));
   part("strongest").replaceChildren(...items);
   const [first] = order;
@@ -237,12 +236,14 @@ function drawMatrix() {
 
   const room = canvas.parentElement.clientWidth - 40;
   const most = Math.max(queries.length, keys.length);
+  const tallest = Math.min(36, Math.max(400, 4 * most) / queries.length);
   const font = (size) => `${size}px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif`;
-  context.font = font(12);
+  const size = Math.min(12, Math.max(9, tallest * 0.8));
+  context.font = font(size);
   const widest = (labels) => Math.min(110, Math.max(...labels.map((label) => context.measureText(label).width)));
   grid.x = Math.ceil(widest(queries)) + 8;
   grid.y = Math.ceil(widest(keys)) + 8;
-  grid.cell = Math.max(1, Math.min(44, (room - grid.x) / keys.length, Math.max(440, 5 * most) / queries.length));
+  grid.cell = Math.max(1, Math.min(tallest, (room - grid.x) / keys.length));
   if (grid.cell > 3) grid.cell = Math.floor(grid.cell);
 
   const [width, height] = [grid.x + grid.cell * keys.length + 2, grid.y + grid.cell * queries.length + 2];
@@ -254,7 +255,7 @@ function drawMatrix() {
   context.scale(zoom, zoom);
   context.imageSmoothingEnabled = false;
   context.drawImage(picture, grid.x, grid.y, grid.cell * keys.length, grid.cell * queries.length);
-  context.font = font(Math.min(12, Math.max(9, grid.cell * 0.8)));
+  context.font = font(size);
   drawLabels(context);
   drawNumbers(context, font);
   drawMarks(context);
