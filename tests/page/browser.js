@@ -94,7 +94,7 @@ const tests = {
     assert.equal(await page.locator("h1").innerText(), "<script>");
     assert.equal(await page.locator("#queries li").first().innerText(), "<script>alert(1)</script>");
     assert.equal(await page.locator("#keys bdi").nth(1).innerText(), "</script><script>alert(2)</script>");
-    assert.equal(await page.locator("script").count(), 2, "data and script of the page");
+    assert.equal(await page.locator("script").count(), 3, "data and scripts of the page");
     for (const item of await page.locator("#queries li").all()) {
       const box = await item.boundingBox();
       assert.ok(box.height < 40 && (await item.innerText()).length > 0);
