@@ -52,7 +52,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let texts = arguments.texts()?;
     let device = arguments.device.open()?;
-    model::check_pooling(&arguments.model)?;
+    Model::check_pooling(&arguments.model)?;
     let model = Model::open(&arguments.model, &device)?;
     let sentences = texts.iter().map(|text| model.read(text)).collect::<Result<Vec<_>>>()?;
     for note in sentences.iter().filter_map(Sentence::cut_note) {

@@ -137,7 +137,7 @@ fn flags_that_cannot_serve_are_refused() {
         (&[], 2, &["SENTENCE"]),
         (&["the cat", "--layer", "0"], 2, &["--attend"]),
         (&["the cat", "--attend", "cat", "--head", "0"], 2, &["--layer"]),
-        (&["the cat", "--attend", "cat", "--layer", "-1"], 2, &["--layer"]),
+        (&["the cat", "--attend", "cat", "--layer", "-1"], 2, &["-1"]),
         (&["the cat", " "], 1, &["empty"]),
         (&["the cat", "--attend", "dog"], 1, &["--attend", "dog", "the, cat"]),
         (&["the cat", "--attend", "cat", "--layer", "1"], 1, &["--layer: expected 0 to 0, got 1"]),

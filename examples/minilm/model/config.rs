@@ -44,7 +44,7 @@ impl Config {
     }
 }
 
-/// That sentence-transformers would take the mean of the token states too, if the folder says how it takes them.
+/// That sentence-transformers would take the mean of the token states too.
 pub fn check_pooling(folder: &Path) -> Result<()> {
     let file = "1_Pooling/config.json";
     if folder.join(file).exists() {

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
-pub use config::{Config, check_pooling};
+pub use config::Config;
 pub use encoder::Encoder;
 pub use sentence::{Reader, Sentence};
 
@@ -39,6 +39,11 @@ impl Model {
         let vb = VarBuilder::from_tensors(weights::load(folder, &config, device)?, DType::F32, device);
         let encoder = Encoder::new(&config, vb).with_context(|| folder.display().to_string())?;
         Ok(Self { config, reader, encoder, device: device.clone() })
+    }
+
+    /// That the folder, if it says how it makes an embedding of token states, says what [`Model::embed`] does.
+    pub fn check_pooling(folder: &Path) -> Result<()> {
+        config::check_pooling(folder)
     }
 
     pub fn read(&self, text: &str) -> Result<Sentence> {
