@@ -36,10 +36,11 @@
 //! | 3 | `checkpoint` | safetensors that carry their config, and the layouts of other programs |
 //! | 2 | `options` | what attention can be asked for, and what it gives back |
 //! | 2 | `config` | what a layer is made of, checked in one place |
+//! | 2 | `heatmap` | attention weights to look at |
 //! | 1 | `mask` | which keys each query may attend to |
 //! | 1 | `rotary` | rotary position embedding |
 //! | 1 | `simplified` | attention without trainable weights |
-//! | 1 | `heatmap` | attention weights to look at |
+//! | 1 | `file` | files read as a whole, and written as a whole or not at all |
 //! | 0 | `error` | every way an input can be wrong |
 //! | 0 | `philox` | random numbers that depend on their place alone |
 //! | 0 | `axes` | in what order tensors have theirs |
@@ -56,6 +57,7 @@ mod config;
 mod cross_attention;
 mod error;
 mod extra_keys;
+mod file;
 mod fused;
 pub mod heatmap;
 mod kv_cache;

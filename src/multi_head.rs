@@ -15,6 +15,7 @@ use crate::checkpoint::{self, Header, LayerKind, Layout};
 use crate::config::SelfAttentionConfig;
 use crate::error::AttentionError;
 use crate::extra_keys::ExtraKeys;
+use crate::file;
 use crate::mask::Mask;
 use crate::options::{AttentionOptions, Backend};
 use crate::parameters::{self, Parameters};
@@ -152,7 +153,7 @@ impl MultiHead {
     }
 
     pub(crate) fn load(kind: LayerKind, path: &Path, device: &Device) -> Result<Self> {
-        let bytes = checkpoint::read(path)?;
+        let bytes = file::read(path)?;
         Self::from_bytes(kind, &bytes, device).map_err(|error| error.with_path(path))
     }
 
@@ -235,7 +236,7 @@ impl MultiHead {
     ///
     /// A folder that can't be written to, a full disk: an earlier file is then as it was.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        Ok(checkpoint::write(path.as_ref(), &self.to_bytes()?)?)
+        Ok(file::write(path.as_ref(), &self.to_bytes()?)?)
     }
 
     /// What [`MultiHead::save`] writes.
@@ -264,7 +265,7 @@ impl MultiHead {
     ///
     /// As [`MultiHead::to_layout`] and [`MultiHead::save`].
     pub fn save_layout(&self, layout: Layout, prefix: &str, path: impl AsRef<Path>) -> Result<()> {
-        Ok(checkpoint::write(path.as_ref(), &checkpoint::to_file(&self.to_layout(layout)?, prefix)?)?)
+        Ok(file::write(path.as_ref(), &checkpoint::to_file(&self.to_layout(layout)?, prefix)?)?)
     }
 
     /// Queries from `x` (batch, q_len, embed_dim), keys from `key` (batch, kv_len, kv_dim) and values from `value` (batch,

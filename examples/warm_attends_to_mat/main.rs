@@ -11,14 +11,20 @@
 //! to give the same numbers.
 
 mod arguments;
+#[path = "../common/device.rs"]
+mod device;
+#[path = "../common/embeddings.rs"]
+mod embeddings;
 mod lesson;
 mod sentence;
+#[path = "../common/words.rs"]
+mod words;
 
 use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
-use candle_attention::heatmap::{Colour, Heatmap, to_svg};
+use anyhow::Result;
+use candle_attention::heatmap::{Colour, Heatmap};
 use candle_attention::{SelfAttention, SelfAttentionConfig};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
@@ -66,8 +72,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let lesson = Lesson::new(&sentence, &untrained, &device)?;
     let before = lesson.look(&untrained)?.weights;
     introduce(&mut screen, &sentence, &lesson)?;
-    let before_map = Heatmap::new(&before, &sentence.words)?;
-    writeln!(screen, "With W_Q, W_K and W_V as they start, untrained:\n\n{}", before_map.to_text(colour))?;
+    let before_text = Heatmap::new(&before, &sentence.words)?.to_text(colour)?;
+    writeln!(screen, "With W_Q, W_K and W_V as they start, untrained:\n\n{before_text}")?;
 
     let steps = if loaded.is_some() { 0 } else { arguments.steps };
     let layer = loaded.unwrap_or(untrained);
@@ -79,12 +85,11 @@ fn run(arguments: &Arguments) -> Result<bool> {
         Some(file) => writeln!(screen, "With the layer from {}:\n", file.display())?,
         None => writeln!(screen, "After {steps} steps of training W_Q and W_K:\n")?,
     }
-    let after_map = Heatmap::new(&after, &sentence.words)?;
-    writeln!(screen, "{}", after_map.to_text(colour))?;
+    writeln!(screen, "{}", Heatmap::new(&after, &sentence.words)?.to_text(colour)?)?;
 
     if let Some(file) = &arguments.picture {
-        let svg = to_svg(&[("before training", &before_map), ("after training", &after_map)])?;
-        std::fs::write(file, svg).with_context(|| format!("{}: can't write the picture", file.display()))?;
+        let both = Heatmap::new(&Tensor::stack(&[&before, &after], 0)?, &sentence.words)?;
+        both.titled(&["before training", "after training"])?.save_svg(file)?;
     }
     let reload_identical = save_and_reload(arguments, &lesson, &layer, &device, &mut screen)?;
     let (query, target) = (sentence.query_word(), sentence.target_word());

@@ -4,7 +4,6 @@
 //! For checkpoints of other programs [`Layout`] says how they name and arrange the parameters, and [`var_builder`] reads a
 //! whole model's.
 
-mod file;
 mod layout;
 mod tensors;
 mod weights;
@@ -19,7 +18,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Parameter, SelfAttentionConfig};
 use crate::error::AttentionError;
-pub(crate) use file::{read, write};
 pub use layout::Layout;
 pub(crate) use layout::{from_file, from_var_builder, to_file, to_tensors};
 pub use weights::var_builder;

@@ -8,8 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Device, Result, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use super::file::file_error;
 use crate::error::AttentionError;
+use crate::file::file_error;
 
 /// safetensors' own limit for a header.
 const LARGEST_HEADER: u64 = 100_000_000;

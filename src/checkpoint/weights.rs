@@ -9,9 +9,9 @@ use candle_nn::var_builder::SimpleBackend;
 use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 
-use super::file::{file_error, read};
 use super::tensors::TensorFile;
 use crate::error::AttentionError;
+use crate::file::{file_error, read};
 
 /// A `VarBuilder` for a whole model from a checkpoint on disk: a safetensors file, the `*.index.json` of a sharded one, or
 /// a folder with either.

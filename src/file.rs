@@ -1,4 +1,4 @@
-//! Files: read whole, written whole or not at all.
+//! Files read as a whole, and written as a whole or not at all.
 
 use std::fs;
 use std::io::Write;
@@ -57,6 +57,6 @@ fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     Ok(())
 }
 
-pub(super) fn file_error(path: &Path, action: &'static str, cause: &std::io::Error) -> AttentionError {
+pub(crate) fn file_error(path: &Path, action: &'static str, cause: &std::io::Error) -> AttentionError {
     AttentionError::File { path: path.to_path_buf(), action, cause: cause.to_string() }
 }
