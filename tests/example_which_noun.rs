@@ -129,7 +129,7 @@ fn picture_shows_before_and_after() {
         assert!(svg.contains(text) && screen.contains(text), "no {text}");
     }
     assert!(svg.ends_with("</svg>\n"));
-    assert!(screen.lines().all(|line| line.chars().count() <= 100), "{screen}");
+    assert!(screen.lines().all(|line| line.chars().count() <= 80), "{screen}");
 }
 
 /// Noun and property of a sentence.

@@ -38,7 +38,7 @@ pub fn teach(model: &Model, reader: &Reader, sentences: &[Sentence], steps: usiz
             waiting = sentences.iter().collect();
             waiting.shuffle(&mut random);
         }
-        let lesson = waiting.split_off(waiting.len() - BATCH);
+        let lesson = waiting.split_off(waiting.len().saturating_sub(BATCH));
         let labels = lesson.iter().map(|sentence| sentence.label).collect::<Vec<_>>();
         let labels = Tensor::new(labels, &reader.device)?;
         let loss = cross_entropy(&model.forward(&reader.read(&lesson)?)?, &labels)?;

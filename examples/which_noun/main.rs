@@ -109,10 +109,11 @@ fn introduce(screen: &mut impl Write, sentences: &Sentences) -> Result<()> {
     }
     writeln!(
         screen,
-        "\nA model learns to say the noun from {} sentences in which these pairs of noun and property\n\
-         don't occur, nor those of {} others. Nobody tells it where to look.\n",
+        "\nA model learns to say the noun from {} other sentences; in none of them do these\n\
+         pairs of noun and property occur, nor those of {} sentences that are held out\n\
+         with these two. Nobody tells it where to look.\n",
         sentences.training.len(),
-        sentences.held_out.len()
+        sentences.held_out.len() - sentences.shown().len()
     )?;
     Ok(())
 }
@@ -147,12 +148,13 @@ fn on_noun(looks: &[Tensor; 2], sentences: &[&Sentence]) -> Result<Vec<serde_jso
 }
 
 fn tell(screen: &mut impl Write, [before, after]: &[Report; 2], control: Option<&Report>) -> Result<()> {
-    writeln!(screen, "On the sentences held out    noun right   most attention on it   mean attention on it")?;
+    let columns = ["noun right", "most attention on it", "mean attention"];
+    writeln!(screen, "{:<22}{:>12}{:>24}{:>18}", "Sentences held out", columns[0], columns[1], columns[2])?;
     let rows = [("before training", Some(before)), ("after training", Some(after)), ("labels shuffled", control)];
     for (title, report) in rows {
         if let Some(Report { accuracy, attention_on_noun, mean_attention }) = report {
             let (accuracy, most, mean) = (accuracy * 100.0, attention_on_noun * 100.0, mean_attention * 100.0);
-            writeln!(screen, "  {title:<26} {accuracy:9.1}%  {most:20.1}%  {mean:20.1}%")?;
+            writeln!(screen, "  {title:<20}{accuracy:11.1}%{most:23.1}%{mean:17.1}%")?;
         }
     }
     Ok(())
