@@ -13,7 +13,7 @@ pub(super) fn visible(token: &str) -> String {
     let mut marks = 0;
     for c in token.chars() {
         marks = if c.width() == Some(0) { marks + 1 } else { 0 };
-        if c.is_control() || acts(c) || marks > 3 {
+        if c.is_control() || (c.is_whitespace() && c != ' ') || acts(c) || marks > 3 {
             label.extend(c.escape_default());
         } else {
             label.push(c);

@@ -180,14 +180,14 @@ impl Heatmap {
     }
 
     /// That neither side has more than `limit` tokens, and all heads together no more than `cells` weights.
-    fn check_size(&self, limit: (usize, &'static str), cells: (usize, &'static str)) -> Result<(), AttentionError> {
+    fn check_size(&self, limit: (usize, &'static str), cells: (usize, &'static str)) -> Result<()> {
         let tokens = self.queries.len().max(self.keys.len());
-        let error = |name, expected, got| AttentionError::Number { name, expected, got: got as f64 };
+        let error = |name, expected, got| Err(AttentionError::Number { name, expected, got: got as f64 }.into());
         if tokens > limit.0 {
-            return Err(error("tokens in a heat map", limit.1, tokens));
+            return error("tokens in a heat map", limit.1, tokens);
         }
         if self.weights.len() > cells.0 {
-            return Err(error("weights in a heat map", cells.1, self.weights.len()));
+            return error("weights in a heat map", cells.1, self.weights.len());
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use crate::file;
 /// The page; names between `%%` stand for what is filled in.
 const HTML: &str = include_str!("page.html");
 const STYLE: &str = include_str!("page.css");
+const MATRIX: &str = include_str!("page_matrix.js");
 const SCRIPT: &str = include_str!("page.js");
 
 /// What a browser still scrolls and redraws at once.
@@ -103,11 +104,12 @@ impl Page {
         let data = serde_json::to_string(&Data { light: LIGHT, dark: DARK, layers }).map_err(Error::wrap)?;
         // Nothing in the data can end the element that it stands in.
         let data = data.replace('<', "\\u003c");
-        let mut page = String::with_capacity(data.len() + HTML.len() + STYLE.len() + SCRIPT.len());
+        let mut page = String::with_capacity(data.len() + HTML.len() + STYLE.len() + MATRIX.len() + SCRIPT.len());
         for (i, piece) in HTML.split("%%").enumerate() {
             match piece {
                 "title" if i % 2 == 1 => page.push_str(&escape(&self.title)),
                 "style" if i % 2 == 1 => page.push_str(STYLE),
+                "matrix" if i % 2 == 1 => page.push_str(MATRIX),
                 "script" if i % 2 == 1 => page.push_str(SCRIPT),
                 "data" if i % 2 == 1 => page.push_str(&data),
                 _ => page.push_str(piece),

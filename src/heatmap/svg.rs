@@ -73,13 +73,10 @@ impl<'a> Picture<'a> {
         let widest = |labels: &[String], size| labels.iter().map(|label| ruler.width(label, size)).fold(0.0, f64::max);
 
         let title_height = if widest(&titles, TITLE) > 0.0 { TITLE * 1.7 } else { 0.0 };
-        let origin =
-            (MARGIN + widest(&queries, font) + 8.0, MARGIN + title_height + widest(&keys, font) + 8.0);
+        let origin = (MARGIN + widest(&queries, font) + 8.0, MARGIN + title_height + widest(&keys, font) + 8.0);
         let side = |tokens: usize| tokens as f64 * cell;
-        let pitch = (
-            side(map.keys.len()).max(widest(&titles, TITLE)) + GAP,
-            side(map.queries.len()) + GAP + title_height,
-        );
+        let pitch =
+            (side(map.keys.len()).max(widest(&titles, TITLE)) + GAP, side(map.queries.len()) + GAP + title_height);
         let scale = map.scale();
         Self { map, ruler, scale, columns, cell, font, queries, keys, titles, origin, pitch, svg: String::new() }
     }
@@ -105,7 +102,8 @@ impl<'a> Picture<'a> {
         self.draw_bar(below);
         for (x, y, text) in &notes {
             let (y, text) = (below + y, escape(text));
-            let _ = writeln!(self.svg, r#"<text x="{x}" y="{y:.1}" font-size="{NOTE}" fill="{FAINT_INK}">{text}</text>"#);
+            let _ =
+                writeln!(self.svg, r#"<text x="{x}" y="{y:.1}" font-size="{NOTE}" fill="{FAINT_INK}">{text}</text>"#);
         }
         self.svg.push_str("</svg>\n");
         self.svg

@@ -96,8 +96,7 @@ impl Table<'_> {
     /// A number for each weight, under its key.
     fn write_numbers(&mut self, head: usize) {
         let margin = widest(&self.queries);
-        let weights = (0..self.queries.len()).flat_map(|query| self.map.row(head, query));
-        let number_width = weights.map(|&weight| number(weight).len()).max().unwrap_or(0);
+        let number_width = self.number_width(head);
         let widths = self.keys.iter().map(|key| key.width().max(number_width) + 1).collect::<Vec<_>>();
         for (block, keys) in blocks(&widths, LINE - margin).into_iter().enumerate() {
             if block > 0 {
@@ -123,10 +122,11 @@ impl Table<'_> {
     /// A mark for each weight, under a ruler that counts the keys, and the name and weight of the strongest.
     fn write_marks(&mut self, head: usize) {
         let count_width = digits(self.queries.len());
-        let name_width = widest(&self.keys);
+        let number_width = self.number_width(head);
+        let name_width = widest(&self.keys).max("strongest".len() - 1 - number_width.min(4));
         let margin = count_width + 1 + widest(&self.queries) + 1;
         // Name and number of the strongest key, with a space before each.
-        let tail = 1 + name_width + 1 + "0.00".len();
+        let tail = 1 + name_width + 1 + number_width;
         let room = LINE - margin - tail;
         for start in (0..self.keys.len()).step_by(room) {
             let keys = start..self.keys.len().min(start + room);
@@ -144,10 +144,20 @@ impl Table<'_> {
                     self.text.push_str(&cell("", 1, self.scale.place(weight), self.colour));
                 }
                 let strongest = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap_or(0);
-                push_right_aligned(&mut self.text, &self.keys[start + strongest], name_width + 1);
-                let _ = writeln!(self.text, " {}", number(row[strongest]));
+                // In a causal row, none of the later keys is.
+                if row[strongest] != 0.0 {
+                    push_right_aligned(&mut self.text, &self.keys[start + strongest], name_width + 1);
+                    let _ = write!(self.text, " {:>number_width$}", number(row[strongest]));
+                }
+                self.text.push('\n');
             }
         }
+    }
+
+    /// Of the widest number.
+    fn number_width(&self, head: usize) -> usize {
+        let weights = (0..self.queries.len()).flat_map(|query| self.map.row(head, query));
+        weights.map(|&weight| number(weight).len()).max().unwrap_or(0)
     }
 
     /// Which key has which place, as no row says it.
@@ -189,7 +199,7 @@ fn blocks(widths: &[usize], room: usize) -> Vec<Range<usize>> {
     blocks
 }
 
-/// Every tenth key's number, as far as it doesn't reach into the next line.
+/// Every tenth key's number, as far as it fits.
 fn ruler(keys: &Range<usize>) -> String {
     let mut ruler = String::new();
     for key in keys.clone() {
@@ -197,7 +207,7 @@ fn ruler(keys: &Range<usize>) -> String {
         if key % 10 == 0 && ruler.len() + label.len() <= keys.len() {
             ruler.push_str(&label);
         } else if ruler.len() <= key - keys.start {
-            ruler.push(if key % 10 == 0 { ' ' } else { '·' });
+            ruler.push(' ');
         }
     }
     ruler

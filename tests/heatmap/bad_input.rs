@@ -54,7 +54,10 @@ fn what_nobody_could_look_at_is_refused_with_what_to_do() {
     }
     let many = heads(65, 64);
     let message = message(many.to_svg());
-    assert!(message.contains("262144") && message.contains("266240") && message.contains("some of the heads"), "{message}");
+    assert!(
+        message.contains("262144") && message.contains("266240") && message.contains("some of the heads"),
+        "{message}"
+    );
 }
 
 #[test]
