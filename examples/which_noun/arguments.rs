@@ -1,0 +1,50 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use clap::{Parser, ValueEnum};
+
+/// Teaches a model which noun a property describes, and shows where its attention went.
+#[derive(Parser, Debug)]
+#[command(name = "which_noun")]
+pub struct Arguments {
+    /// Training steps
+    #[arg(long, default_value_t = 300, conflicts_with = "load")]
+    pub steps: usize,
+    /// What initial weights, the order of the sentences and the control's labels are drawn from
+    #[arg(long, default_value_t = 1, conflicts_with = "load")]
+    pub seed: u64,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    pub device: DeviceName,
+    /// Save the trained model
+    #[arg(long, value_name = "FILE", conflicts_with = "load")]
+    pub out: Option<PathBuf>,
+    /// Show a saved model, and train nothing
+    #[arg(long, value_name = "FILE")]
+    pub load: Option<PathBuf>,
+    /// Also draw the heat maps before and after to an SVG file
+    #[arg(long, value_name = "FILE")]
+    pub picture: Option<PathBuf>,
+    /// Print the result to stdout as one line of JSON, everything else to stderr
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DeviceName {
+    Cpu,
+    Cuda,
+}
+
+impl DeviceName {
+    pub fn open(self) -> Result<Device> {
+        match self {
+            DeviceName::Cpu => Ok(Device::Cpu),
+            DeviceName::Cuda if cfg!(feature = "cuda") => Device::new_cuda(0).context("no CUDA device can be used"),
+            DeviceName::Cuda => anyhow::bail!("this program was built without CUDA: build it with `--features cuda`"),
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Training, and how well it went.
+
+use anyhow::{Result, ensure};
+use candle_core::{D, Tensor};
+use candle_nn::loss::cross_entropy;
+use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+
+use crate::grammar::Sentence;
+use crate::model::Model;
+use crate::reader::Reader;
+
+/// Sentences of a training step.
+const BATCH: usize = 64;
+const LEARNING_RATE: f64 = 0.01;
+
+/// The sentences with each other's labels: as many of each noun as before, but of the sentence they say nothing.
+pub fn with_shuffled_labels(sentences: &[Sentence], seed: u64) -> Vec<Sentence> {
+    let mut labels = sentences.iter().map(|sentence| sentence.label).collect::<Vec<_>>();
+    labels.shuffle(&mut StdRng::seed_from_u64(seed));
+    sentences.iter().zip(labels).map(|(sentence, label)| Sentence { label, ..sentence.clone() }).collect()
+}
+
+/// Teaches the model the labels of the sentences, and nothing else: no attention weight is computed here. `title` stands
+/// before the progress bar.
+pub fn teach(model: &Model, reader: &Reader, sentences: &[Sentence], steps: usize, title: &'static str) -> Result<()> {
+    let mut optimizer = AdamW::new(model.vars()?, ParamsAdamW { lr: LEARNING_RATE, ..Default::default() })?;
+    let mut random = StdRng::seed_from_u64(model.config().seed);
+    // On stderr, and only if that is a terminal.
+    let style = ProgressStyle::with_template("{prefix:8} {wide_bar} step {pos}/{len}  {msg}")?;
+    let bar = ProgressBar::new(steps as u64).with_style(style).with_prefix(title);
+    let mut waiting = Vec::new();
+    for _ in 0..steps {
+        if waiting.len() < BATCH {
+            waiting = sentences.iter().collect();
+            waiting.shuffle(&mut random);
+        }
+        let lesson = waiting.split_off(waiting.len().saturating_sub(BATCH));
+        let labels = lesson.iter().map(|sentence| sentence.label).collect::<Vec<_>>();
+        let labels = Tensor::new(labels, &reader.device)?;
+        let loss = cross_entropy(&model.forward(&reader.read(&lesson)?)?, &labels)?;
+        optimizer.backward_step(&loss)?;
+        let loss = loss.to_scalar::<f32>()?;
+        ensure!(loss.is_finite(), "the loss is {loss}");
+        bar.set_message(format!("loss {loss:.4}"));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// How well a model does.
+pub struct Report {
+    /// The share of sentences whose noun the model says.
+    pub accuracy: f32,
+    /// The share of sentences in which the noun gets more than half of the property's attention.
+    pub attention_on_noun: f32,
+    /// What of its attention the property gives the noun, on average.
+    pub mean_attention: f32,
+}
+
+impl Report {
+    pub fn new(model: &Model, reader: &Reader, sentences: &[Sentence]) -> Result<Self> {
+        let (mut right, mut most, mut sum) = (0, 0, 0.0);
+        for sentences in sentences.chunks(BATCH) {
+            let batch = reader.read(&sentences.iter().collect::<Vec<_>>())?;
+            let said = model.forward(&batch)?.argmax(D::Minus1)?.to_vec1::<u32>()?;
+            let weights = model.weights(&batch)?.to_vec3::<f32>()?;
+            for ((sentence, said), weights) in sentences.iter().zip(said).zip(weights) {
+                let on_noun = weights[sentence.property][sentence.noun];
+                right += usize::from(said == sentence.label);
+                most += usize::from(on_noun > 0.5);
+                sum += on_noun;
+            }
+        }
+        let count = sentences.len() as f32;
+        let (accuracy, attention_on_noun) = (right as f32 / count, most as f32 / count);
+        Ok(Self { accuracy, attention_on_noun, mean_attention: sum / count })
+    }
+}
