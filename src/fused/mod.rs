@@ -123,7 +123,7 @@ fn unit_stride(x: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 /// An empty vector with room for `count`, or an error that says for what there is no memory.
-fn room<T>(what: &'static str, count: usize) -> candle_core::Result<Vec<T>> {
+pub(crate) fn room<T>(what: &'static str, count: usize) -> candle_core::Result<Vec<T>> {
     let mut vector = Vec::new();
     let bytes = count.saturating_mul(size_of::<T>());
     vector.try_reserve_exact(count).map_err(|_| AttentionError::Memory { what, bytes })?;
