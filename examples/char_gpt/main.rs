@@ -27,6 +27,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use clap::Parser;
+use serde_json::json;
 
 use arguments::Arguments;
 use sampling::Sampling;
@@ -52,46 +53,34 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut screen: Box<dyn Write> = if arguments.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
     let device = arguments.device.open()?;
     let corpus = Corpus::open(arguments.text.as_deref())?;
-    // Before the training, not after it: what can't be read is found out now.
-    let prompt = match &arguments.prompt {
-        Some(prompt) => corpus.vocabulary.encode(prompt).context("--prompt")?,
-        None => corpus.held_out_start(PROMPT).to_vec(),
-    };
-    ensure!(!prompt.is_empty(), "--prompt: expected at least one character, got none");
     let mut state = start(arguments, &corpus, &device)?;
+    let first_step = state.step();
+    // What can't serve is found out before the training, not after it.
+    let prompt = prompt(arguments, &corpus)?;
+    let file = arguments.output_file()?;
+    state.save(&file, &corpus)?;
+    introduce(&mut screen, &state, &corpus)?;
+
+    let checkpoints = (file.as_path(), arguments.save_every);
+    let progress = training::train(&mut state, &corpus, &device, checkpoints, &mut screen)?;
+    let validation_loss = training::validate(&state.model, &state.run, &corpus, &device)?;
+    report(&mut screen, &progress, validation_loss)?;
+    writeln!(screen, "Saved to {}.", file.display())?;
+
     let sampling = Sampling {
         characters: arguments.sample,
         temperature: arguments.temperature,
         seed: state.run.model.seed,
         use_cache: !arguments.no_cache,
     };
-
-    let (first_step, unigram_loss) = (state.step(), corpus.unigram_loss());
-    writeln!(
-        screen,
-        "A GPT of {} parameters, {} characters of {} kinds, steps {first_step} to {}.\n\
-         Character frequencies alone have a loss of {unigram_loss:.3} on the held-out text.",
-        state.parameter_count(),
-        corpus.id.characters,
-        corpus.vocabulary.len(),
-        state.run.steps,
-    )?;
-    let file = arguments.output_file()?;
-    // Now already: that the file can't be written is found out before the training, too.
-    state.save(&file, &corpus)?;
-    let progress = training::train(&mut state, &corpus, &device, (&file, arguments.save_every), &mut screen)?;
-    let validation_loss = training::validate(&state.model, &state.run, &corpus, &device)?;
-    report(&mut screen, &progress, validation_loss)?;
-    writeln!(screen, "Saved to {}.", file.display())?;
-
     let written = corpus.vocabulary.decode(&sampling.write(&state.model, &prompt, &device)?);
     if arguments.sample > 0 {
         writeln!(screen, "\n{}|{written}", corpus.vocabulary.decode(&prompt))?;
     }
     if arguments.json {
-        let line = serde_json::json!({
+        let line = json!({
             "first_step": first_step, "steps": state.step(), "losses": progress.losses,
-            "validation_loss": validation_loss, "unigram_loss": unigram_loss,
+            "validation_loss": validation_loss, "unigram_loss": corpus.unigram_loss(),
             "seconds": progress.time.as_secs_f64(), "tokens_per_second": progress.tokens_per_second(),
             "parameters": state.parameter_count(), "out": file.display().to_string(), "sample": written,
         });
@@ -114,6 +103,27 @@ fn start(arguments: &Arguments, corpus: &Corpus, device: &Device) -> Result<Stat
         saved.into_state(run, device)
     };
     resume().with_context(|| format!("--resume {}", file.display()))
+}
+
+fn prompt(arguments: &Arguments, corpus: &Corpus) -> Result<Vec<u32>> {
+    let Some(prompt) = &arguments.prompt else { return Ok(corpus.held_out_start(PROMPT).to_vec()) };
+    ensure!(!prompt.is_empty(), "--prompt: expected at least one character, got none");
+    corpus.vocabulary.encode(prompt).context("--prompt")
+}
+
+fn introduce(screen: &mut impl Write, state: &State, corpus: &Corpus) -> Result<()> {
+    writeln!(
+        screen,
+        "A GPT of {} parameters learns from {} characters of {} kinds, steps {} to {}.\n\
+         Who knows only how frequent each of them is has a loss of {:.3} on the held-out text.",
+        state.parameter_count(),
+        corpus.id.characters,
+        corpus.vocabulary.len(),
+        state.step(),
+        state.run.steps,
+        corpus.unigram_loss(),
+    )?;
+    Ok(())
 }
 
 fn report(screen: &mut impl Write, progress: &Progress, validation_loss: f64) -> Result<()> {

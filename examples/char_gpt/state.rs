@@ -22,6 +22,8 @@ use crate::text::{Corpus, TextId};
 
 /// The metadata entry that holds the [`Header`].
 const METADATA_KEY: &str = "char_gpt";
+/// What there is of every parameter: itself, and what AdamW knows of it.
+const PARTS: [&str; 3] = ["model", "first_moment", "second_moment"];
 
 /// What makes a run what it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -78,7 +80,8 @@ impl State {
         let metadata = HashMap::from([(METADATA_KEY.to_string(), serde_json::to_string(&header)?)]);
         let mut tensors = Vec::new();
         for parameter in &self.optimizer.parameters {
-            for (part, tensor) in parameter.parts() {
+            let parts = [parameter.var.as_tensor(), &parameter.first_moment, &parameter.second_moment];
+            for (part, tensor) in PARTS.iter().zip(parts) {
                 tensors.push((format!("{part}.{}", parameter.name), tensor.to_device(&Device::Cpu)?));
             }
         }
@@ -135,11 +138,10 @@ impl Saved {
                 ensure!(dtype == DType::F32, "{name}: expected dtype F32, got {dtype:?}");
                 Ok(tensor.load(device)?)
             };
-            let [weights, first_moment, second_moment] =
-                [load("model")?, load("first_moment")?, load("second_moment")?];
-            parameter.var.set(&weights)?;
-            (parameter.first_moment, parameter.second_moment) = (first_moment, second_moment);
-            wanted += 3;
+            let [weights, first_moment, second_moment] = PARTS.map(load);
+            parameter.var.set(&weights?)?;
+            (parameter.first_moment, parameter.second_moment) = (first_moment?, second_moment?);
+            wanted += PARTS.len();
         }
         ensure!(tensors.len() == wanted, "expected {wanted} tensors, got {}", tensors.len());
         state.optimizer.steps = self.header.step;

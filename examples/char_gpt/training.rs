@@ -58,7 +58,7 @@ pub fn train(
         let speed = progress.tokens_per_second().unwrap_or_default();
         bar.set_message(format!("loss {loss:.3}  {speed:.0} tokens/s"));
         bar.inc(1);
-        if state.step() % save_every == 0 && state.step() < steps {
+        if state.step().is_multiple_of(save_every) && state.step() < steps {
             state.save(file, corpus)?;
             let validation = validate(&state.model, &state.run, corpus, device)?;
             let line =
