@@ -1,9 +1,9 @@
 """Train the example's model with PyTorch, from the same initial parameters and on the same batches, and compare.
 
-    pip install safetensors torch && python examples/char_gpt/parity.py
+    pip install safetensors torch tqdm && python examples/char_gpt/parity.py
 
 Two things are compared, in f32 and on two threads each. The loss of every step: 200 steps must agree within 1e-3. And the
-speed, in turns: each contender trains for some steps, then the other, and the table has the medians.
+speed, in turns: one contender trains for ten steps, then the other, and the table has the medians.
 
 Initial parameters come from a run of no steps; batches, learning rates and AdamW's settings follow the rules of text.rs,
 random.rs and training.rs.
@@ -23,6 +23,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = Path(__file__).with_name("persuasion.txt")
@@ -143,41 +144,50 @@ def ours(program, flags, *more):
     return json.loads(result.stdout)
 
 
-def compare(program, flags, steps, rounds):
-    """Difference of the losses, and the speeds of both, for one configuration."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "run.safetensors"
-        ours(program, flags, "--steps", "0", "--out", str(file))
-        with safe_open(file, "pt") as saved:
-            header = json.loads(saved.metadata()["char_gpt"])
-            names = [name for name in saved.keys() if name.startswith("model.")]
-            parameters = {name.removeprefix("model."): saved.get_tensor(name) for name in names}
-        theirs = Peer(header, parameters, steps).train(steps)[0]
-        result = ours(program, flags, "--steps", str(steps), "--out", str(file), "--save-every", str(steps))
-        difference = max(abs(a - b) for a, b in zip(result["losses"], theirs, strict=True))
-        speeds = []
-        for _ in range(rounds):
-            mine = ours(program, flags, "--steps", "20", "--out", str(file), "--save-every", "20")
-            peer = Peer(header, parameters, 20)
-            speeds.append((mine["tokens_per_second"], peer.train(20)[1]))
-    return difference, result["losses"], [median(column) for column in zip(*speeds)]
+def start(program, flags, file):
+    """What a run of no steps leaves: its header and its initial parameters."""
+    ours(program, flags, "--steps", "0", "--out", file)
+    with safe_open(file, "pt") as saved:
+        header = json.loads(saved.metadata()["char_gpt"])
+        names = [name for name in saved.keys() if name.startswith("model.")]
+        return header, {name.removeprefix("model."): saved.get_tensor(name) for name in names}
+
+
+def compare_losses(program, flags, steps, file):
+    """The largest difference of a step's losses, and our last loss."""
+    theirs = Peer(*start(program, flags, file), steps).train(steps)[0]
+    losses = ours(program, flags, "--steps", str(steps), "--out", file, "--save-every", str(steps))["losses"]
+    return max(abs(a - b) for a, b in zip(losses, theirs, strict=True)), losses[-1]
+
+
+def compare_speed(program, flags, rounds, file):
+    """Tokens per second of both: the medians of turns of ten steps."""
+    header, parameters = start(program, flags, file)
+    speeds = []
+    for _ in tqdm(range(rounds), desc=" ".join(flags) or "default", leave=False, disable=None):
+        mine = ours(program, flags, "--steps", "10", "--out", file)["tokens_per_second"]
+        speeds.append((mine, Peer(header, parameters, 10).train(10)[1]))
+    return [median(column) for column in zip(*speeds)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200, help="steps whose losses are compared")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender in the timing")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     program = build()
-    print("| flags | losses of the first and last step | largest difference | tokens/s | PyTorch | ratio |")
-    print("|---|---|---|---|---|---|")
     worst = 0.0
-    for line in ["", "--positions learned", "--width 256 --heads 8 --batch 8", "--len 256 --batch 8"]:
-        difference, losses, (mine, theirs) = compare(program, line.split(), arguments.steps, arguments.rounds)
-        worst = max(worst, difference)
-        ends = f"{losses[0]:.4f}, {losses[-1]:.4f}"
-        print(f"| {line or 'none'} | {ends} | {difference:.1e} | {mine:.0f} | {theirs:.0f} | {mine / theirs:.2f} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "run.safetensors")
+        for positions in ["rotary", "learned"]:
+            difference, last = compare_losses(program, ["--positions", positions], arguments.steps, file)
+            worst = max(worst, difference)
+            print(f"{positions}: {arguments.steps} losses, the last {last:.4f}, differ by at most {difference:.1e}")
+        print("\n| flags | tokens/s | PyTorch | ratio |\n|---|---|---|---|")
+        for flags in ["", "--width 256 --heads 8", "--len 512 --batch 4"]:
+            mine, theirs = compare_speed(program, flags.split(), arguments.rounds, file)
+            print(f"| {flags or 'default'} | {mine:.0f} | {theirs:.0f} | {mine / theirs:.2f} |", flush=True)
     if worst > TOLERANCE:
         sys.exit(f"expected losses within {TOLERANCE}, got a difference of {worst}")
 
