@@ -119,7 +119,8 @@ fn killed_and_resumed_run_ends_with_the_same_bytes() {
             safetensors::SafeTensors::deserialize(&bytes).unwrap_or_else(|error| panic!("{moments:?}: {error}"));
         }
     }
-    assert!(!moments.is_empty(), "no kill came in time");
+    assert!(moments.len() >= 3, "it was killed too seldom: {moments:?}");
+    println!("killed after {moments:?} ms");
     assert!(std::fs::read(undisturbed).unwrap() == std::fs::read(killed).unwrap(), "other bytes: {moments:?}");
     let left = std::fs::read_dir(folder.path()).unwrap().count();
     assert_eq!(left, 2, "something is left over");
