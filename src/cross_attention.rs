@@ -8,7 +8,7 @@ use candle_nn::VarBuilder;
 
 use crate::checkpoint::{LayerKind, Layout};
 use crate::config::SelfAttentionConfig;
-use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
+use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead, ProjectedMemory};
 
 /// Cross-attention with trainable projections: every token of one sequence (a decoder's) gathers what it needs from
 /// another, the memory (an encoder's output).
@@ -178,6 +178,67 @@ impl CrossAttention {
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
         self.attend(x, [key, value], options)
+    }
+
+    /// The keys and values of a memory, computed once, for a decoder that looks at it for every token.
+    ///
+    /// # Errors
+    ///
+    /// A memory that doesn't fit, as in [`CrossAttention`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::{CrossAttention, SelfAttentionConfig};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    /// let attention = CrossAttention::new(&SelfAttentionConfig::new(8, 2), vb)?;
+    /// let memory = Tensor::randn(0f32, 1.0, (2, 5, 8), &Device::Cpu)?;
+    /// let projected = attention.project(&memory)?;
+    /// for _ in 0..3 {
+    ///     let token = Tensor::randn(0f32, 1.0, (2, 1, 8), &Device::Cpu)?;
+    ///     let output = attention.forward_projected(&token, &projected)?;
+    ///     assert_eq!(output.to_vec3::<f32>()?, attention.forward(&token, &memory)?.to_vec3::<f32>()?);
+    /// }
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn project(&self, memory: &Tensor) -> Result<ProjectedMemory> {
+        self.project_key_value(memory, memory)
+    }
+
+    /// As [`CrossAttention::project`], with keys and values from two memories, as in
+    /// [`CrossAttention::forward_key_value`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn project_key_value(&self, key: &Tensor, value: &Tensor) -> Result<ProjectedMemory> {
+        self.project_memories([key, value])
+    }
+
+    /// The output for a memory that was [projected](CrossAttention::project) before. Gradients flow through both.
+    ///
+    /// # Errors
+    ///
+    /// As [`CrossAttention`], or a memory that a layer with other heads or of another dtype has projected.
+    pub fn forward_projected(&self, x: &Tensor, memory: &ProjectedMemory) -> Result<Tensor> {
+        Ok(self.forward_projected_with(x, memory, &ForwardOptions::default())?.output)
+    }
+
+    /// As [`CrossAttention::forward_projected`], with a mask, a bias, dropout, or more in return.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn forward_projected_with(
+        &self,
+        x: &Tensor,
+        memory: &ProjectedMemory,
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.attend_projected(x, memory, options)
     }
 }
 

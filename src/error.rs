@@ -89,6 +89,16 @@ pub enum AttentionError {
         /// What was asked.
         got: &'static str,
     },
+    /// A cache that doesn't fit the layer, or can't do what was asked of it.
+    #[error("cache, {part}: expected {expected}, got {got}")]
+    Cache {
+        /// Which of its properties.
+        part: &'static str,
+        /// What it should be.
+        expected: String,
+        /// What it is, or what was asked.
+        got: String,
+    },
     /// More numbers than memory can address.
     #[error("a tensor of shape {shape:?}: expected at most {} bytes, got more", isize::MAX)]
     TooLarge {

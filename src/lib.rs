@@ -28,6 +28,7 @@
 //! | 6 | `self_attention`, `cross_attention` | the layers' faces |
 //! | 5 | `multi_head` | what both share: parameters, projections, heads |
 //! | 4 | `attention` | checks its input, then computes |
+//! | 4 | `kv_cache` | keys and values of the tokens so far |
 //! | 4 | `parameters` | a layer's tensors: checked for, made, initialised |
 //! | 3 | `reference` | attention with every score in memory: read this first |
 //! | 3 | `fused` | the same without a q_len x kv_len matrix: the fast path |
@@ -57,6 +58,7 @@ mod error;
 mod extra_keys;
 mod fused;
 pub mod heatmap;
+mod kv_cache;
 mod mask;
 mod multi_head;
 mod options;
@@ -74,8 +76,9 @@ pub use checkpoint::Layout;
 pub use config::SelfAttentionConfig;
 pub use cross_attention::CrossAttention;
 pub use error::AttentionError;
+pub use kv_cache::KvCache;
 pub use mask::{Coverage, Mask, ScoreShape};
-pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead};
+pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead, ProjectedMemory};
 pub use options::{AttentionOptions, AttentionOutput, Backend};
 pub use rotary::{Pairing, RotaryConfig, RotaryEmbedding};
 pub use self_attention::SelfAttention;

@@ -1,5 +1,7 @@
 //! What self- and cross-attention share: projections, heads, attention, and the way back.
 
+mod cached;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +21,7 @@ use crate::parameters::{self, Parameters};
 use crate::philox;
 use crate::projection::project;
 use crate::rotary::RotaryEmbedding;
+pub use cached::ProjectedMemory;
 
 /// What one call of a layer can be asked for, beyond what its config says.
 #[derive(Clone, Debug, Default)]
@@ -53,6 +56,14 @@ pub struct ForwardOutput {
 }
 
 impl ForwardOutput {
+    fn map(self, f: impl Fn(Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            output: f(self.output)?,
+            weights: self.weights.map(&f).transpose()?,
+            logsumexp: self.logsumexp.map(&f).transpose()?,
+        })
+    }
+
     pub(crate) fn with_weights(self) -> Result<(Tensor, Tensor)> {
         let weights = self.weights.ok_or_else(|| candle_core::Error::msg("weights were not asked for"))?;
         Ok((self.output, weights))
@@ -265,48 +276,61 @@ impl MultiHead {
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
         self.check_input("input", x, self.config.embed_dim)?;
-        self.check_input("memory", key, self.config.kv_dim())?;
-        self.check_input("memory of the values", value, self.config.value_input_dim())?;
+        self.check_memories([key, value])?;
         if x.rank() != key.rank() || (x.rank() == 3 && x.dim(0)? != key.dim(0)?) {
             let expected = format!("the batch of the input, whose shape is {:?}", x.dims());
             return Err(AttentionError::Shape { tensor: "memory", expected, shape: key.dims().to_vec() }.into());
-        }
-        let batch_and_len = |memory: &Tensor| memory.dims()[..memory.rank() - 1].to_vec();
-        if batch_and_len(value) != batch_and_len(key) {
-            let (tensor, shape) = ("memory of the values", value.dims().to_vec());
-            let expected = format!("batch and len of that of the keys, whose shape is {:?}", key.dims());
-            return Err(AttentionError::Shape { tensor, expected, shape }.into());
         }
         if x.rank() == 3 {
             return self.attend_batch(x, [key, value], options);
         }
         let (key, value) = (key.unsqueeze(0)?, value.unsqueeze(0)?);
-        let output = self.attend_batch(&x.unsqueeze(0)?, [&key, &value], options)?;
-        let without_batch = |tensor: Tensor| tensor.squeeze(0);
-        Ok(ForwardOutput {
-            output: without_batch(output.output)?,
-            weights: output.weights.map(without_batch).transpose()?,
-            logsumexp: output.logsumexp.map(without_batch).transpose()?,
-        })
+        self.attend_batch(&x.unsqueeze(0)?, [&key, &value], options)?.map(|tensor| tensor.squeeze(0))
     }
 
     fn attend_batch(&self, x: &Tensor, sources: [&Tensor; 2], options: &ForwardOptions) -> Result<ForwardOutput> {
+        let positions = [options.position_offset];
+        let query = self.queries(x, &positions)?;
+        let (key, value) = self.keys_and_values(sources, &positions)?;
+        self.attend_heads(&query, key, value, self.attention_options(options))
+    }
+
+    /// (batch, len, num_heads, head_dim). The first token of each sequence stands at its own position, or at the only one.
+    fn queries(&self, x: &Tensor, positions: &[usize]) -> Result<Tensor> {
+        let query = split_heads(&self.q_proj, x, self.config.num_heads, self.config.head_dim())?;
+        self.normalise_and_rotate(query, self.qk_norm.as_ref().map(|(q_norm, _)| q_norm), positions)
+    }
+
+    /// (batch, len, num_kv_heads, head_dim or value_dim).
+    fn keys_and_values(&self, [key, value]: [&Tensor; 2], positions: &[usize]) -> Result<(Tensor, Tensor)> {
         let config = &self.config;
-        let (batch, q_len, _) = x.dims3()?;
-        let mut query = split_heads(&self.q_proj, x, config.num_heads, config.head_dim())?;
-        let mut key = split_heads(&self.k_proj, sources[0], config.num_kv_heads(), config.head_dim())?;
-        let value = split_heads(&self.v_proj, sources[1], config.num_kv_heads(), config.value_dim())?;
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            // The differentiable form: RmsNorm::forward drops the gradient in silence.
-            (query, key) = (q_norm.forward_diff(&query)?, k_norm.forward_diff(&key)?);
+        let key = split_heads(&self.k_proj, key, config.num_kv_heads(), config.head_dim())?;
+        let value = split_heads(&self.v_proj, value, config.num_kv_heads(), config.value_dim())?;
+        let k_norm = self.qk_norm.as_ref().map(|(_, k_norm)| k_norm);
+        Ok((self.normalise_and_rotate(key, k_norm, positions)?, value))
+    }
+
+    fn normalise_and_rotate(&self, x: Tensor, norm: Option<&RmsNorm>, positions: &[usize]) -> Result<Tensor> {
+        // The differentiable form: RmsNorm::forward drops the gradient in silence.
+        let x = norm.map(|norm| norm.forward_diff(&x)).transpose()?.unwrap_or(x);
+        match &self.rotary {
+            Some(rotary) => rotary.apply_each(&x.transpose(1, 2)?, positions)?.transpose(1, 2),
+            None => Ok(x),
         }
-        if let Some(rotary) = &self.rotary {
-            let rotate = |x: &Tensor| rotary.apply(&x.transpose(1, 2)?, options.position_offset)?.transpose(1, 2);
-            (query, key) = (rotate(&query)?, rotate(&key)?);
-        }
-        let (key, value, options) = self.extra_keys.append(key, value, self.attention_options(options))?;
-        let attended = attention(&query, &key, &value, &options, Axes::TokensFirst)?;
-        let output = [batch, q_len, config.output_dim()];
+    }
+
+    /// From queries, keys and values (batch, len, heads, dim) to the output.
+    fn attend_heads(
+        &self,
+        query: &Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+    ) -> Result<ForwardOutput> {
+        let (batch, q_len, _, _) = query.dims4()?;
+        let (key, value, options) = self.extra_keys.append(key, value, options)?;
+        let attended = attention(query, &key, &value, &options, Axes::TokensFirst)?;
+        let output = [batch, q_len, self.config.output_dim()];
         let output = match &self.o_proj {
             Some(o_proj) => project(o_proj, &attended.context, &output)?,
             None => attended.context.reshape(&output)?,
@@ -334,6 +358,17 @@ impl MultiHead {
             return_weights: options.return_weights,
             return_logsumexp: options.return_logsumexp,
         }
+    }
+
+    fn check_memories(&self, [key, value]: [&Tensor; 2]) -> std::result::Result<(), AttentionError> {
+        self.check_input("memory", key, self.config.kv_dim())?;
+        self.check_input("memory of the values", value, self.config.value_input_dim())?;
+        if value.dims()[..value.rank() - 1] != key.dims()[..key.rank() - 1] {
+            let (tensor, shape) = ("memory of the values", value.dims().to_vec());
+            let expected = format!("batch and len of that of the keys, whose shape is {:?}", key.dims());
+            return Err(AttentionError::Shape { tensor, expected, shape });
+        }
+        Ok(())
     }
 
     fn check_input(&self, tensor: &'static str, x: &Tensor, dim: usize) -> std::result::Result<(), AttentionError> {

@@ -8,6 +8,7 @@ use candle_nn::{ModuleT, VarBuilder};
 
 use crate::checkpoint::{LayerKind, Layout};
 use crate::config::SelfAttentionConfig;
+use crate::kv_cache::KvCache;
 use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
 
 /// Self-attention with trainable projections: every token of a sequence gathers from the others what it needs.
@@ -196,6 +197,84 @@ impl SelfAttention {
     /// See [`SelfAttention`].
     pub fn forward_with(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
         self.attend(x, [x, x], options)
+    }
+
+    /// An empty cache for a batch of this size, to decode with.
+    ///
+    /// # Errors
+    ///
+    /// A layer that isn't causal: earlier tokens would look at later ones, and would have to be computed anew.
+    pub fn kv_cache(&self, batch: usize) -> Result<KvCache> {
+        self.new_cache(batch)
+    }
+
+    /// The output for tokens that follow those of the cache, which then holds them as well: a prompt, a token, or any
+    /// number of them. It is what [`forward`](SelfAttention::forward) gives for these tokens in the whole sequence.
+    ///
+    /// No gradient flows through a cache: the output is detached from everything.
+    ///
+    /// # Shapes
+    ///
+    /// x (batch, len, embed_dim), or (len, embed_dim) with a cache for one sequence; output (batch, len, output_dim) or
+    /// (len, output_dim).
+    ///
+    /// # Errors
+    ///
+    /// As [`SelfAttention`]; a cache for another batch size, dtype or device, or made by a layer with other heads; more
+    /// tokens than the cache is allowed, or than there is memory for. The cache is then as it was before.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::{RotaryConfig, SelfAttention, SelfAttentionConfig};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let rotary = Some(RotaryConfig::default());
+    /// let config = SelfAttentionConfig { is_causal: true, rotary, ..SelfAttentionConfig::new(8, 2) };
+    /// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu);
+    /// let attention = SelfAttention::new(&config, vb)?;
+    /// let x = Tensor::randn(0f64, 1.0, (1, 6, 8), &Device::Cpu)?;
+    ///
+    /// let mut cache = attention.kv_cache(1)?;
+    /// attention.forward_cached(&x.narrow(1, 0, 4)?, &mut cache)?; // a prompt of four tokens
+    /// attention.forward_cached(&x.narrow(1, 4, 1)?, &mut cache)?; // then one by one
+    /// let last = attention.forward_cached(&x.narrow(1, 5, 1)?, &mut cache)?;
+    /// assert_eq!(cache.len(), 6);
+    ///
+    /// let whole = attention.forward(&x)?.narrow(1, 5, 1)?;
+    /// assert!((last - whole)?.abs()?.max_all()?.to_scalar::<f64>()? < 1e-12);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_cached(&self, x: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        Ok(self.forward_cached_with(x, cache, &ForwardOptions::default())?.output)
+    }
+
+    /// As [`SelfAttention::forward_cached`], for prompts of different lengths, padded at the right: the first `lengths[b]`
+    /// tokens of sequence `b` are its own, and what the others give means nothing.
+    ///
+    /// # Errors
+    ///
+    /// As there, or lengths for another number of sequences or longer than x.
+    pub fn prefill(&self, x: &Tensor, lengths: &[usize], cache: &mut KvCache) -> Result<Tensor> {
+        Ok(self.attend_cached(x, Some(lengths), cache, &ForwardOptions::default())?.output)
+    }
+
+    /// As [`SelfAttention::forward_cached`], with a mask, a bias, or more in return, over scores (batch, num_heads, len,
+    /// kv_len), where kv_len is the length of the longest sequence, these tokens included. Key `j` of a sequence is its
+    /// token `j`, and its queries follow the tokens that it has. With a sliding window the keys are the last ones, and masks and
+    /// biases can't be given.
+    ///
+    /// # Errors
+    ///
+    /// As there; `train`, or a position_offset, which the cache knows itself.
+    pub fn forward_cached_with(
+        &self,
+        x: &Tensor,
+        cache: &mut KvCache,
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.attend_cached(x, None, cache, options)
     }
 }
 

@@ -23,6 +23,9 @@ impl<T> PerSequence<T> {
     }
 }
 
+/// Position of the first query among the keys; none means kv_len - q_len.
+pub(crate) type Offset = Option<PerSequence<usize>>;
+
 /// One condition on (sequence, head, query, key), or two combined.
 #[derive(Clone, Debug, Default)]
 pub(crate) enum Rule {
@@ -32,14 +35,13 @@ pub(crate) enum Rule {
     Band {
         below: Option<i64>,
         above: Option<i64>,
-        /// Position of the first query; none means kv_len - q_len.
-        offset: Option<usize>,
+        offset: Offset,
     },
     FirstKeys(PerSequence<usize>),
     /// The document of every key. A query belongs to the document at its position.
     Documents {
         ids: PerSequence<Arc<[u32]>>,
-        offset: Option<usize>,
+        offset: Offset,
     },
     Table(Arc<Table>),
     /// The last `count` keys are seen by every query; the rule speaks of those before them.
@@ -52,12 +54,12 @@ pub(crate) enum Rule {
 }
 
 impl Rule {
-    pub(super) fn with_offset(self, offset: usize) -> Self {
+    pub(super) fn with_offset(self, offset: &PerSequence<usize>) -> Self {
         let both =
             |pair: &(Rule, Rule)| Arc::new((pair.0.clone().with_offset(offset), pair.1.clone().with_offset(offset)));
         match self {
-            Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset) },
-            Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset) },
+            Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset.clone()) },
+            Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset.clone()) },
             Rule::Extra { rule, count } => {
                 Rule::Extra { rule: Arc::new(rule.as_ref().clone().with_offset(offset)), count }
             }
@@ -69,9 +71,12 @@ impl Rule {
 
     pub(super) fn varies_by_sequence(&self) -> bool {
         match self {
-            Rule::Full | Rule::Band { .. } => false,
+            Rule::Full => false,
+            Rule::Band { offset, .. } => matches!(offset, Some(PerSequence::Each(_))),
             Rule::FirstKeys(lengths) => matches!(lengths, PerSequence::Each(_)),
-            Rule::Documents { ids, .. } => matches!(ids, PerSequence::Each(_)),
+            Rule::Documents { ids, offset } => {
+                matches!(ids, PerSequence::Each(_)) || matches!(offset, Some(PerSequence::Each(_)))
+            }
             Rule::Table(table) => table.dims[0] != 1,
             Rule::Extra { rule, .. } => rule.varies_by_sequence(),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_sequence() || pair.1.varies_by_sequence(),
@@ -89,9 +94,10 @@ impl Rule {
 
     pub(crate) fn check(&self, shape: &ScoreShape) -> Result<(), AttentionError> {
         match self {
-            Rule::Full | Rule::Band { .. } | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
+            Rule::Full | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
+            Rule::Band { offset, .. } => check_offsets(offset, shape),
             Rule::FirstKeys(PerSequence::Each(lengths)) => check_key_lengths(lengths, shape),
-            Rule::Documents { ids, offset } => check_documents(ids, *offset, shape),
+            Rule::Documents { ids, offset } => check_documents(ids, offset, shape),
             Rule::Table(table) => table.check(shape),
             Rule::Extra { count, .. } if *count > shape.kv_len => Err(AttentionError::Mask {
                 part: "extra keys",
@@ -108,13 +114,13 @@ impl Rule {
         match self {
             Rule::Full => true,
             Rule::Band { below, above, offset } => {
-                let distance = j as i64 - position(shape, *offset, i);
+                let distance = j as i64 - position(shape, offset, b, i);
                 below.is_none_or(|below| distance >= -below) && above.is_none_or(|above| distance <= above)
             }
             Rule::FirstKeys(lengths) => j < *lengths.get(b),
             Rule::Documents { ids, offset } => {
                 let ids = ids.get(b);
-                ids[j] == ids[position(shape, *offset, i) as usize]
+                ids[j] == ids[position(shape, offset, b, i) as usize]
             }
             Rule::Table(table) => table.get(b, h, i, j),
             Rule::Extra { rule, count } => {
@@ -131,7 +137,7 @@ impl Rule {
         match self {
             Rule::Full => Coverage::All,
             Rule::Band { below, above, offset } => {
-                let (first, last) = (position(shape, *offset, q.start), position(shape, *offset, q.end - 1));
+                let (first, last) = (position(shape, offset, at.0, q.start), position(shape, offset, at.0, q.end - 1));
                 // key - position is least at the bottom left of the tile and greatest at its top right.
                 let (least, greatest) = (k.start as i64 - last, (k.end - 1) as i64 - first);
                 interval(least, greatest, below.map_or(i64::MIN, |below| -below), above.unwrap_or(i64::MAX))
@@ -142,7 +148,7 @@ impl Rule {
                 _ => Coverage::Some,
             },
             Rule::Documents { ids, offset } => {
-                let start = position(shape, *offset, q.start) as usize;
+                let start = position(shape, offset, at.0, q.start) as usize;
                 documents_tile(ids.get(at.0), start..start + q.len(), k.clone())
             }
             Rule::Table(table) => table.tile(at, q, k),
@@ -184,14 +190,14 @@ impl Rule {
         match self {
             Rule::Full => k,
             Rule::Band { below, above, offset } => {
-                let (first, last) = (position(shape, *offset, q.start), position(shape, *offset, q.end - 1));
+                let (first, last) = (position(shape, offset, at.0, q.start), position(shape, offset, at.0, q.end - 1));
                 let within = |key: i64| key.clamp(k.start as i64, k.end as i64) as usize;
                 let start = below.map_or(k.start, |below| within(first.saturating_sub(below)));
                 start..above.map_or(k.end, |above| within(last.saturating_add(above).saturating_add(1))).max(start)
             }
             Rule::FirstKeys(lengths) => k.start..k.end.min(*lengths.get(at.0)).max(k.start),
             Rule::Documents { ids, offset } => {
-                let (ids, start) = (ids.get(at.0), position(shape, *offset, q.start) as usize);
+                let (ids, start) = (ids.get(at.0), position(shape, offset, at.0, q.start) as usize);
                 let (low, high) = extremes(&ids[start..start + q.len()]);
                 trim(k, |key| (low..=high).contains(&ids[key]))
             }
@@ -228,7 +234,7 @@ impl Rule {
             Rule::Full => {}
             Rule::Band { below, above, offset } => {
                 // Query i may attend if -below <= j - (first + i) <= above.
-                let nearest = j as i64 - position(shape, *offset, 0);
+                let nearest = j as i64 - position(shape, offset, at.0, 0);
                 let within = |i: i64| i.clamp(q.start as i64, q.end as i64) as usize;
                 let from = above.map_or(q.start, |above| within(nearest.saturating_sub(above)));
                 let to = below.map_or(q.end, |below| within(nearest.saturating_add(below).saturating_add(1)));
@@ -259,10 +265,12 @@ impl Rule {
     }
 }
 
-/// Where query `i` stands among the keys; before the first of them if there are more queries than keys.
-fn position(shape: &ScoreShape, offset: Option<usize>, i: usize) -> i64 {
-    let first =
-        offset.map_or(shape.kv_len as i64 - shape.q_len as i64, |offset| i64::try_from(offset).unwrap_or(i64::MAX));
+/// Where query `i` of sequence `b` stands among the keys; before the first of them if there are more queries than keys.
+fn position(shape: &ScoreShape, offset: &Offset, b: usize, i: usize) -> i64 {
+    let first = match offset {
+        None => shape.kv_len as i64 - shape.q_len as i64,
+        Some(offset) => i64::try_from(*offset.get(b)).unwrap_or(i64::MAX),
+    };
     first.saturating_add(i as i64)
 }
 
@@ -314,14 +322,23 @@ fn documents_tile(ids: &[u32], queries: Range<usize>, keys: Range<usize>) -> Cov
     }
 }
 
-fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), AttentionError> {
-    if lengths.len() != shape.batch {
-        return Err(AttentionError::Mask {
-            part: "key lengths",
-            expected: format!("one for each of {} sequences", shape.batch),
-            got: format!("{}", lengths.len()),
-        });
+fn check_one_each(part: &'static str, count: usize, shape: &ScoreShape) -> Result<(), AttentionError> {
+    if count == shape.batch {
+        return Ok(());
     }
+    let expected = format!("one for each of {} sequences", shape.batch);
+    Err(AttentionError::Mask { part, expected, got: format!("{count}") })
+}
+
+fn check_offsets(offset: &Offset, shape: &ScoreShape) -> Result<(), AttentionError> {
+    match offset {
+        Some(PerSequence::Each(offsets)) => check_one_each("offsets", offsets.len(), shape),
+        _ => Ok(()),
+    }
+}
+
+fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), AttentionError> {
+    check_one_each("key lengths", lengths.len(), shape)?;
     match lengths.iter().find(|&&len| len > shape.kv_len) {
         None => Ok(()),
         Some(len) => Err(AttentionError::Mask {
@@ -332,11 +349,7 @@ fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), Attent
     }
 }
 
-fn check_documents(
-    ids: &PerSequence<Arc<[u32]>>,
-    offset: Option<usize>,
-    shape: &ScoreShape,
-) -> Result<(), AttentionError> {
+fn check_documents(ids: &PerSequence<Arc<[u32]>>, offset: &Offset, shape: &ScoreShape) -> Result<(), AttentionError> {
     let error = |expected, got| Err(AttentionError::Mask { part: "documents", expected, got });
     let rows = match ids {
         PerSequence::Same(ids) => std::slice::from_ref(ids),
@@ -348,9 +361,13 @@ fn check_documents(
     if let Some(row) = rows.iter().find(|row| row.len() != shape.kv_len) {
         return error(format!("documents of {} keys together", shape.kv_len), format!("{} keys", row.len()));
     }
-    let (first, end) = (position(shape, offset, 0), position(shape, offset, shape.q_len));
-    if first < 0 || end > shape.kv_len as i64 {
-        return error(format!("queries at positions 0 to {}", shape.kv_len), format!("positions {first} to {end}"));
+    check_offsets(offset, shape)?;
+    let alike = !matches!(offset, Some(PerSequence::Each(_)));
+    for b in 0..if alike { 1 } else { shape.batch } {
+        let (first, end) = (position(shape, offset, b, 0), position(shape, offset, b, shape.q_len));
+        if first < 0 || end > shape.kv_len as i64 {
+            return error(format!("queries at positions 0 to {}", shape.kv_len), format!("positions {first} to {end}"));
+        }
     }
     Ok(())
 }

@@ -12,6 +12,8 @@ pub enum MaskKind {
     Full,
     Causal,
     CausalAt(usize),
+    /// The first query of each sequence elsewhere.
+    CausalAtEach(usize),
     Window(Option<usize>, Option<usize>),
     Sliding(usize),
     KeyLengths,
@@ -61,6 +63,7 @@ impl MaskKind {
             MaskKind::Full => Mask::full(),
             MaskKind::Causal => Mask::causal(),
             MaskKind::CausalAt(offset) => Mask::causal().with_offset(*offset),
+            MaskKind::CausalAtEach(offset) => Mask::causal().with_offsets(&each(&|b| offset / (b + 1))),
             MaskKind::Window(left, right) => Mask::window(*left, *right),
             MaskKind::Sliding(width) => Mask::sliding_window(*width),
             MaskKind::KeyLengths => Mask::key_lengths(&each(&length)),

@@ -1,6 +1,6 @@
 //! Inputs, memories, masks, biases and positions that don't fit the layer.
 
-use candle_attention::{ForwardOptions, Mask, SelfAttentionConfig};
+use candle_attention::{ForwardOptions, Mask, RotaryConfig, RotaryEmbedding, SelfAttentionConfig};
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::common::{assert_finite, randn};
@@ -162,5 +162,19 @@ fn bias_for_extra_keys_is_refused() -> Result<()> {
     for dims in [&[5, 5][..], &[5, 1], &[5], &[1], &[], &[2, 2, 5, 5]] {
         with_bias(dims)?;
     }
+    Ok(())
+}
+
+#[test]
+fn offsets_for_another_number_of_sequences_are_refused() -> Result<()> {
+    let rotary = RotaryEmbedding::new(&RotaryConfig::default(), 4)?;
+    let x = input(&[3, 2, 5, 4])?;
+    for offsets in [&[][..], &[1, 2], &[1; 4]] {
+        let expected = format!("{} sequences, one for each offset", offsets.len());
+        assert_error_says(rotary.apply_each(&x, offsets), &["rotary input", &expected, "got [3, 2, 5, 4]"]);
+    }
+    let expected = ["position_offset", "room to count the positions"];
+    assert_error_says(rotary.apply_each(&x, &[0, usize::MAX, 0]), &expected);
+    assert_eq!(rotary.apply_each(&input(&[0, 2, 5, 4])?, &[])?.dims(), [0, 2, 5, 4]);
     Ok(())
 }
