@@ -205,16 +205,17 @@ impl CrossAttention {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn project(&self, memory: &Tensor) -> Result<ProjectedMemory> {
-        self.project_memory([memory, memory])
+        self.project_key_value(memory, memory)
     }
 
-    /// As [`CrossAttention::project`], with keys and values from memories of their own.
+    /// As [`CrossAttention::project`], with keys and values from two memories, as in
+    /// [`CrossAttention::forward_key_value`].
     ///
     /// # Errors
     ///
-    /// As [`CrossAttention::forward_key_value`].
+    /// As there.
     pub fn project_key_value(&self, key: &Tensor, value: &Tensor) -> Result<ProjectedMemory> {
-        self.project_memory([key, value])
+        self.project_memories([key, value])
     }
 
     /// The output for a memory that was [projected](CrossAttention::project) before. Gradients flow through both.

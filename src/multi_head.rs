@@ -277,7 +277,7 @@ impl MultiHead {
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
         self.check_input("input", x, self.config.embed_dim)?;
-        self.check_sources([key, value])?;
+        self.check_memories([key, value])?;
         if x.rank() != key.rank() || (x.rank() == 3 && x.dim(0)? != key.dim(0)?) {
             let expected = format!("the batch of the input, whose shape is {:?}", x.dims());
             return Err(AttentionError::Shape { tensor: "memory", expected, shape: key.dims().to_vec() }.into());
@@ -287,19 +287,6 @@ impl MultiHead {
         }
         let (key, value) = (key.unsqueeze(0)?, value.unsqueeze(0)?);
         self.attend_batch(&x.unsqueeze(0)?, [&key, &value], options)?.map(|tensor| tensor.squeeze(0))
-    }
-
-    /// The tokens that keys and values are made from.
-    fn check_sources(&self, [key, value]: [&Tensor; 2]) -> std::result::Result<(), AttentionError> {
-        self.check_input("memory", key, self.config.kv_dim())?;
-        self.check_input("memory of the values", value, self.config.value_input_dim())?;
-        let batch_and_len = |memory: &Tensor| memory.dims()[..memory.rank() - 1].to_vec();
-        if batch_and_len(value) != batch_and_len(key) {
-            let (tensor, shape) = ("memory of the values", value.dims().to_vec());
-            let expected = format!("batch and len of that of the keys, whose shape is {:?}", key.dims());
-            return Err(AttentionError::Shape { tensor, expected, shape });
-        }
-        Ok(())
     }
 
     fn attend_batch(&self, x: &Tensor, sources: [&Tensor; 2], options: &ForwardOptions) -> Result<ForwardOutput> {
@@ -315,11 +302,11 @@ impl MultiHead {
         self.normalise_and_rotate(query, self.qk_norm.as_ref().map(|(q_norm, _)| q_norm), positions)
     }
 
-    /// (batch, len, num_kv_heads, head_dim or value_dim), of the tokens that keys and values are made from.
-    fn keys_and_values(&self, sources: [&Tensor; 2], positions: &[usize]) -> Result<(Tensor, Tensor)> {
+    /// (batch, len, num_kv_heads, head_dim or value_dim).
+    fn keys_and_values(&self, [key, value]: [&Tensor; 2], positions: &[usize]) -> Result<(Tensor, Tensor)> {
         let config = &self.config;
-        let key = split_heads(&self.k_proj, sources[0], config.num_kv_heads(), config.head_dim())?;
-        let value = split_heads(&self.v_proj, sources[1], config.num_kv_heads(), config.value_dim())?;
+        let key = split_heads(&self.k_proj, key, config.num_kv_heads(), config.head_dim())?;
+        let value = split_heads(&self.v_proj, value, config.num_kv_heads(), config.value_dim())?;
         let k_norm = self.qk_norm.as_ref().map(|(_, k_norm)| k_norm);
         Ok((self.normalise_and_rotate(key, k_norm, positions)?, value))
     }
@@ -372,6 +359,17 @@ impl MultiHead {
             return_weights: options.return_weights,
             return_logsumexp: options.return_logsumexp,
         }
+    }
+
+    fn check_memories(&self, [key, value]: [&Tensor; 2]) -> std::result::Result<(), AttentionError> {
+        self.check_input("memory", key, self.config.kv_dim())?;
+        self.check_input("memory of the values", value, self.config.value_input_dim())?;
+        if value.dims()[..value.rank() - 1] != key.dims()[..key.rank() - 1] {
+            let (tensor, shape) = ("memory of the values", value.dims().to_vec());
+            let expected = format!("batch and len of that of the keys, whose shape is {:?}", key.dims());
+            return Err(AttentionError::Shape { tensor, expected, shape });
+        }
+        Ok(())
     }
 
     fn check_input(&self, tensor: &'static str, x: &Tensor, dim: usize) -> std::result::Result<(), AttentionError> {

@@ -1,4 +1,4 @@
-//! [`Table`]: a mask that was given as a tensor.
+//! A boolean tensor as a mask.
 
 use std::ops::Range;
 

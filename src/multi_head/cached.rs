@@ -91,11 +91,11 @@ impl MultiHead {
 
     /// Keys of a memory (batch, kv_len, kv_dim) and values of another (batch, kv_len, value_input_dim), or without a batch
     /// axis.
-    pub(crate) fn project_memory(&self, [key, value]: [&Tensor; 2]) -> Result<ProjectedMemory> {
-        self.check_sources([key, value])?;
-        let has_batch = key.rank() == 3;
-        let with_batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
-        let (key, value) = self.keys_and_values([&with_batch(key)?, &with_batch(value)?], &[0])?;
+    pub(crate) fn project_memories(&self, memories: [&Tensor; 2]) -> Result<ProjectedMemory> {
+        self.check_memories(memories)?;
+        let has_batch = memories[0].rank() == 3;
+        let batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
+        let (key, value) = self.keys_and_values([&batch(memories[0])?, &batch(memories[1])?], &[0])?;
         // The keys of a head one behind the other: that is how they are read, again and again.
         let by_head = |x: Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
         Ok(ProjectedMemory { key: by_head(key)?, value: by_head(value)?, has_batch })
@@ -119,8 +119,8 @@ impl MultiHead {
             return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
         }
         let query = self.queries(&x_3, &[0])?;
-        let (key, value) = (memory.key.clone(), memory.value.clone());
-        let output = self.attend_heads(&query, key, value, self.attention_options(options))?;
+        let output =
+            self.attend_heads(&query, memory.key.clone(), memory.value.clone(), self.attention_options(options))?;
         if memory.has_batch { Ok(output) } else { output.map(|tensor| tensor.squeeze(0)) }
     }
 

@@ -43,6 +43,25 @@ fn projected_equals_unprojected() -> Result<()> {
     Ok(())
 }
 
+/// Keys and values of two memories, with extra keys behind.
+#[test]
+fn projected_memories_of_keys_and_values_equal_unprojected_ones() -> Result<()> {
+    let config = SelfAttentionConfig {
+        value_input_dim: Some(5),
+        alibi: false,
+        add_bias_kv: true,
+        add_zero_attn: true,
+        ..config()
+    };
+    let layer = cross_attention(&config, DType::F32)?;
+    let (x, options) = (randn(1, (2, 3, 8), DType::F32)?, ForwardOptions::default());
+    let (key, value) = (randn(2, (2, 7, 6), DType::F32)?, randn(3, (2, 7, 5), DType::F32)?);
+    let output = layer.forward_projected(&x, &layer.project_key_value(&key, &value)?)?;
+    assert_same_bits(&output, &layer.forward_key_value(&x, &key, &value, &options)?.output, "output");
+    assert_error_says(layer.project(&key), &["memory of the values", "(len, 5)"]);
+    Ok(())
+}
+
 #[test]
 fn memory_without_batch_axis_serves_input_without_one() -> Result<()> {
     let layer = cross_attention(&config(), DType::F64)?;

@@ -37,6 +37,8 @@ pub fn configs() -> Vec<(&'static str, SelfAttentionConfig)> {
             "window with alibi and sinks",
             SelfAttentionConfig { sliding_window: Some(4), alibi: true, sinks: true, ..plain() },
         ),
+        ("extra keys", SelfAttentionConfig { add_bias_kv: true, add_zero_attn: true, ..plain() }),
+        ("window with extra keys", SelfAttentionConfig { sliding_window: Some(5), add_bias_kv: true, ..plain() }),
         ("everything", SelfAttentionConfig { embed_dim: EMBED_DIM, ..all.clone() }),
         ("everything, with a window", SelfAttentionConfig { embed_dim: EMBED_DIM, sliding_window: Some(6), ..all }),
     ]

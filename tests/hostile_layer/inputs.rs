@@ -129,20 +129,6 @@ fn positions_that_can_not_be_counted_are_refused() -> Result<()> {
 }
 
 #[test]
-fn offsets_for_another_number_of_sequences_are_refused() -> Result<()> {
-    let rotary = RotaryEmbedding::new(&RotaryConfig::default(), 4)?;
-    let x = input(&[3, 2, 5, 4])?;
-    for offsets in [&[][..], &[1, 2], &[1; 4]] {
-        let expected = format!("{} sequences, one for each offset", offsets.len());
-        assert_error_says(rotary.apply_each(&x, offsets), &["rotary input", &expected, "got [3, 2, 5, 4]"]);
-    }
-    let expected = ["position_offset", "room to count the positions"];
-    assert_error_says(rotary.apply_each(&x, &[0, usize::MAX, 0]), &expected);
-    assert_eq!(rotary.apply_each(&input(&[0, 2, 5, 4])?, &[])?.dims(), [0, 2, 5, 4]);
-    Ok(())
-}
-
-#[test]
 fn memories_of_keys_and_values_that_do_not_fit_are_refused() -> Result<()> {
     let config = SelfAttentionConfig { kv_dim: Some(6), value_input_dim: Some(3), ..SelfAttentionConfig::new(8, 2) };
     let layer = cross_attention(&config, DType::F32)?;
@@ -176,5 +162,19 @@ fn bias_for_extra_keys_is_refused() -> Result<()> {
     for dims in [&[5, 5][..], &[5, 1], &[5], &[1], &[], &[2, 2, 5, 5]] {
         with_bias(dims)?;
     }
+    Ok(())
+}
+
+#[test]
+fn offsets_for_another_number_of_sequences_are_refused() -> Result<()> {
+    let rotary = RotaryEmbedding::new(&RotaryConfig::default(), 4)?;
+    let x = input(&[3, 2, 5, 4])?;
+    for offsets in [&[][..], &[1, 2], &[1; 4]] {
+        let expected = format!("{} sequences, one for each offset", offsets.len());
+        assert_error_says(rotary.apply_each(&x, offsets), &["rotary input", &expected, "got [3, 2, 5, 4]"]);
+    }
+    let expected = ["position_offset", "room to count the positions"];
+    assert_error_says(rotary.apply_each(&x, &[0, usize::MAX, 0]), &expected);
+    assert_eq!(rotary.apply_each(&input(&[0, 2, 5, 4])?, &[])?.dims(), [0, 2, 5, 4]);
     Ok(())
 }

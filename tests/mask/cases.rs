@@ -264,6 +264,27 @@ fn with_offset(shape: ScoreShape) -> Vec<Case> {
     cases
 }
 
+/// Masks of the keys before the last ones, which everybody sees; alone and in a combination.
+fn with_extra_keys(shape: ScoreShape) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for count in (0..=2).filter(|&count| count <= shape.kv_len) {
+        let before = ScoreShape { kv_len: shape.kv_len - count, ..shape };
+        let every_third = |cases: Vec<Case>| cases.into_iter().step_by(3);
+        let inner = samples(before).into_iter().chain(every_third(bands())).chain(every_third(with_offset(before)));
+        for case in inner {
+            let Case { name, mask, allows, exact } = case;
+            let (name, mask) = (format!("{name}.with_extra_keys({count})"), mask.with_extra_keys(count));
+            let allows = move |at: Place| at.j >= before.kv_len || allows(Place { shape: before, ..at });
+            cases.push(Case { exact, ..Case::exact(name, mask, allows) });
+        }
+    }
+    let window =
+        Case::exact("window", Mask::window(Some(1), Some(0)), |at| within(Some(1), Some(0))(at.query(), at.key()));
+    let combined: Vec<Case> = cases.iter().flat_map(|case| [case.and(&window), case.or(&window)]).collect();
+    cases.extend(combined);
+    cases
+}
+
 /// The first query of each sequence at a place of its own.
 fn with_offsets(shape: ScoreShape) -> Vec<Case> {
     let mut cases = Vec::new();
@@ -292,26 +313,5 @@ fn with_offsets(shape: ScoreShape) -> Vec<Case> {
     for case in &mut cases {
         case.name += ".with_offsets";
     }
-    cases
-}
-
-/// Masks of the keys before the last ones, which everybody sees; alone and in a combination.
-fn with_extra_keys(shape: ScoreShape) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for count in (0..=2).filter(|&count| count <= shape.kv_len) {
-        let before = ScoreShape { kv_len: shape.kv_len - count, ..shape };
-        let every_third = |cases: Vec<Case>| cases.into_iter().step_by(3);
-        let inner = samples(before).into_iter().chain(every_third(bands())).chain(every_third(with_offset(before)));
-        for case in inner {
-            let Case { name, mask, allows, exact } = case;
-            let (name, mask) = (format!("{name}.with_extra_keys({count})"), mask.with_extra_keys(count));
-            let allows = move |at: Place| at.j >= before.kv_len || allows(Place { shape: before, ..at });
-            cases.push(Case { exact, ..Case::exact(name, mask, allows) });
-        }
-    }
-    let window =
-        Case::exact("window", Mask::window(Some(1), Some(0)), |at| within(Some(1), Some(0))(at.query(), at.key()));
-    let combined: Vec<Case> = cases.iter().flat_map(|case| [case.and(&window), case.or(&window)]).collect();
-    cases.extend(combined);
     cases
 }
