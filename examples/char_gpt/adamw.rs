@@ -1,6 +1,6 @@
 //! AdamW whose state can be saved: candle-nn's hides its moments.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use candle_nn::ParamsAdamW;
@@ -36,8 +36,7 @@ impl AdamW {
         let correction = |beta: f64| 1.0 / (1.0 - beta.powf(self.steps as f64));
         for Trained { name, var, first_moment, second_moment } in &mut self.parameters {
             // Some of candle's operations drop the gradient in silence; here it is heard.
-            ensure!(gradients.get(var).is_some(), "no gradient reaches {name}");
-            let Some(gradient) = gradients.get(var) else { continue };
+            let gradient = gradients.get(var).with_context(|| format!("no gradient reaches {name}"))?;
             *first_moment = ((&*first_moment * beta1)? + (gradient * (1.0 - beta1))?)?;
             *second_moment = ((&*second_moment * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
             let root = (&*second_moment * correction(beta2))?.sqrt()?;

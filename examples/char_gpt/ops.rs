@@ -2,8 +2,8 @@
 //!
 //! candle makes a norm of seven operations and a squared ReLU of two; in the backward pass each of these reads and writes
 //! several tensors as large as its input, and together they take longer than the matrix products between them. Here each
-//! pass goes over its input once: on two cores the example trains on 9,700 to 11,200 characters a second instead of 5,300. On other
-//! devices candle's own operations do the same.
+//! pass goes over its input once: on two cores the example trains on 9,700 to 11,200 characters a second instead of
+//! 5,300. On other devices candle's own operations do the same.
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
