@@ -146,7 +146,7 @@ fn bad_input_is_refused_with_a_reason() {
         (&[SENTENCE, "--out", "page.pdf"], 2, &[".html, .svg or .png"]),
         (&[SENTENCE, "--from", "cat"], 2, &["--to"]),
         (&[SENTENCE, "--head", "0"], 2, &["--layer"]),
-        (&[SENTENCE, "--tokens", "tokens.safetensors"], 2, &["--layer-file"]),
+        (&[SENTENCE, "--tokens", "tokens.safetensors"], 2, &["--tokens", "--model"]),
         (&[SENTENCE, "--layer-file", &shipped], 2, &["--model"]),
         (&[SENTENCE, "--from", "dog", "--to", "cat"], 1, &["--from", "dog", "the, cat"]),
         (&[SENTENCE, "--layer", "1"], 1, &["--layer: expected 0 to 0, got 1"]),
@@ -156,6 +156,7 @@ fn bad_input_is_refused_with_a_reason() {
     for (arguments, code, expected) in cases {
         assert_refused(&inspect(&folder, arguments), code, expected);
     }
+    assert_refused(&example(&["--tokens", "tokens.safetensors"]), 2, &["--layer-file"]);
     assert_refused(&example(&["--layer-file", &model]), 1, &["model.safetensors", "not saved by a layer"]);
     assert_refused(&example(&[" ", "--layer-file", &shipped]), 1, &["no words"]);
 }

@@ -19,7 +19,7 @@ pub struct Arguments {
     pub layer_file: Option<PathBuf>,
     /// What that layer reads: a safetensors file of one tensor, a row for each word [default: a fixed random vector for
     /// each word, as warm_attends_to_mat has them]
-    #[arg(long, value_name = "FILE", requires = "layer_file")]
+    #[arg(long, value_name = "FILE", requires = "layer_file", conflicts_with = "model")]
     pub tokens: Option<PathBuf>,
     /// Show the pieces of words that the model reads, not words
     #[arg(long, conflicts_with = "layer_file")]
