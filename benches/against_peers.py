@@ -7,8 +7,8 @@ Runtime's threads spin for 40 ms after a call and PyTorch's for 8, which would t
 each turn waits for 80 ms, warms up for 30 and counts for 30. A time is the median over the rounds of a turn's median.
 
 GFLOP/s count the multiplications and additions of the scores and the context that the mask lets through, and 3.5 times
-as many for forward and backward together. `of sgemm` is their share of a matmul's (PyTorch's or candle's, whichever is faster) in the same rotation; for
-decode, the share of keys and values read per second in the best read bandwidth.
+as many for forward and backward together. `of sgemm` is their share of a matmul's (PyTorch's or candle's, whichever is
+faster) in the same rotation; for decode, the time that merely reading as many bytes as the keys and values takes, over ours.
 """
 
 import argparse
@@ -181,8 +181,9 @@ class Bench:
 
         return {"torch": lambda *times: median_ms(*times, lambda: a @ a), "candle": of_candle}
 
-    def bandwidth(self):
-        return self.ours.ask(do="read_bandwidth", mebibytes=512, time_ms=1500)["gigabytes_per_second"]
+    def reading(self, bytes):
+        """A timer of reading as many bytes."""
+        return lambda *times: self.ours.ask(do="read", bytes=bytes, warm_up_ms=times[0], time_ms=times[1])["median_ms"]
 
     def contenders(self, case, inputs, job):
         """Timers and answers by name; candle only where it has something to compare with."""
@@ -230,7 +231,10 @@ class Bench:
             # ONNX Runtime gives no gradients.
             check(case, name, answer, {key: x for key, x in expected.items() if key in answer})
         del answers, expected
-        times = rotate({name: timer for name, (timer, _) in contenders.items()} | {"sgemm": self.matmul}, self.rounds)
+        timers = {name: timer for name, (timer, _) in contenders.items()} | {"sgemm": self.matmul}
+        if case.name == "decode":
+            timers["read"] = self.reading(case.cache_bytes())
+        times = rotate(timers, self.rounds)
         row["sgemm_gflops"] = 2 * MATMUL**3 / times.pop("sgemm") / 1e6
         self.ours.ask(do="forget", id=job)
         if case.name == "threads":
@@ -241,6 +245,7 @@ class Bench:
         row["sgemm_fraction"] = row["gflops"] / row["sgemm_gflops"]
         if case.name == "decode":
             row["gigabytes_per_second"] = case.cache_bytes() / times["ours"] / 1e6
+            row["bandwidth_fraction"] = times["read"] / times["ours"]
         return row
 
     def memory(self, path, case):
@@ -296,21 +301,18 @@ def main():
     if not chosen:
         raise SystemExit("expected --shape and --only to leave something to time, got nothing")
     bench = Bench(arguments)
-    bandwidth = bench.bandwidth()
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
     rows = []
     for case in tqdm(chosen, disable=None):
         row = bench.row(case)
-        if "gigabytes_per_second" in row:
-            row["bandwidth_fraction"] = row["gigabytes_per_second"] / bandwidth
         rows.append(row)
         tqdm.write("| " + " | ".join(line(row)) + " |", file=sys.stdout)
         sys.stdout.flush()
     sgemm = median([row["sgemm_gflops"] for row in rows if "sgemm_gflops" in row] or [float("nan")])
-    print(f"\n{arguments.threads} threads; sgemm ({bench.best_matmul}'s) {sgemm:.0f} GFLOP/s; read bandwidth {bandwidth:.1f} GB/s")
+    print(f"\n{arguments.threads} threads; sgemm ({bench.best_matmul}'s) {sgemm:.0f} GFLOP/s")
     bench.close()
     if arguments.json:
-        everything = {"sgemm_gflops": sgemm, "read_gigabytes_per_second": bandwidth, "threads": arguments.threads, "rows": rows}
+        everything = {"sgemm_gflops": sgemm, "threads": arguments.threads, "rows": rows}
         arguments.json.write_text(json.dumps(everything, indent=1) + "\n")
 
 

@@ -89,35 +89,25 @@ pub(crate) fn attention(
     check_tensors(&q, &k, &v)?;
     check_numbers(options, q.dtype())?;
     check_options(&q, &k, options)?;
-    let by_reference = || {
-        let output = reference::attention(&q, &k, &v, options)?;
-        Ok(AttentionOutput { context: axes.swap(&output.context)?, ..output })
+    let fused = match (options.backend, fused::check(&q, &k, &v, options)) {
+        (Backend::Reference, _) | (Backend::Auto, Err(_)) => None,
+        (Backend::Fused, Err(error)) => return Err(error.into()),
+        (Backend::Auto | Backend::Fused, Ok(())) => fused::attention(query, key, value, options, axes)?,
     };
-    let fused = || fused::attention(query, key, value, options, axes);
-    compute(fused::check(&q, &k, &v, options), options, fused, by_reference)
-}
-
-/// Picks a backend. Weights come from the reference, whoever computes the rest, so that asking for them changes nothing.
-fn compute(
-    served: Result<(), AttentionError>,
-    options: &AttentionOptions,
-    fused: impl FnOnce() -> candle_core::Result<Option<AttentionOutput>>,
-    by_reference: impl FnOnce() -> candle_core::Result<AttentionOutput>,
-) -> candle_core::Result<AttentionOutput> {
-    let output = match options.backend {
-        Backend::Reference => None,
-        Backend::Auto if served.is_err() => None,
-        Backend::Auto => fused()?,
-        Backend::Fused => {
-            served?;
-            let (expected, got) = ("scores that don't overflow", "inputs so large that they do");
-            Some(fused()?.ok_or(AttentionError::Backend { expected, got })?)
+    match fused {
+        // Asking for the weights changes nothing else.
+        Some(output) if options.return_weights => {
+            Ok(AttentionOutput { weights: Some(reference::weights(&q, &k, options)?), ..output })
         }
-    };
-    match output {
-        Some(output) if options.return_weights => Ok(AttentionOutput { weights: by_reference()?.weights, ..output }),
         Some(output) => Ok(output),
-        None => by_reference(),
+        None if options.backend == Backend::Fused => {
+            let (expected, got) = ("scores that don't overflow", "inputs so large that they do");
+            Err(AttentionError::Backend { expected, got }.into())
+        }
+        None => {
+            let output = reference::attention(&q, &k, &v, options)?;
+            Ok(AttentionOutput { context: axes.swap(&output.context)?, ..output })
+        }
     }
 }
 

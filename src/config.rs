@@ -45,6 +45,9 @@ pub struct SelfAttentionConfig {
     pub value_dim: Option<usize>,
     /// Entries of a token of the other sequence, in cross-attention; embed_dim if not given.
     pub kv_dim: Option<usize>,
+    /// Entries of a token that values are made from, where keys and values come from two sources (`vdim` of PyTorch's
+    /// `nn.MultiheadAttention`); kv_dim if not given.
+    pub value_input_dim: Option<usize>,
     /// Whether the heads are merged by W_O, back to embed_dim. Without it the output has num_heads · value_dim entries.
     #[serde(default = "yes")]
     pub out_proj: bool,
@@ -52,6 +55,9 @@ pub struct SelfAttentionConfig {
     /// changes nothing: its gradient is rounding noise around zero.
     #[serde(default = "yes")]
     pub qkv_bias: bool,
+    /// Whether W_K has one too, where W_Q and W_V have; Whisper's has none.
+    #[serde(default = "yes")]
+    pub k_bias: bool,
     /// Whether W_O, if there is one, has a bias.
     #[serde(default = "yes")]
     pub out_bias: bool,
@@ -79,6 +85,14 @@ pub struct SelfAttentionConfig {
     /// Whether each head has a learned attention sink.
     #[serde(default)]
     pub sinks: bool,
+    /// Whether a learned key and value (`bias_k`, `bias_v`), which every query sees whatever the mask, stand behind the
+    /// others. They have no position, and weights have a column more for them. (PyTorch's `nn.MultiheadAttention`.)
+    #[serde(default)]
+    pub add_bias_kv: bool,
+    /// Whether a key and value of zeros, which every query sees whatever the mask, stand last. (PyTorch's
+    /// `nn.MultiheadAttention`.)
+    #[serde(default)]
+    pub add_zero_attn: bool,
     /// What the initial parameters and dropout are drawn from, together with the layer's place in the model.
     #[serde(default)]
     pub seed: u64,
@@ -91,13 +105,15 @@ fn yes() -> bool {
 /// How a parameter starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Init {
-    /// Uniform in ±sqrt(6 / (in + out)). (Glorot, Bengio, AISTATS 2010, section 4.2.)
+    /// Uniform in ±sqrt(6 / (in + out)), and a vector as if from itself to itself. (Glorot, Bengio, AISTATS 2010, section
+    /// 4.2.)
     XavierUniform,
     Zeros,
     Ones,
 }
 
 /// A parameter that a config asks for.
+#[derive(Clone, Debug)]
 pub(crate) struct Parameter {
     pub(crate) name: &'static str,
     pub(crate) shape: Vec<usize>,
@@ -114,8 +130,10 @@ impl SelfAttentionConfig {
             head_dim: None,
             value_dim: None,
             kv_dim: None,
+            value_input_dim: None,
             out_proj: true,
             qkv_bias: true,
+            k_bias: true,
             out_bias: true,
             scale: None,
             softcap: None,
@@ -126,6 +144,8 @@ impl SelfAttentionConfig {
             rotary: None,
             alibi: false,
             sinks: false,
+            add_bias_kv: false,
+            add_zero_attn: false,
             seed: 0,
         }
     }
@@ -157,9 +177,19 @@ impl SelfAttentionConfig {
         self.value_dim.unwrap_or(self.head_dim())
     }
 
-    /// Entries of a token that keys and values are made from.
+    /// Entries of a token that keys are made from, and values if nothing else is said.
     pub fn kv_dim(&self) -> usize {
         self.kv_dim.unwrap_or(self.embed_dim)
+    }
+
+    /// Entries of a token that values are made from.
+    pub fn value_input_dim(&self) -> usize {
+        self.value_input_dim.unwrap_or(self.kv_dim())
+    }
+
+    /// Keys that the layer adds behind those that it is given.
+    pub fn extra_keys(&self) -> usize {
+        usize::from(self.add_bias_kv) + usize::from(self.add_zero_attn)
     }
 
     /// Entries of an output token.
@@ -189,6 +219,11 @@ impl SelfAttentionConfig {
     pub(crate) fn check(&self) -> Result<(), AttentionError> {
         self.check_sizes()?;
         self.check_numbers()?;
+        if self.alibi && self.extra_keys() > 0 {
+            let field = if self.add_bias_kv { "add_bias_kv" } else { "add_zero_attn" };
+            let expected = "false with alibi, since such a key has no position".into();
+            return Err(AttentionError::Config { field, expected, got: "true".into() });
+        }
         match &self.rotary {
             Some(rotary) => rotary.validate(self.head_dim()),
             None => Ok(()),
@@ -201,6 +236,7 @@ impl SelfAttentionConfig {
             ("num_heads", self.num_heads),
             ("num_kv_heads", self.num_kv_heads()),
             ("kv_dim", self.kv_dim()),
+            ("value_input_dim", self.value_input_dim()),
             ("sliding_window", self.sliding_window.unwrap_or(1)),
         ];
         for (field, size) in at_least_one {
@@ -225,7 +261,7 @@ impl SelfAttentionConfig {
 
     /// No parameter of more bytes than memory can address.
     fn check_countable(&self) -> Result<(), AttentionError> {
-        let inputs = self.embed_dim.max(self.kv_dim());
+        let inputs = self.embed_dim.max(self.kv_dim()).max(self.value_input_dim());
         let bytes = [self.num_heads, self.head_dim().max(self.value_dim()), inputs]
             .iter()
             .try_fold(size_of::<f64>(), |bytes, &size| bytes.checked_mul(size));
@@ -264,15 +300,17 @@ impl SelfAttentionConfig {
         };
         add(true, "q_proj.weight", &[q_dim, self.embed_dim], Init::XavierUniform);
         add(true, "k_proj.weight", &[k_dim, self.kv_dim()], Init::XavierUniform);
-        add(true, "v_proj.weight", &[v_dim, self.kv_dim()], Init::XavierUniform);
+        add(true, "v_proj.weight", &[v_dim, self.value_input_dim()], Init::XavierUniform);
         add(self.out_proj, "o_proj.weight", &[self.embed_dim, merged], Init::XavierUniform);
         add(self.qkv_bias, "q_proj.bias", &[q_dim], Init::Zeros);
-        add(self.qkv_bias, "k_proj.bias", &[k_dim], Init::Zeros);
+        add(self.qkv_bias && self.k_bias, "k_proj.bias", &[k_dim], Init::Zeros);
         add(self.qkv_bias, "v_proj.bias", &[v_dim], Init::Zeros);
         add(self.out_proj && self.out_bias, "o_proj.bias", &[self.embed_dim], Init::Zeros);
         add(self.qk_norm_eps.is_some(), "q_norm.weight", &[self.head_dim()], Init::Ones);
         add(self.qk_norm_eps.is_some(), "k_norm.weight", &[self.head_dim()], Init::Ones);
         add(self.sinks, "sinks", &[self.num_heads], Init::Zeros);
+        add(self.add_bias_kv, "bias_k", &[k_dim], Init::XavierUniform);
+        add(self.add_bias_kv, "bias_v", &[v_dim], Init::XavierUniform);
         parameters
     }
 }

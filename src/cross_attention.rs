@@ -3,12 +3,12 @@
 use std::ops::Deref;
 use std::path::Path;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::checkpoint::LayerKind;
+use crate::checkpoint::{LayerKind, Layout};
 use crate::config::SelfAttentionConfig;
-use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead};
+use crate::multi_head::{ForwardOptions, ForwardOutput, MultiHead, ProjectedMemory};
 
 /// Cross-attention with trainable projections: every token of one sequence (a decoder's) gathers what it needs from
 /// another, the memory (an encoder's output).
@@ -78,6 +78,34 @@ impl CrossAttention {
         Ok(Self(MultiHead::from_bytes(LayerKind::CrossAttention, bytes, device)?))
     }
 
+    /// A layer from weights that another program trained, as
+    /// [`SelfAttention::from_layout`](crate::SelfAttention::from_layout).
+    ///
+    /// # Errors
+    ///
+    /// As there, and a config with a rotary embedding.
+    pub fn from_layout(layout: Layout, config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
+        Ok(Self(MultiHead::from_layout(LayerKind::CrossAttention, layout, config, &vb)?))
+    }
+
+    /// A layer from another program's checkpoint on disk, as
+    /// [`SelfAttention::load_layout`](crate::SelfAttention::load_layout).
+    ///
+    /// # Errors
+    ///
+    /// As there, and a config with a rotary embedding.
+    pub fn load_layout(
+        layout: Layout,
+        config: &SelfAttentionConfig,
+        path: impl AsRef<Path>,
+        prefix: &str,
+        dtype: Option<DType>,
+        device: &Device,
+    ) -> Result<Self> {
+        let (place, form) = ((path.as_ref(), prefix), (dtype, device));
+        Ok(Self(MultiHead::load_layout(LayerKind::CrossAttention, layout, config, place, form)?))
+    }
+
     /// The output, without dropout.
     ///
     /// # Errors
@@ -97,7 +125,8 @@ impl CrossAttention {
     }
 
     /// The output, and what each token of `x` attends to: weights (batch, num_heads, q_len, kv_len), or (num_heads,
-    /// q_len, kv_len) for input without a batch axis.
+    /// q_len, kv_len) for input without a batch axis; the last axis is longer by the
+    /// [extra keys](SelfAttentionConfig::extra_keys).
     ///
     /// # Errors
     ///
@@ -112,7 +141,104 @@ impl CrossAttention {
     ///
     /// See [`CrossAttention`].
     pub fn forward_with(&self, x: &Tensor, memory: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
-        self.attend(x, memory, options)
+        self.forward_key_value(x, memory, memory, options)
+    }
+
+    /// As [`CrossAttention::forward_with`], with keys and values from two memories of one length: `key` (batch, kv_len,
+    /// kv_dim) and `value` (batch, kv_len, value_input_dim).
+    ///
+    /// # Errors
+    ///
+    /// See [`CrossAttention`], and two memories of different lengths.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::{CrossAttention, ForwardOptions, SelfAttentionConfig};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// // `nn.MultiheadAttention(8, 2, kdim=6, vdim=3)`
+    /// let config =
+    ///     SelfAttentionConfig { kv_dim: Some(6), value_input_dim: Some(3), ..SelfAttentionConfig::new(8, 2) };
+    /// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    /// let attention = CrossAttention::new(&config, vb)?;
+    /// let x = Tensor::randn(0f32, 1.0, (2, 4, 8), &Device::Cpu)?;
+    /// let key = Tensor::randn(0f32, 1.0, (2, 5, 6), &Device::Cpu)?;
+    /// let value = Tensor::randn(0f32, 1.0, (2, 5, 3), &Device::Cpu)?;
+    /// let output = attention.forward_key_value(&x, &key, &value, &ForwardOptions::default())?.output;
+    /// assert_eq!(output.dims(), [2, 4, 8]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_key_value(
+        &self,
+        x: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.attend(x, [key, value], options)
+    }
+
+    /// The keys and values of a memory, computed once, for a decoder that looks at it for every token.
+    ///
+    /// # Errors
+    ///
+    /// A memory that doesn't fit, as in [`CrossAttention`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::{CrossAttention, SelfAttentionConfig};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    /// let attention = CrossAttention::new(&SelfAttentionConfig::new(8, 2), vb)?;
+    /// let memory = Tensor::randn(0f32, 1.0, (2, 5, 8), &Device::Cpu)?;
+    /// let projected = attention.project(&memory)?;
+    /// for _ in 0..3 {
+    ///     let token = Tensor::randn(0f32, 1.0, (2, 1, 8), &Device::Cpu)?;
+    ///     let output = attention.forward_projected(&token, &projected)?;
+    ///     assert_eq!(output.to_vec3::<f32>()?, attention.forward(&token, &memory)?.to_vec3::<f32>()?);
+    /// }
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn project(&self, memory: &Tensor) -> Result<ProjectedMemory> {
+        self.project_key_value(memory, memory)
+    }
+
+    /// As [`CrossAttention::project`], with keys and values from two memories, as in
+    /// [`CrossAttention::forward_key_value`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn project_key_value(&self, key: &Tensor, value: &Tensor) -> Result<ProjectedMemory> {
+        self.project_memories([key, value])
+    }
+
+    /// The output for a memory that was [projected](CrossAttention::project) before. Gradients flow through both.
+    ///
+    /// # Errors
+    ///
+    /// As [`CrossAttention`], or a memory that a layer with other heads or of another dtype has projected.
+    pub fn forward_projected(&self, x: &Tensor, memory: &ProjectedMemory) -> Result<Tensor> {
+        Ok(self.forward_projected_with(x, memory, &ForwardOptions::default())?.output)
+    }
+
+    /// As [`CrossAttention::forward_projected`], with a mask, a bias, dropout, or more in return.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn forward_projected_with(
+        &self,
+        x: &Tensor,
+        memory: &ProjectedMemory,
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.attend_projected(x, memory, options)
     }
 }
 

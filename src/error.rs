@@ -89,6 +89,16 @@ pub enum AttentionError {
         /// What was asked.
         got: &'static str,
     },
+    /// A cache that doesn't fit the layer, or can't do what was asked of it.
+    #[error("cache, {part}: expected {expected}, got {got}")]
+    Cache {
+        /// Which of its properties.
+        part: &'static str,
+        /// What it should be.
+        expected: String,
+        /// What it is, or what was asked.
+        got: String,
+    },
     /// More numbers than memory can address.
     #[error("a tensor of shape {shape:?}: expected at most {} bytes, got more", isize::MAX)]
     TooLarge {
@@ -123,7 +133,7 @@ pub enum AttentionError {
         /// What the system says.
         cause: String,
     },
-    /// Bytes that are no checkpoint of this crate.
+    /// Files that are no checkpoint, or not of the kind that was asked for.
     #[error("checkpoint: expected {expected}, got {got}")]
     Checkpoint {
         /// What a checkpoint holds there.
@@ -131,8 +141,8 @@ pub enum AttentionError {
         /// What was found.
         got: String,
     },
-    /// A checkpoint whose tensors aren't those that its config asks for.
-    #[error("checkpoint: tensors that don't fit its config: {}", .problems.join("; "))]
+    /// A checkpoint whose tensors aren't those that the config asks for.
+    #[error("checkpoint: tensors that don't fit the config: {}", .problems.join("; "))]
     CheckpointTensors {
         /// Every missing, unexpected or misshapen tensor, one line each.
         problems: Vec<String>,

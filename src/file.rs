@@ -57,6 +57,6 @@ fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     Ok(())
 }
 
-fn file_error(path: &Path, action: &'static str, cause: &std::io::Error) -> AttentionError {
+pub(crate) fn file_error(path: &Path, action: &'static str, cause: &std::io::Error) -> AttentionError {
     AttentionError::File { path: path.to_path_buf(), action, cause: cause.to_string() }
 }

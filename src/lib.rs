@@ -28,9 +28,12 @@
 //! | 6 | `self_attention`, `cross_attention` | the layers' faces |
 //! | 5 | `multi_head` | what both share: parameters, projections, heads |
 //! | 4 | `attention` | checks its input, then computes |
+//! | 4 | `kv_cache` | keys and values of the tokens so far |
+//! | 4 | `parameters` | a layer's tensors: checked for, made, initialised |
 //! | 3 | `reference` | attention with every score in memory: read this first |
 //! | 3 | `fused` | the same without a q_len x kv_len matrix: the fast path |
-//! | 3 | `checkpoint` | safetensors that carry their config |
+//! | 3 | `extra_keys` | keys and values that a layer adds to those it is given |
+//! | 3 | `checkpoint` | safetensors that carry their config, and the layouts of other programs |
 //! | 2 | `options` | what attention can be asked for, and what it gives back |
 //! | 2 | `config` | what a layer is made of, checked in one place |
 //! | 2 | `heatmap` | attention weights to look at |
@@ -49,16 +52,19 @@
 
 mod attention;
 mod axes;
-mod checkpoint;
+pub mod checkpoint;
 mod config;
 mod cross_attention;
 mod error;
+mod extra_keys;
 mod file;
 mod fused;
 pub mod heatmap;
+mod kv_cache;
 mod mask;
 mod multi_head;
 mod options;
+mod parameters;
 mod philox;
 mod projection;
 mod range;
@@ -68,11 +74,13 @@ mod self_attention;
 pub mod simplified;
 
 pub use attention::scaled_dot_product_attention;
+pub use checkpoint::Layout;
 pub use config::SelfAttentionConfig;
 pub use cross_attention::CrossAttention;
 pub use error::AttentionError;
+pub use kv_cache::KvCache;
 pub use mask::{Coverage, Mask, ScoreShape};
-pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead};
+pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead, ProjectedMemory};
 pub use options::{AttentionOptions, AttentionOutput, Backend};
 pub use rotary::{Pairing, RotaryConfig, RotaryEmbedding};
 pub use self_attention::SelfAttention;

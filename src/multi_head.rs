@@ -1,5 +1,7 @@
 //! What self- and cross-attention share: projections, heads, attention, and the way back.
 
+mod cached;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,22 +11,25 @@ use candle_nn::{Linear, RmsNorm, VarBuilder};
 
 use crate::attention::attention;
 use crate::axes::Axes;
-use crate::checkpoint::{self, Header, LayerKind};
-use crate::config::{Init, Parameter, SelfAttentionConfig};
+use crate::checkpoint::{self, Header, LayerKind, Layout};
+use crate::config::SelfAttentionConfig;
 use crate::error::AttentionError;
+use crate::extra_keys::ExtraKeys;
 use crate::file;
 use crate::mask::Mask;
 use crate::options::{AttentionOptions, Backend};
+use crate::parameters::{self, Parameters};
 use crate::philox;
 use crate::projection::project;
 use crate::rotary::RotaryEmbedding;
+pub use cached::ProjectedMemory;
 
 /// What one call of a layer can be asked for, beyond what its config says.
 #[derive(Clone, Debug, Default)]
 pub struct ForwardOptions {
     /// Which keys each query may attend to, besides what the config's own mask takes away.
     pub attn_mask: Mask,
-    /// Added to the scores: broadcasts to (batch, num_heads, q_len, kv_len). Gets a gradient.
+    /// Added to the scores: broadcasts to (batch, num_heads, q_len, kv_len), without extra keys. Gets a gradient.
     pub attn_bias: Option<Tensor>,
     /// Whether dropout is on.
     pub train: bool,
@@ -44,13 +49,22 @@ pub struct ForwardOptions {
 pub struct ForwardOutput {
     /// (batch, len, output_dim).
     pub output: Tensor,
-    /// What each token attends to, (batch, num_heads, q_len, kv_len).
+    /// What each token attends to, (batch, num_heads, q_len, kv_len), with a column more for each of the
+    /// [extra keys](SelfAttentionConfig::extra_keys).
     pub weights: Option<Tensor>,
     /// ln Σ exp(scores), (batch, num_heads, q_len).
     pub logsumexp: Option<Tensor>,
 }
 
 impl ForwardOutput {
+    fn map(self, f: impl Fn(Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            output: f(self.output)?,
+            weights: self.weights.map(&f).transpose()?,
+            logsumexp: self.logsumexp.map(&f).transpose()?,
+        })
+    }
+
     pub(crate) fn with_weights(self) -> Result<(Tensor, Tensor)> {
         let weights = self.weights.ok_or_else(|| candle_core::Error::msg("weights were not asked for"))?;
         Ok((self.output, weights))
@@ -69,6 +83,7 @@ pub struct MultiHead {
     o_proj: Option<Linear>,
     qk_norm: Option<(RmsNorm, RmsNorm)>,
     sinks: Option<Tensor>,
+    extra_keys: ExtraKeys,
     alibi_slopes: Option<Tensor>,
     rotary: Option<RotaryEmbedding>,
     dropout_seed: u64,
@@ -77,13 +92,39 @@ pub struct MultiHead {
 
 impl MultiHead {
     pub(crate) fn new(kind: LayerKind, config: &SelfAttentionConfig, vb: &VarBuilder) -> Result<Self> {
-        config.check()?;
-        check_kind(kind, config)?;
-        check_dtype("parameters", vb.dtype())?;
-        let mut parameters = Vec::new();
-        for parameter in config.parameters() {
-            parameters.push((parameter.name, create(&parameter, config.seed, vb)?));
-        }
+        parameters::check(kind, config, vb.dtype())?;
+        Self::of_parameters(kind, config, parameters::create(config, vb)?, &vb.prefix())
+    }
+
+    pub(crate) fn from_layout(
+        kind: LayerKind,
+        layout: Layout,
+        config: &SelfAttentionConfig,
+        vb: &VarBuilder,
+    ) -> Result<Self> {
+        parameters::check(kind, config, vb.dtype())?;
+        Self::of_parameters(kind, config, checkpoint::from_var_builder(layout, config, vb)?, &vb.prefix())
+    }
+
+    pub(crate) fn load_layout(
+        kind: LayerKind,
+        layout: Layout,
+        config: &SelfAttentionConfig,
+        (path, prefix): (&Path, &str),
+        (dtype, device): (Option<DType>, &Device),
+    ) -> Result<Self> {
+        parameters::check(kind, config, dtype.unwrap_or(DType::F32))?;
+        let parameters = checkpoint::from_file(layout, config, (path, prefix), (dtype, device))?;
+        Self::of_parameters(kind, config, parameters, prefix)
+    }
+
+    /// The layer of these parameters, all that its config asks for, at `place` in the model.
+    fn of_parameters(
+        kind: LayerKind,
+        config: &SelfAttentionConfig,
+        parameters: Parameters,
+        place: &str,
+    ) -> Result<Self> {
         let find = |name: &str| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
         let linear = |weight, bias| find(weight).map(|weight| Linear::new(weight, find(bias)));
         let required = |weight, bias| {
@@ -91,19 +132,23 @@ impl MultiHead {
         };
         let norm = |name, eps| find(name).map(|weight| RmsNorm::new(weight, eps));
         let eps = config.qk_norm_eps.unwrap_or_default();
+        let q_proj = required("q_proj.weight", "q_proj.bias")?;
+        let (dtype, device) = (q_proj.weight().dtype(), q_proj.weight().device());
+        let slopes = || parameters::alibi_slopes(config.num_heads, dtype, device);
         Ok(Self {
             kind,
-            q_proj: required("q_proj.weight", "q_proj.bias")?,
             k_proj: required("k_proj.weight", "k_proj.bias")?,
             v_proj: required("v_proj.weight", "v_proj.bias")?,
             o_proj: linear("o_proj.weight", "o_proj.bias"),
             qk_norm: norm("q_norm.weight", eps).zip(norm("k_norm.weight", eps)),
             sinks: find("sinks"),
-            alibi_slopes: config.alibi.then(|| alibi_slopes(config.num_heads, vb.dtype(), vb.device())).transpose()?,
+            extra_keys: ExtraKeys { learned: find("bias_k").zip(find("bias_v")), zeros: config.add_zero_attn },
+            alibi_slopes: config.alibi.then(slopes).transpose()?,
             rotary: config.rotary.as_ref().map(|rotary| RotaryEmbedding::new(rotary, config.head_dim())).transpose()?,
-            dropout_seed: philox::named_seed(config.seed, &full_name(vb, "dropout")),
+            dropout_seed: philox::named_seed(config.seed, &parameters::full_name(place, "dropout")),
             dropout_calls: Arc::default(),
             config: config.clone(),
+            q_proj,
         })
     }
 
@@ -133,7 +178,7 @@ impl MultiHead {
         &self.k_proj
     }
 
-    /// W_V: kv_dim -> num_kv_heads · value_dim.
+    /// W_V: value_input_dim -> num_kv_heads · value_dim.
     pub fn v_proj(&self) -> &Linear {
         &self.v_proj
     }
@@ -156,7 +201,10 @@ impl MultiHead {
             "o_proj.bias" => self.o_proj.as_ref().and_then(Linear::bias),
             "q_norm.weight" => self.qk_norm.as_ref().map(|(q_norm, _)| q_norm.weight()),
             "k_norm.weight" => self.qk_norm.as_ref().map(|(_, k_norm)| k_norm.weight()),
-            _ => self.sinks.as_ref(),
+            "sinks" => self.sinks.as_ref(),
+            "bias_k" => self.extra_keys.learned.as_ref().map(|(bias_k, _)| bias_k),
+            "bias_v" => self.extra_keys.learned.as_ref().map(|(_, bias_v)| bias_v),
+            _ => None,
         };
         let names = self.config.parameters();
         names.iter().filter_map(|parameter| Some((parameter.name, tensor_of(parameter.name)?))).collect()
@@ -201,43 +249,89 @@ impl MultiHead {
         checkpoint::to_bytes(&header, &self.parameters())
     }
 
-    /// Queries from `x` (batch, q_len, embed_dim), keys and values from `memory` (batch, kv_len, kv_dim), or both
-    /// without a batch axis.
-    pub(crate) fn attend(&self, x: &Tensor, memory: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
-        self.check_input("input", x, self.config.embed_dim)?;
-        self.check_input("memory", memory, self.config.kv_dim())?;
-        if x.rank() != memory.rank() || (x.rank() == 3 && x.dim(0)? != memory.dim(0)?) {
-            let expected = format!("the batch of the input, whose shape is {:?}", x.dims());
-            return Err(AttentionError::Shape { tensor: "memory", expected, shape: memory.dims().to_vec() }.into());
-        }
-        if x.rank() == 3 {
-            return self.attend_batch(x, memory, options);
-        }
-        let output = self.attend_batch(&x.unsqueeze(0)?, &memory.unsqueeze(0)?, options)?;
-        let without_batch = |tensor: Tensor| tensor.squeeze(0);
-        Ok(ForwardOutput {
-            output: without_batch(output.output)?,
-            weights: output.weights.map(without_batch).transpose()?,
-            logsumexp: output.logsumexp.map(without_batch).transpose()?,
-        })
+    /// The parameters as another program names and arranges them, without a prefix, in the layer's dtype. They are copies.
+    ///
+    /// # Errors
+    ///
+    /// A layer with parameters that the layout has no place for.
+    pub fn to_layout(&self, layout: Layout) -> Result<Vec<(String, Tensor)>> {
+        checkpoint::to_tensors(layout, &self.config, &self.parameters())
     }
 
-    fn attend_batch(&self, x: &Tensor, memory: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
+    /// Saves what [`MultiHead::to_layout`] gives as a safetensors file, each name behind `prefix` and a dot (an empty prefix
+    /// is none). The file is replaced as a whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// As [`MultiHead::to_layout`] and [`MultiHead::save`].
+    pub fn save_layout(&self, layout: Layout, prefix: &str, path: impl AsRef<Path>) -> Result<()> {
+        Ok(file::write(path.as_ref(), &checkpoint::to_file(&self.to_layout(layout)?, prefix)?)?)
+    }
+
+    /// Queries from `x` (batch, q_len, embed_dim), keys from `key` (batch, kv_len, kv_dim) and values from `value` (batch,
+    /// kv_len, value_input_dim), or all without a batch axis.
+    pub(crate) fn attend(
+        &self,
+        x: &Tensor,
+        [key, value]: [&Tensor; 2],
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.check_input("input", x, self.config.embed_dim)?;
+        self.check_memories([key, value])?;
+        if x.rank() != key.rank() || (x.rank() == 3 && x.dim(0)? != key.dim(0)?) {
+            let expected = format!("the batch of the input, whose shape is {:?}", x.dims());
+            return Err(AttentionError::Shape { tensor: "memory", expected, shape: key.dims().to_vec() }.into());
+        }
+        if x.rank() == 3 {
+            return self.attend_batch(x, [key, value], options);
+        }
+        let (key, value) = (key.unsqueeze(0)?, value.unsqueeze(0)?);
+        self.attend_batch(&x.unsqueeze(0)?, [&key, &value], options)?.map(|tensor| tensor.squeeze(0))
+    }
+
+    fn attend_batch(&self, x: &Tensor, sources: [&Tensor; 2], options: &ForwardOptions) -> Result<ForwardOutput> {
+        let positions = [options.position_offset];
+        let query = self.queries(x, &positions)?;
+        let (key, value) = self.keys_and_values(sources, &positions)?;
+        self.attend_heads(&query, key, value, self.attention_options(options))
+    }
+
+    /// (batch, len, num_heads, head_dim). The first token of each sequence stands at its position, or at the only one.
+    fn queries(&self, x: &Tensor, positions: &[usize]) -> Result<Tensor> {
+        let query = split_heads(&self.q_proj, x, self.config.num_heads, self.config.head_dim())?;
+        self.normalise_and_rotate(query, self.qk_norm.as_ref().map(|(q_norm, _)| q_norm), positions)
+    }
+
+    /// (batch, len, num_kv_heads, head_dim or value_dim).
+    fn keys_and_values(&self, [key, value]: [&Tensor; 2], positions: &[usize]) -> Result<(Tensor, Tensor)> {
         let config = &self.config;
-        let (batch, q_len, _) = x.dims3()?;
-        let mut query = split_heads(&self.q_proj, x, config.num_heads, config.head_dim())?;
-        let mut key = split_heads(&self.k_proj, memory, config.num_kv_heads(), config.head_dim())?;
-        let value = split_heads(&self.v_proj, memory, config.num_kv_heads(), config.value_dim())?;
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            // The differentiable form: RmsNorm::forward drops the gradient in silence.
-            (query, key) = (q_norm.forward_diff(&query)?, k_norm.forward_diff(&key)?);
+        let key = split_heads(&self.k_proj, key, config.num_kv_heads(), config.head_dim())?;
+        let value = split_heads(&self.v_proj, value, config.num_kv_heads(), config.value_dim())?;
+        let k_norm = self.qk_norm.as_ref().map(|(_, k_norm)| k_norm);
+        Ok((self.normalise_and_rotate(key, k_norm, positions)?, value))
+    }
+
+    fn normalise_and_rotate(&self, x: Tensor, norm: Option<&RmsNorm>, positions: &[usize]) -> Result<Tensor> {
+        // The differentiable form: RmsNorm::forward drops the gradient in silence.
+        let x = norm.map(|norm| norm.forward_diff(&x)).transpose()?.unwrap_or(x);
+        match &self.rotary {
+            Some(rotary) => rotary.apply_each(&x.transpose(1, 2)?, positions)?.transpose(1, 2),
+            None => Ok(x),
         }
-        if let Some(rotary) = &self.rotary {
-            let rotate = |x: &Tensor| rotary.apply(&x.transpose(1, 2)?, options.position_offset)?.transpose(1, 2);
-            (query, key) = (rotate(&query)?, rotate(&key)?);
-        }
-        let attended = attention(&query, &key, &value, &self.attention_options(options), Axes::TokensFirst)?;
-        let output = [batch, q_len, config.output_dim()];
+    }
+
+    /// From queries, keys and values (batch, len, heads, dim) to the output.
+    fn attend_heads(
+        &self,
+        query: &Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+    ) -> Result<ForwardOutput> {
+        let (batch, q_len, _, _) = query.dims4()?;
+        let (key, value, options) = self.extra_keys.append(key, value, options)?;
+        let attended = attention(query, &key, &value, &options, Axes::TokensFirst)?;
+        let output = [batch, q_len, self.config.output_dim()];
         let output = match &self.o_proj {
             Some(o_proj) => project(o_proj, &attended.context, &output)?,
             None => attended.context.reshape(&output)?,
@@ -267,6 +361,17 @@ impl MultiHead {
         }
     }
 
+    fn check_memories(&self, [key, value]: [&Tensor; 2]) -> std::result::Result<(), AttentionError> {
+        self.check_input("memory", key, self.config.kv_dim())?;
+        self.check_input("memory of the values", value, self.config.value_input_dim())?;
+        if value.dims()[..value.rank() - 1] != key.dims()[..key.rank() - 1] {
+            let (tensor, shape) = ("memory of the values", value.dims().to_vec());
+            let expected = format!("batch and len of that of the keys, whose shape is {:?}", key.dims());
+            return Err(AttentionError::Shape { tensor, expected, shape });
+        }
+        Ok(())
+    }
+
     fn check_input(&self, tensor: &'static str, x: &Tensor, dim: usize) -> std::result::Result<(), AttentionError> {
         let shape = x.dims().to_vec();
         if !matches!(x.rank(), 2 | 3) {
@@ -294,65 +399,4 @@ impl MultiHead {
 fn split_heads(projection: &Linear, x: &Tensor, heads: usize, dim: usize) -> Result<Tensor> {
     let (batch, len, _) = x.dims3()?;
     project(projection, x, &[batch, len, heads, dim])
-}
-
-/// The parameter as the `VarBuilder` has it; one that it has only just made is initialised from the seed.
-fn create(parameter: &Parameter, seed: u64, vb: &VarBuilder) -> Result<Tensor> {
-    let Parameter { name, shape, init } = parameter;
-    let bound = match shape[..] {
-        [outputs, inputs] => (6.0 / (inputs + outputs) as f64).sqrt(),
-        _ => 0.0,
-    };
-    let (hint, count) = match init {
-        Init::XavierUniform => (candle_nn::Init::Uniform { lo: -bound, up: bound }, shape.iter().product()),
-        Init::Zeros => (candle_nn::Init::Const(0.0), 0),
-        Init::Ones => (candle_nn::Init::Const(1.0), 0),
-    };
-    let is_new = !vb.contains_tensor(name);
-    let tensor = vb.get_with_hints(shape.as_slice(), name, hint)?;
-    if is_new && *init == Init::XavierUniform && tensor.is_variable() {
-        // candle's CPU generator can't be seeded, so its numbers are replaced by ours.
-        let numbers = philox::uniform(philox::named_seed(seed, &full_name(vb, name)), bound, count);
-        let numbers = Tensor::from_vec(numbers, shape.as_slice(), &Device::Cpu)?.to_dtype(tensor.dtype())?;
-        Var::from_tensor(&tensor)?.set(&numbers.to_device(tensor.device())?)?;
-    }
-    Ok(tensor)
-}
-
-/// The name of a parameter in the whole model.
-fn full_name(vb: &VarBuilder, name: &str) -> String {
-    format!("{}.{name}", vb.prefix())
-}
-
-/// What one kind of layer alone refuses: told before a parameter is made, since a `VarMap` keeps what it has made.
-fn check_kind(kind: LayerKind, config: &SelfAttentionConfig) -> std::result::Result<(), AttentionError> {
-    let refused = |field, expected, got| Err(AttentionError::Config { field, expected, got });
-    match kind {
-        LayerKind::SelfAttention if config.kv_dim() != config.embed_dim => {
-            let expected = format!("embed_dim {}, since keys come from the same tokens", config.embed_dim);
-            refused("kv_dim", expected, config.kv_dim().to_string())
-        }
-        LayerKind::CrossAttention if config.rotary.is_some() => {
-            refused("rotary", "none, since the two sequences share no positions".into(), "one".into())
-        }
-        _ => Ok(()),
-    }
-}
-
-fn check_dtype(tensor: &'static str, got: DType) -> std::result::Result<(), AttentionError> {
-    match got {
-        DType::F16 | DType::BF16 | DType::F32 | DType::F64 => Ok(()),
-        _ => Err(AttentionError::DType { tensor, expected: "F16, BF16, F32 or F64".into(), got }),
-    }
-}
-
-/// For a power of two heads 2^(-8/n), 2^(-16/n), ...; else the slopes of the next lower power of two, then every other
-/// one of the next higher (Press et al., ICLR 2022, section 3 and the authors' code).
-fn alibi_slopes(num_heads: usize, dtype: DType, device: &Device) -> Result<Tensor> {
-    // 2^(-1/2) is no f32 number.
-    let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-    let geometric = |heads: usize| (1..=heads).map(move |i| 2f64.powf(-8.0 * i as f64 / heads as f64));
-    let lower = if num_heads.is_power_of_two() { num_heads } else { num_heads.next_power_of_two() / 2 };
-    let slopes = geometric(lower).chain(geometric(2 * lower).step_by(2)).take(num_heads);
-    Tensor::from_iter(slopes, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }

@@ -22,39 +22,48 @@ use crate::range::may_overflow;
 /// Attention over inputs that have been checked.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
     let dtype = q.dtype();
-    // Half types accumulate in f32.
-    let accumulate = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-    let [q, k, v] = [q, k, v].map(|tensor| tensor.to_dtype(accumulate)?.contiguous());
-    let (q, k, v) = (q?, k?, v?);
-    let kv_len = k.dim(2)?;
-    if kv_len == 0 {
+    let (q, k, v) = (widened(q)?, widened(k)?, widened(v)?);
+    if k.dim(2)? == 0 {
         return nothing_to_attend_to(&q, &k, &v, options, dtype);
     }
-
-    let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
-    let mut s = scaled_scores(&q, &k, scale)?;
-    if let Some(cap) = options.softcap {
-        s = ((s / cap)?.tanh()? * cap)?;
-    }
-    if let Some(bias) = &options.attn_bias {
-        s = s.broadcast_add(&bias.to_dtype(accumulate)?)?;
-    }
-    if let Some(slopes) = &options.alibi_slopes {
-        s = s.broadcast_sub(&alibi(&slopes.to_dtype(accumulate)?, q.dim(2)?, kv_len)?)?;
-    }
-    s = mask_scores(&s, options)?;
-    let sinks = match &options.sinks {
-        Some(sinks) => Some(sinks.to_dtype(accumulate)?.reshape((1, (), 1, 1))?),
-        None => None,
-    };
-    let (w, lse) = softmax(&s, sinks.as_ref())?;
-
+    let (w, lse) = weigh(&q, &k, options)?;
     let context = weighted_sum(&dropout(&w, options)?, &v)?;
     Ok(AttentionOutput {
         context: context.to_dtype(dtype)?,
         weights: options.return_weights.then(|| w.to_dtype(dtype)).transpose()?,
         logsumexp: options.return_logsumexp.then(|| lse.squeeze(D::Minus1)).transpose()?,
     })
+}
+
+/// The weights alone, of keys that there are.
+pub(crate) fn weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    weigh(&widened(q)?, &widened(k)?, options)?.0.to_dtype(q.dtype())
+}
+
+/// Half types accumulate in f32.
+fn widened(x: &Tensor) -> Result<Tensor> {
+    x.to_dtype(if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 })?.contiguous()
+}
+
+/// The weights, and ln Σ exp(s), of at least one key.
+fn weigh(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<(Tensor, Tensor)> {
+    let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
+    let mut s = scaled_scores(q, k, scale)?;
+    if let Some(cap) = options.softcap {
+        s = ((s / cap)?.tanh()? * cap)?;
+    }
+    if let Some(bias) = &options.attn_bias {
+        s = s.broadcast_add(&bias.to_dtype(q.dtype())?)?;
+    }
+    if let Some(slopes) = &options.alibi_slopes {
+        s = s.broadcast_sub(&alibi(&slopes.to_dtype(q.dtype())?, q.dim(2)?, k.dim(2)?)?)?;
+    }
+    s = mask_scores(&s, options)?;
+    let sinks = match &options.sinks {
+        Some(sinks) => Some(sinks.to_dtype(q.dtype())?.reshape((1, (), 1, 1))?),
+        None => None,
+    };
+    softmax(&s, sinks.as_ref())
 }
 
 /// No keys at all: as if there were one, hidden from every query. All results stay connected to their inputs.

@@ -66,10 +66,10 @@ pub struct RotaryEmbedding {
     last: Arc<Mutex<Option<Angles>>>,
 }
 
-/// Cosine and sine of the angles of positions `offset..offset + len`, each (len, dim / 2).
+/// Cosine and sine of the angles of positions `offset..offset + len` for each offset, (offsets, 1, len, dim / 2).
 #[derive(Clone, Debug)]
 struct Angles {
-    offset: usize,
+    offsets: Vec<usize>,
     cos: Tensor,
     sin: Tensor,
 }
@@ -93,10 +93,36 @@ impl RotaryEmbedding {
     /// Another rank or head_dim, a dtype that isn't a float, positions that can't be counted.
     pub fn apply(&self, x: &Tensor, offset: usize) -> Result<Tensor> {
         self.check(x)?;
+        self.turn(x, &[offset])
+    }
+
+    /// As [`RotaryEmbedding::apply`], where the first token of sequence `b` stands at position `offsets[b]`, or at the
+    /// only offset: sequences of different lengths, decoded side by side.
+    ///
+    /// # Errors
+    ///
+    /// As there, or offsets for another number of sequences.
+    pub fn apply_each(&self, x: &Tensor, offsets: &[usize]) -> Result<Tensor> {
+        self.check(x)?;
+        let batch = x.dim(0)?;
+        if offsets.len() != batch && offsets.len() != 1 {
+            let expected = format!("{} sequences, one for each offset", offsets.len());
+            return Err(AttentionError::Shape { tensor: "rotary input", expected, shape: x.dims().to_vec() }.into());
+        }
+        match offsets {
+            // As is usual: the angles are then computed once.
+            [first, rest @ ..] if rest.iter().all(|offset| offset == first) => self.turn(x, &[*first]),
+            [] => Ok(x.clone()),
+            _ => self.turn(x, offsets),
+        }
+    }
+
+    /// With an offset for each sequence, or one for all.
+    fn turn(&self, x: &Tensor, offsets: &[usize]) -> Result<Tensor> {
         let dtype = x.dtype();
         // Half types rotate in f32.
         let x = x.to_dtype(if dtype == DType::F64 { DType::F64 } else { DType::F32 })?;
-        let Angles { cos, sin, .. } = self.angles(&x, offset)?;
+        let Angles { cos, sin, .. } = self.angles(&x, offsets)?;
         let rotated = x.narrow(D::Minus1, 0, self.dim)?;
         let rotated = match self.pairing {
             Pairing::HalfSplit => {
@@ -135,34 +161,37 @@ impl RotaryEmbedding {
         Ok(())
     }
 
-    fn angles(&self, x: &Tensor, offset: usize) -> Result<Angles> {
+    fn angles(&self, x: &Tensor, offsets: &[usize]) -> Result<Angles> {
         let len = x.dim(2)?;
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(angles) = last.as_ref().filter(|angles| angles.serve(x, offset, len)) {
+        if let Some(angles) = last.as_ref().filter(|angles| angles.serve(x, offsets, len)) {
             return Ok(angles.clone());
         }
         // In f64 whatever the dtype: at position 100,000 an f32 angle is off by 0.004.
-        let mut radians = Vec::with_capacity(len * self.dim / 2);
-        for position in offset..offset.checked_add(len).ok_or(too_far(offset))? {
-            radians
-                .extend((0..self.dim / 2).map(|i| position as f64 * self.base.powf(-2.0 * i as f64 / self.dim as f64)));
+        let frequencies: Vec<_> =
+            (0..self.dim / 2).map(|i| self.base.powf(-2.0 * i as f64 / self.dim as f64)).collect();
+        let mut radians = Vec::with_capacity(offsets.len() * len * self.dim / 2);
+        for &offset in offsets {
+            for position in offset..offset.checked_add(len).ok_or(too_far(offset))? {
+                radians.extend(frequencies.iter().map(|frequency| position as f64 * frequency));
+            }
         }
         let table = |f: fn(f64) -> f64| {
             let values = radians.iter().map(|&x| f(x)).collect::<Vec<_>>();
-            let table = Tensor::from_vec(values, (len, self.dim / 2), &Device::Cpu)?;
+            let table = Tensor::from_vec(values, (offsets.len(), 1, len, self.dim / 2), &Device::Cpu)?;
             table.to_dtype(x.dtype())?.to_device(x.device())
         };
-        let angles = Angles { offset, cos: table(f64::cos)?, sin: table(f64::sin)? };
+        let angles = Angles { offsets: offsets.to_vec(), cos: table(f64::cos)?, sin: table(f64::sin)? };
         *last = Some(angles.clone());
         Ok(angles)
     }
 }
 
 impl Angles {
-    fn serve(&self, x: &Tensor, offset: usize, len: usize) -> bool {
+    fn serve(&self, x: &Tensor, offsets: &[usize], len: usize) -> bool {
         let location = |tensor: &Tensor| -> DeviceLocation { tensor.device().location() };
-        self.offset == offset
-            && self.cos.dims()[0] == len
+        self.offsets == offsets
+            && self.cos.dims()[2] == len
             && self.cos.dtype() == x.dtype()
             && location(&self.cos) == location(x)
     }

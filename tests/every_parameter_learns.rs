@@ -49,7 +49,17 @@ fn shared_grid() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
         ("ALiBi", with(|c| c.alibi = true), 8),
         ("sinks", with(|c| c.sinks = true), 9),
         ("dropout", with(|c| c.dropout_p = 0.2), 8),
+        ("no bias of W_K", with(|c| c.k_bias = false), 7),
+        ("a learned key", with(|c| c.add_bias_kv = true), 10),
+        ("a key of zeros", with(|c| c.add_zero_attn = true), 8),
+        ("a learned key and one of zeros", with(extra_keys), 10),
     ]
+}
+
+/// Besides what the query heads share, and with dropout over all keys.
+fn extra_keys(config: &mut SelfAttentionConfig) {
+    (config.add_bias_kv, config.add_zero_attn) = (true, true);
+    (config.num_kv_heads, config.value_dim, config.is_causal, config.dropout_p) = (Some(2), Some(3), true, 0.2);
 }
 
 fn self_attention_grid() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
@@ -75,13 +85,15 @@ fn cross_attention_grid() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
 
 /// Whether the bias of the keys can't matter: the same for every key, it adds the same to all scores of a query, and
 /// the softmax doesn't see that. A rotary embedding turns it by the key's position; a norm or a softcap bends it; a sink
-/// doesn't share it.
+/// or an extra key doesn't share it.
 fn key_bias_is_idle(config: &SelfAttentionConfig) -> bool {
     config.qkv_bias
+        && config.k_bias
         && config.rotary.is_none()
         && config.qk_norm_eps.is_none()
         && config.softcap.is_none()
         && !config.sinks
+        && config.extra_keys() == 0
 }
 
 /// How far rounding alone may take a gradient that is zero, compared with the others.

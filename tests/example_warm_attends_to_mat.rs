@@ -1,37 +1,22 @@
 //! The main example, run as a user runs it.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 use std::sync::OnceLock;
 
 use serde_json::Value;
 
-/// The example, built with the profile of this test.
-fn program() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
-        let build = ["build", "--quiet", "--example", "warm_attends_to_mat"];
-        let status = Command::new(env!("CARGO")).args(build).args(profile).status().expect("cargo runs");
-        assert!(status.success());
-        // This test is PROFILE/deps/NAME, the example PROFILE/examples/NAME.
-        let test = std::env::current_exe().expect("a test knows its own file");
-        let profile = test.parent().and_then(Path::parent).expect("a test lies in PROFILE/deps");
-        profile.join("examples/warm_attends_to_mat")
-    })
-}
-
 fn example(arguments: &[&str]) -> Output {
-    Command::new(program()).args(arguments).env_remove("RUST_BACKTRACE").output().expect("the example runs")
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    program::run(PROGRAM.get_or_init(|| program::build("warm_attends_to_mat")), arguments)
 }
 
-/// The last line on stdout, as JSON.
+/// What it prints for another program.
 fn result(arguments: &[&str]) -> Value {
-    let output = example(&[arguments, &["--json"]].concat());
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let stdout = String::from_utf8(output.stdout).unwrap();
-    assert_eq!(stdout.lines().count(), 1, "stdout is for the result alone: {stdout}");
-    serde_json::from_str(stdout.lines().last().unwrap()).unwrap()
+    program::json(&example(&[arguments, &["--json"]].concat()))
 }
 
 fn number(result: &Value, field: &str) -> f64 {
@@ -103,24 +88,18 @@ fn bad_input_is_refused_with_a_reason() {
     let nowhere = file(&folder, "missing/layer.safetensors");
     let no_layer = file(&folder, "no_layer");
     std::fs::write(&no_layer, "hello").unwrap();
-    let cases: [(&[&str], &[&str]); 9] = [
-        (&["--query", "dog"], &["--query", "dog", "The, cat, sat"]),
-        (&["--target", "mat#2"], &["--target", "from 1 to 1", "2"]),
-        (&["--sentence", " "], &["no words"]),
-        (&["--lr", "-1"], &["finite number above 0"]),
-        (&["--lr", "NaN"], &["finite number above 0"]),
-        (&["--steps", "many"], &["--steps", "many"]),
-        (&["--load", &nowhere], &["can't read", "missing"]),
-        (&["--load", &no_layer], &["expected a safetensors file", "5 bytes"]),
-        (&["--steps", "1", "--out", &nowhere], &["can't write", "missing"]),
+    let cases: [(&[&str], i32, &[&str]); 9] = [
+        (&["--query", "dog"], 1, &["--query", "dog", "The, cat, sat"]),
+        (&["--target", "mat#2"], 1, &["--target", "from 1 to 1", "2"]),
+        (&["--sentence", " "], 1, &["no words"]),
+        (&["--lr", "-1"], 2, &["finite number above 0"]),
+        (&["--lr", "NaN"], 2, &["finite number above 0"]),
+        (&["--steps", "many"], 2, &["--steps", "many"]),
+        (&["--load", &nowhere], 1, &["can't read", "missing"]),
+        (&["--load", &no_layer], 1, &["expected a safetensors file", "5 bytes"]),
+        (&["--steps", "1", "--out", &nowhere], 1, &["can't write", "missing"]),
     ];
-    for (arguments, expected) in cases {
-        let output = example(arguments);
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success(), "{arguments:?} was accepted");
-        assert!(!stderr.contains("panicked"), "{stderr}");
-        for text in expected {
-            assert!(stderr.contains(text), "{arguments:?}: no `{text}` in {stderr}");
-        }
+    for (arguments, code, expected) in cases {
+        program::assert_refused(&example(arguments), code, expected);
     }
 }

@@ -1,21 +1,20 @@
 //! The same numbers as PyTorch's `nn.MultiheadAttention`: output, weights and all gradients of every case of
-//! tests/golden/make_golden.py, as |Δ| / (1 + |x|) within 1e-5 in f32 and 1e-12 in f64.
+//! tests/golden/make_golden.py, from its state dict, by both backends, as |Δ| / (1 + |x|) within 1e-5 in f32 and 1e-12 in f64.
 
 mod common;
 
-use std::collections::HashMap;
+use std::ops::Deref;
 
-use candle_attention::{CrossAttention, ForwardOptions, ForwardOutput, Mask, SelfAttention, SelfAttentionConfig};
+use candle_attention::{
+    Backend, CrossAttention, ForwardOptions, ForwardOutput, Layout, Mask, MultiHead, SelfAttention, SelfAttentionConfig,
+};
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use common::{Golden, assert_close, gradients, max_scaled_difference};
 use serde_json::Value;
 
 /// The cases of the script; a file with fewer has lost some.
-const CASES: usize = 9;
-
-/// Our names, in the order in which PyTorch packs the three projections.
-const PROJECTIONS: [&str; 3] = ["q_proj", "k_proj", "v_proj"];
+const CASES: usize = 27;
 
 /// One case of the file, in one dtype.
 struct Case<'a> {
@@ -28,6 +27,17 @@ struct Case<'a> {
 enum Layer {
     OnItself(SelfAttention),
     OnMemory(CrossAttention),
+}
+
+impl Deref for Layer {
+    type Target = MultiHead;
+
+    fn deref(&self) -> &MultiHead {
+        match self {
+            Layer::OnItself(layer) => layer,
+            Layer::OnMemory(layer) => layer,
+        }
+    }
 }
 
 impl Case<'_> {
@@ -52,84 +62,77 @@ impl Case<'_> {
         let required = |field| self.size(field).expect("a size");
         SelfAttentionConfig {
             kv_dim: self.size("kv_dim"),
+            value_input_dim: self.size("value_dim"),
             qkv_bias: self.flag("bias"),
             out_bias: self.flag("bias"),
             is_causal: self.flag("is_causal"),
+            add_bias_kv: self.flag("add_bias_kv"),
+            add_zero_attn: self.flag("add_zero_attn"),
             ..SelfAttentionConfig::new(required("embed_dim"), required("num_heads"))
         }
     }
 
-    /// The state dict under our names, every tensor a variable.
-    fn parameters(&self) -> anyhow::Result<HashMap<String, Var>> {
-        let mut parameters = HashMap::new();
-        for (i, projection) in PROJECTIONS.into_iter().enumerate() {
-            let weight = match self.get("state.in_proj_weight") {
-                Some(packed) => packed.chunk(3, 0)?[i].clone(),
-                None => self.expect(&format!("state.{projection}_weight")).clone(),
-            };
-            parameters.insert(format!("{projection}.weight"), Var::from_tensor(&weight.contiguous()?)?);
-            if self.flag("bias") {
-                let bias = self.expect("state.in_proj_bias").chunk(3, 0)?[i].contiguous()?;
-                parameters.insert(format!("{projection}.bias"), Var::from_tensor(&bias)?);
-            }
-        }
-        let suffixes = if self.flag("bias") { vec!["weight", "bias"] } else { vec!["weight"] };
-        for suffix in suffixes {
-            let tensor = Var::from_tensor(self.expect(&format!("state.out_proj.{suffix}")))?;
-            parameters.insert(format!("o_proj.{suffix}"), tensor);
-        }
-        Ok(parameters)
-    }
-
-    fn layer(&self, parameters: &HashMap<String, Var>) -> candle_core::Result<Layer> {
-        let tensors = parameters.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone()));
-        let vb = VarBuilder::from_tensors(tensors.collect(), self.dtype, &Device::Cpu);
+    /// From PyTorch's state dict.
+    fn layer(&self) -> candle_core::Result<Layer> {
+        let names = self.golden.names(self.name, self.dtype, "state.");
+        let state = names.iter().map(|name| (name.to_string(), self.expect(name).clone()));
+        let vb = VarBuilder::from_tensors(state.collect(), self.dtype, &Device::Cpu).pp("state");
         Ok(if self.flag("cross") {
-            Layer::OnMemory(CrossAttention::new(&self.config(), vb)?)
+            Layer::OnMemory(CrossAttention::from_layout(Layout::Torch, &self.config(), vb)?)
         } else {
-            Layer::OnItself(SelfAttention::new(&self.config(), vb)?)
+            Layer::OnItself(SelfAttention::from_layout(Layout::Torch, &self.config(), vb)?)
         })
     }
 
-    fn options(&self) -> candle_core::Result<ForwardOptions> {
-        let attn_mask = match (self.get("key_padding_mask"), self.get("blocked_mask")) {
-            (Some(padding), _) => Mask::from_padding_mask(padding)?,
-            (_, Some(blocked)) => Mask::from_blocked(blocked)?,
-            _ => Mask::full(),
+    /// A mask of PyTorch's, (q_len, kv_len) or (batch · num_heads, q_len, kv_len).
+    fn with_four_axes(&self, mask: &Tensor) -> candle_core::Result<Tensor> {
+        match *mask.dims() {
+            [_, q_len, kv_len] => mask.reshape(((), self.size("num_heads").expect("a size"), q_len, kv_len)),
+            _ => Ok(mask.clone()),
+        }
+    }
+
+    fn options(&self, backend: Backend) -> candle_core::Result<ForwardOptions> {
+        let mut attn_mask = Mask::full();
+        if let Some(padding) = self.get("key_padding_mask") {
+            let padding = padding.reshape(((), padding.dim(D::Minus1)?))?;
+            attn_mask = attn_mask & Mask::from_padding_mask(&padding)?;
+        }
+        if let Some(blocked) = self.get("blocked_mask") {
+            attn_mask = attn_mask & Mask::from_blocked(&self.with_four_axes(blocked)?)?;
+        }
+        let bias = self.get("attn_bias").map(|bias| self.with_four_axes(bias)).transpose()?;
+        let by_key = self.get("float_padding").map(|padding| padding.unsqueeze(1)?.unsqueeze(1)).transpose()?;
+        let attn_bias = match (bias, by_key) {
+            (Some(bias), Some(by_key)) => Some(bias.broadcast_add(&by_key)?),
+            (bias, by_key) => bias.or(by_key),
         };
-        Ok(ForwardOptions {
-            attn_mask,
-            attn_bias: self.get("attn_bias").cloned(),
-            return_weights: true,
-            ..Default::default()
-        })
+        Ok(ForwardOptions { attn_mask, attn_bias, backend, return_weights: true, ..Default::default() })
     }
 
-    fn forward(&self, layer: &Layer, query: &Var, memory: Option<&Var>) -> candle_core::Result<ForwardOutput> {
-        match (layer, memory) {
-            (Layer::OnItself(layer), None) => layer.forward_with(query, &self.options()?),
-            (Layer::OnMemory(layer), Some(memory)) => layer.forward_with(query, memory, &self.options()?),
+    fn forward(&self, layer: &Layer, inputs: &[Var], backend: Backend) -> candle_core::Result<ForwardOutput> {
+        let options = self.options(backend)?;
+        match (layer, inputs) {
+            (Layer::OnItself(layer), [query]) => layer.forward_with(query, &options),
+            (Layer::OnMemory(layer), [query, memory]) => layer.forward_with(query, memory, &options),
+            (Layer::OnMemory(layer), [query, key, value]) => layer.forward_key_value(query, key, value, &options),
             _ => panic!("{}: a memory where there is cross-attention, and only there", self.name),
         }
     }
 
     /// Every tensor that PyTorch gave for this case, by its name there, as we compute it.
-    fn results(&self) -> anyhow::Result<Vec<(String, Tensor)>> {
-        let query = Var::from_tensor(self.expect("query"))?;
-        let memory = self.get("memory").map(Var::from_tensor).transpose()?;
-        let parameters = self.parameters()?;
-        let output = self.forward(&self.layer(&parameters)?, &query, memory.as_ref())?;
+    fn results(&self, backend: Backend) -> anyhow::Result<Vec<(String, Tensor)>> {
+        let names = ["query", "memory", "value"].into_iter().filter(|name| self.get(name).is_some());
+        let names: Vec<&str> = names.collect();
+        let inputs = names.iter().map(|name| Var::from_tensor(self.expect(name)));
+        let inputs = inputs.collect::<candle_core::Result<Vec<Var>>>()?;
+        let layer = self.layer()?;
+        let output = self.forward(&layer, &inputs, backend)?;
 
-        let mut names = vec!["query"];
-        let mut vars = vec![&query];
-        if let Some(memory) = &memory {
-            names.push("memory");
-            vars.push(memory);
-        }
-        names.extend(parameters.keys().map(String::as_str));
-        vars.extend(parameters.values());
+        let vars = layer.vars();
         let loss = (&output.output * self.expect("grad_output"))?.sum_all()?;
-        let gradients: HashMap<&str, Tensor> = names.into_iter().zip(gradients(&loss, &vars)?).collect();
+        let mut gradients = gradients(&loss, &inputs.iter().chain(&vars).collect::<Vec<_>>())?;
+        let of_parameters = gradients.split_off(inputs.len());
 
         let weights = output.weights.expect("weights");
         let mut results = vec![
@@ -137,31 +140,16 @@ impl Case<'_> {
             ("weights_mean".to_string(), weights.mean(D::Minus(3))?),
             ("weights".to_string(), weights),
         ];
-        results.extend(self.under_torch_names(gradients)?);
-        Ok(results)
-    }
-
-    /// The gradients as PyTorch names and packs them.
-    fn under_torch_names(&self, mut gradients: HashMap<&str, Tensor>) -> anyhow::Result<Vec<(String, Tensor)>> {
-        let mut take = |name: &str| gradients.remove(name).expect("a gradient");
-        let mut results = vec![("grad_query".to_string(), take("query"))];
-        if self.flag("cross") {
-            results.push(("grad_memory".to_string(), take("memory")));
+        results.extend(names.iter().map(|name| format!("grad_{name}")).zip(gradients));
+        // In the parameters' places, to be named and packed as PyTorch does.
+        for (var, gradient) in vars.iter().zip(of_parameters) {
+            var.set(&gradient)?;
         }
-        let weights = PROJECTIONS.map(|projection| take(&format!("{projection}.weight")));
-        if self.get("state.in_proj_weight").is_some() {
-            results.push(("grad_state.in_proj_weight".to_string(), Tensor::cat(&weights, 0)?));
-        } else {
-            let names = PROJECTIONS.map(|projection| format!("grad_state.{projection}_weight"));
-            results.extend(names.into_iter().zip(weights));
-        }
-        results.push(("grad_state.out_proj.weight".to_string(), take("o_proj.weight")));
-        if self.flag("bias") {
-            let biases = PROJECTIONS.map(|projection| take(&format!("{projection}.bias")));
-            results.push(("grad_state.in_proj_bias".to_string(), Tensor::cat(&biases, 0)?));
-            results.push(("grad_state.out_proj.bias".to_string(), take("o_proj.bias")));
-        }
-        assert!(gradients.is_empty(), "{}: {:?} not compared", self.name, gradients.keys());
+        let of_parameters = layer.to_layout(Layout::Torch)?.into_iter();
+        results.extend(of_parameters.map(|(name, gradient)| (format!("grad_state.{name}"), gradient)));
+        let expected = self.golden.names(self.name, self.dtype, "grad_").len() - 1;
+        let compared = results.iter().filter(|(name, _)| name.starts_with("grad_")).count();
+        assert_eq!(compared, expected, "{}: gradients but that of the output", self.name);
         Ok(results)
     }
 }
@@ -173,7 +161,8 @@ fn check_all(dtype: DType, tolerance: f64) -> anyhow::Result<()> {
     for fields in &golden.cases {
         let name = fields["name"].as_str().expect("a name");
         let case = Case { golden: &golden, fields, name, dtype };
-        for (tensor, result) in case.results()? {
+        let both = [case.results(Backend::Fused)?, case.results(Backend::Reference)?].concat();
+        for (tensor, result) in both {
             let what = format!("{name}, {tensor}");
             assert_eq!(result.dtype(), dtype, "{what}");
             assert_close(&result, case.expect(&tensor), tolerance, &what);

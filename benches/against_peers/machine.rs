@@ -24,30 +24,23 @@ pub fn median_ms(warm_up_ms: u64, time_ms: u64, mut f: impl FnMut() -> Result<()
     Ok(times[times.len() / 2].as_secs_f64() * 1e3)
 }
 
-/// The best of several passes, in GB/s.
-pub fn read_bandwidth(mebibytes: usize, time_ms: u64) -> Result<f64> {
-    let numbers = vec![1f32; mebibytes << 18];
-    let mut best = 0f64;
-    let start = Instant::now();
-    while start.elapsed() < Duration::from_millis(time_ms) {
-        let start = Instant::now();
-        let sum: f32 = numbers
-            .par_chunks(1 << 16)
-            .map(|chunk| {
-                // Enough sums side by side that memory is what they wait for.
-                let mut sums = [0f32; 64];
-                for numbers in chunk.chunks_exact(64) {
-                    for (sum, x) in sums.iter_mut().zip(numbers) {
-                        *sum += x;
-                    }
+/// Reads as many bytes, by all threads.
+pub fn read_ms(bytes: usize, warm_up_ms: u64, time_ms: u64) -> Result<f64> {
+    let numbers = vec![1f32; bytes / size_of::<f32>()];
+    median_ms(warm_up_ms, time_ms, || {
+        let sum_of = |chunk: &[f32]| {
+            // Enough sums side by side that memory is what they wait for.
+            let mut sums = [0f32; 64];
+            for numbers in chunk.chunks_exact(64) {
+                for (sum, x) in sums.iter_mut().zip(numbers) {
+                    *sum += x;
                 }
-                sums.iter().sum::<f32>()
-            })
-            .sum();
-        black_box(sum);
-        best = best.max(size_of_val(numbers.as_slice()) as f64 / start.elapsed().as_secs_f64() / 1e9);
-    }
-    Ok(best)
+            }
+            sums.iter().sum::<f32>()
+        };
+        black_box(numbers.par_chunks(1 << 16).map(sum_of).sum::<f32>());
+        Ok(())
+    })
 }
 
 pub fn matmul_ms(size: usize, warm_up_ms: u64, time_ms: u64) -> Result<f64> {

@@ -26,7 +26,7 @@ enum Request {
     /// Drops the job.
     Forget { id: u32 },
     /// Reads memory with all threads and says how fast.
-    ReadBandwidth { mebibytes: usize, time_ms: u64 },
+    Read { bytes: usize, warm_up_ms: u64, time_ms: u64 },
     /// Repeats the product of two square matrices and says the median time.
     Matmul { size: usize, warm_up_ms: u64, time_ms: u64 },
     /// The most memory that this process has held so far, and holds now.
@@ -58,8 +58,8 @@ fn answer(jobs: &mut HashMap<u32, Job>, request: Request) -> Result<Value> {
             job(jobs, id)?;
             json!({})
         }
-        Request::ReadBandwidth { mebibytes, time_ms } => {
-            json!({ "gigabytes_per_second": machine::read_bandwidth(mebibytes, time_ms)? })
+        Request::Read { bytes, warm_up_ms, time_ms } => {
+            json!({ "median_ms": machine::read_ms(bytes, warm_up_ms, time_ms)? })
         }
         Request::Matmul { size, warm_up_ms, time_ms } => {
             json!({ "median_ms": machine::matmul_ms(size, warm_up_ms, time_ms)? })

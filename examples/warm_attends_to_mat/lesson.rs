@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::embeddings::embeddings;
 use crate::sentence::Sentence;
 
 /// A sentence as tensors, and what its words should attend to.
@@ -31,7 +32,7 @@ pub struct Look {
 impl Lesson {
     /// The lesson for a layer that knows nothing yet.
     pub fn new(sentence: &Sentence, untrained: &SelfAttention, device: &Device) -> Result<Self> {
-        let embeddings = sentence.embeddings(untrained.config().embed_dim, device)?;
+        let embeddings = embeddings(&sentence.words, untrained.config().embed_dim, device)?;
         let mut goal = look(untrained, &embeddings)?.weights.to_vec2::<f32>()?;
         for (key, weight) in goal[sentence.query].iter_mut().enumerate() {
             *weight = if key == sentence.target { 1.0 } else { 0.0 };

@@ -11,8 +11,14 @@
 //! to give the same numbers.
 
 mod arguments;
+#[path = "../common/device.rs"]
+mod device;
+#[path = "../common/embeddings.rs"]
+mod embeddings;
 mod lesson;
 mod sentence;
+#[path = "../common/words.rs"]
+mod words;
 
 use std::io::Write;
 use std::process::ExitCode;

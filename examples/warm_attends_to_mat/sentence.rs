@@ -1,7 +1,8 @@
-//! The words of a sentence and their fixed embeddings.
+//! A sentence and the two words that matter.
 
-use anyhow::{Result, bail, ensure};
-use candle_core::{Device, Tensor};
+use anyhow::{Result, ensure};
+
+use crate::words::find;
 
 /// A sentence, and which of its words should attend to which.
 pub struct Sentence {
@@ -26,48 +27,4 @@ impl Sentence {
     pub fn target_word(&self) -> &str {
         &self.words[self.target]
     }
-
-    /// An embedding (len, dim) for each word in its place: a fixed random vector for the word, and a smaller one for its
-    /// position, without which two occurrences of a word could not be told apart.
-    pub fn embeddings(&self, dim: usize, device: &Device) -> Result<Tensor> {
-        let mut entries = Vec::with_capacity(self.words.len() * dim);
-        for (position, word) in self.words.iter().enumerate() {
-            let meaning = unit_vector(&word.to_lowercase(), dim);
-            let place = unit_vector(&format!("position {position}"), dim);
-            entries.extend(meaning.iter().zip(place).map(|(meaning, place)| meaning + 0.5 * place));
-        }
-        Ok(Tensor::from_vec(entries, (self.words.len(), dim), device)?)
-    }
-}
-
-/// The place of a word, or of its n-th occurrence if it is written `word#n`. Capitals and punctuation don't matter.
-fn find(words: &[String], wanted: &str, flag: &str) -> Result<usize> {
-    let (word, occurrence) = match wanted.rsplit_once('#').map(|(word, number)| (word, number.parse::<usize>())) {
-        Some((word, Ok(number))) => (word, number),
-        _ => (wanted, 1),
-    };
-    let plain = |word: &str| word.trim_matches(|c: char| c.is_ascii_punctuation()).to_lowercase();
-    let places = (0..words.len()).filter(|&place| plain(&words[place]) == plain(word)).collect::<Vec<_>>();
-    ensure!(!places.is_empty(), "{flag}: expected a word of the sentence ({}), got \"{word}\"", words.join(", "));
-    match occurrence.checked_sub(1).and_then(|index| places.get(index)) {
-        Some(&place) => Ok(place),
-        None => bail!("{flag}: expected an occurrence of \"{word}\" from 1 to {}, got {occurrence}", places.len()),
-    }
-}
-
-/// A random direction, the same for the same name whenever and wherever it is asked for.
-fn unit_vector(name: &str, dim: usize) -> Vec<f32> {
-    // FNV-1a turns the name into a seed, SplitMix64 the seed into numbers.
-    let mut state = name
-        .bytes()
-        .fold(0xCBF2_9CE4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3));
-    let mut uniform = || {
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut bits = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((bits ^ (bits >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    let vector = (0..dim).map(|_| uniform()).collect::<Vec<_>>();
-    let length = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
-    vector.into_iter().map(|x| x / length).collect()
 }

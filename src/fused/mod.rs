@@ -8,7 +8,6 @@
 
 mod cpu;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Shape, Storage, Tensor};
@@ -66,7 +65,6 @@ pub(crate) fn attention(
         axes,
         pack_logsumexp: want_logsumexp,
         logsumexp: Arc::default(),
-        hides_strange: AtomicBool::new(false),
     };
     let logsumexp = op.logsumexp.clone();
     let (batch, heads, q_len) = axes.of(q.dims4()?);
@@ -123,7 +121,7 @@ fn unit_stride(x: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 /// An empty vector with room for `count`, or an error that says for what there is no memory.
-fn room<T>(what: &'static str, count: usize) -> candle_core::Result<Vec<T>> {
+pub(crate) fn room<T>(what: &'static str, count: usize) -> candle_core::Result<Vec<T>> {
     let mut vector = Vec::new();
     let bytes = count.saturating_mul(size_of::<T>());
     vector.try_reserve_exact(count).map_err(|_| AttentionError::Memory { what, bytes })?;
@@ -196,8 +194,6 @@ struct FusedAttention {
     packed: Option<Packed>,
     pack_logsumexp: bool,
     logsumexp: Arc<OnceLock<LogSumExp>>,
-    /// Whether the forward pass met anything infinite or NaN behind the mask.
-    hides_strange: AtomicBool,
 }
 
 /// Three inputs as the operation got them.
@@ -266,8 +262,7 @@ impl FusedAttention {
             let [batch, heads, q_len, _] = problem.q.dims();
             let dv = problem.value_dim();
             let strides = self.axes.strides(heads, q_len, dv);
-            let cpu::Output { context: mut result, logsumexp, hides_strange } = cpu::forward(problem, strides)?;
-            self.hides_strange.store(hides_strange, Ordering::Relaxed);
+            let cpu::Output { context: mut result, logsumexp } = cpu::forward(problem, strides)?;
             let shape = if self.pack_logsumexp {
                 // f32 or f64 here, so that nothing is lost.
                 result.extend(logsumexp.iter().map(|&x| E::narrow(x)));
@@ -301,11 +296,8 @@ impl FusedAttention {
             let (result_guard, grad_guard) = (result.storage_and_layout(), grad.storage_and_layout());
             let (result, grad) = (numbers(&result_guard.0, result_guard.1)?, numbers(&grad_guard.0, grad_guard.1)?);
             let logsumexp = self.logsumexp.get().and_then(E::saved).ok_or_else(|| missing("log-sum-exp"))?;
-            let saved = cpu::Saved {
-                context: View::new(result, strides, dims).ok_or_else(|| missing("context"))?,
-                logsumexp,
-                hides_strange: self.hides_strange.load(Ordering::Relaxed),
-            };
+            let saved =
+                cpu::Saved { context: View::new(result, strides, dims).ok_or_else(|| missing("context"))?, logsumexp };
             let incoming = cpu::Incoming {
                 context: View::new(grad, strides, dims).ok_or_else(|| missing("gradient"))?,
                 logsumexp: self.pack_logsumexp.then(|| E::as_real(&grad[entries..])).flatten(),

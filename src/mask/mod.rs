@@ -1,6 +1,7 @@
 //! [`Mask`]: which keys each query may attend to.
 
 mod rule;
+mod table;
 
 use std::ops::{BitAnd, BitOr, Range};
 use std::sync::Arc;
@@ -8,8 +9,9 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor};
 
 use crate::error::AttentionError;
+use rule::PerSequence;
 pub(crate) use rule::Rule;
-use rule::{PerSequence, Table};
+use table::Table;
 
 /// The sizes that scores have: (batch, num_heads, q_len, kv_len).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,7 +169,43 @@ impl Mask {
     /// The first query stands at position `offset` among the keys, in every part of this mask that speaks of positions,
     /// instead of being aligned at the end.
     pub fn with_offset(self, offset: usize) -> Self {
-        Self(self.0.with_offset(offset))
+        Self(self.0.with_offset(&PerSequence::Same(offset)))
+    }
+
+    /// As [`Mask::with_offset`], with a place of its own for each sequence of the batch: that of sequence `b` is
+    /// `offsets[b]`. Sequences of different lengths in one cache need this.
+    ///
+    /// ```
+    /// use candle_attention::Mask;
+    /// use candle_core::Device;
+    ///
+    /// // One more token each for sequences of 2 and 0 tokens.
+    /// let mask = Mask::causal().with_offsets(&[2, 0]);
+    /// let seen = mask.to_tensor((2, 1, 1, 3), &Device::Cpu)?;
+    /// assert_eq!(seen.flatten_all()?.to_vec1::<u8>()?, [1, 1, 1, 1, 0, 0]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn with_offsets(self, offsets: &[usize]) -> Self {
+        Self(self.0.with_offset(&PerSequence::Each(offsets.into())))
+    }
+
+    /// As this mask for all keys but the last `count`, which every query may attend to: learned keys, say, that stand
+    /// behind those of the sequence. Positions, lengths and documents are those of the keys before them.
+    ///
+    /// ```
+    /// use candle_attention::Mask;
+    /// use candle_core::Device;
+    ///
+    /// let seen = Mask::causal().with_extra_keys(1).to_tensor((1, 1, 2, 3), &Device::Cpu)?;
+    /// assert_eq!(seen.get(0)?.get(0)?.to_vec2::<u8>()?, [[1, 0, 1], [1, 1, 1]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn with_extra_keys(self, count: usize) -> Self {
+        match self.0 {
+            Rule::Full => self,
+            rule if count == 0 => Self(rule),
+            rule => Self(Rule::Extra { rule: Arc::new(rule), count }),
+        }
     }
 
     /// For those who have checked the shape and ask often.
@@ -184,8 +222,8 @@ impl Mask {
     ///
     /// # Errors
     ///
-    /// Lengths for another number of sequences or longer than kv_len, documents that don't add up to kv_len, a tensor
-    /// that doesn't broadcast to the scores.
+    /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents that don't add up to kv_len, more
+    /// extra keys than keys, a tensor that doesn't broadcast to the scores.
     pub fn check(&self, shape: impl Into<ScoreShape>) -> Result<()> {
         Ok(self.0.check(&shape.into())?)
     }

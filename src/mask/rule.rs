@@ -3,8 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
-
+use super::table::Table;
 use super::{Coverage, ScoreShape};
 use crate::error::AttentionError;
 
@@ -24,6 +23,9 @@ impl<T> PerSequence<T> {
     }
 }
 
+/// Position of the first query among the keys; none means kv_len - q_len.
+pub(crate) type Offset = Option<PerSequence<usize>>;
+
 /// One condition on (sequence, head, query, key), or two combined.
 #[derive(Clone, Debug, Default)]
 pub(crate) enum Rule {
@@ -33,27 +35,34 @@ pub(crate) enum Rule {
     Band {
         below: Option<i64>,
         above: Option<i64>,
-        /// Position of the first query; none means kv_len - q_len.
-        offset: Option<usize>,
+        offset: Offset,
     },
     FirstKeys(PerSequence<usize>),
     /// The document of every key. A query belongs to the document at its position.
     Documents {
         ids: PerSequence<Arc<[u32]>>,
-        offset: Option<usize>,
+        offset: Offset,
     },
     Table(Arc<Table>),
+    /// The last `count` keys are seen by every query; the rule speaks of those before them.
+    Extra {
+        rule: Arc<Rule>,
+        count: usize,
+    },
     Both(Arc<(Rule, Rule)>),
     Either(Arc<(Rule, Rule)>),
 }
 
 impl Rule {
-    pub(super) fn with_offset(self, offset: usize) -> Self {
+    pub(super) fn with_offset(self, offset: &PerSequence<usize>) -> Self {
         let both =
             |pair: &(Rule, Rule)| Arc::new((pair.0.clone().with_offset(offset), pair.1.clone().with_offset(offset)));
         match self {
-            Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset) },
-            Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset) },
+            Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset.clone()) },
+            Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset.clone()) },
+            Rule::Extra { rule, count } => {
+                Rule::Extra { rule: Arc::new(rule.as_ref().clone().with_offset(offset)), count }
+            }
             Rule::Both(pair) => Rule::Both(both(&pair)),
             Rule::Either(pair) => Rule::Either(both(&pair)),
             other => other,
@@ -62,10 +71,14 @@ impl Rule {
 
     pub(super) fn varies_by_sequence(&self) -> bool {
         match self {
-            Rule::Full | Rule::Band { .. } => false,
+            Rule::Full => false,
+            Rule::Band { offset, .. } => matches!(offset, Some(PerSequence::Each(_))),
             Rule::FirstKeys(lengths) => matches!(lengths, PerSequence::Each(_)),
-            Rule::Documents { ids, .. } => matches!(ids, PerSequence::Each(_)),
+            Rule::Documents { ids, offset } => {
+                matches!(ids, PerSequence::Each(_)) || matches!(offset, Some(PerSequence::Each(_)))
+            }
             Rule::Table(table) => table.dims[0] != 1,
+            Rule::Extra { rule, .. } => rule.varies_by_sequence(),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_sequence() || pair.1.varies_by_sequence(),
         }
     }
@@ -73,6 +86,7 @@ impl Rule {
     pub(super) fn varies_by_head(&self) -> bool {
         match self {
             Rule::Table(table) => table.dims[1] != 1,
+            Rule::Extra { rule, .. } => rule.varies_by_head(),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_head() || pair.1.varies_by_head(),
             _ => false,
         }
@@ -80,10 +94,17 @@ impl Rule {
 
     pub(crate) fn check(&self, shape: &ScoreShape) -> Result<(), AttentionError> {
         match self {
-            Rule::Full | Rule::Band { .. } | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
+            Rule::Full | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
+            Rule::Band { offset, .. } => check_offsets(offset, shape),
             Rule::FirstKeys(PerSequence::Each(lengths)) => check_key_lengths(lengths, shape),
-            Rule::Documents { ids, offset } => check_documents(ids, *offset, shape),
+            Rule::Documents { ids, offset } => check_documents(ids, offset, shape),
             Rule::Table(table) => table.check(shape),
+            Rule::Extra { count, .. } if *count > shape.kv_len => Err(AttentionError::Mask {
+                part: "extra keys",
+                expected: format!("at most kv_len {}", shape.kv_len),
+                got: format!("{count}"),
+            }),
+            Rule::Extra { rule, count } => rule.check(&without(shape, *count)),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.check(shape).and_then(|()| pair.1.check(shape)),
         }
     }
@@ -93,15 +114,19 @@ impl Rule {
         match self {
             Rule::Full => true,
             Rule::Band { below, above, offset } => {
-                let distance = j as i64 - position(shape, *offset, i);
+                let distance = j as i64 - position(shape, offset, b, i);
                 below.is_none_or(|below| distance >= -below) && above.is_none_or(|above| distance <= above)
             }
             Rule::FirstKeys(lengths) => j < *lengths.get(b),
             Rule::Documents { ids, offset } => {
                 let ids = ids.get(b);
-                ids[j] == ids[position(shape, *offset, i) as usize]
+                ids[j] == ids[position(shape, offset, b, i) as usize]
             }
             Rule::Table(table) => table.get(b, h, i, j),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                j >= shape.kv_len || rule.allows(&shape, b, h, i, j)
+            }
             Rule::Both(pair) => pair.0.allows(shape, b, h, i, j) && pair.1.allows(shape, b, h, i, j),
             Rule::Either(pair) => pair.0.allows(shape, b, h, i, j) || pair.1.allows(shape, b, h, i, j),
         }
@@ -112,7 +137,7 @@ impl Rule {
         match self {
             Rule::Full => Coverage::All,
             Rule::Band { below, above, offset } => {
-                let (first, last) = (position(shape, *offset, q.start), position(shape, *offset, q.end - 1));
+                let (first, last) = (position(shape, offset, at.0, q.start), position(shape, offset, at.0, q.end - 1));
                 // key - position is least at the bottom left of the tile and greatest at its top right.
                 let (least, greatest) = (k.start as i64 - last, (k.end - 1) as i64 - first);
                 interval(least, greatest, below.map_or(i64::MIN, |below| -below), above.unwrap_or(i64::MAX))
@@ -123,10 +148,22 @@ impl Rule {
                 _ => Coverage::Some,
             },
             Rule::Documents { ids, offset } => {
-                let start = position(shape, *offset, q.start) as usize;
+                let start = position(shape, offset, at.0, q.start) as usize;
                 documents_tile(ids.get(at.0), start..start + q.len(), k.clone())
             }
             Rule::Table(table) => table.tile(at, q, k),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                let (others, extra) = split(k, shape.kv_len);
+                match (others.is_empty(), extra.is_empty()) {
+                    (true, _) => Coverage::All,
+                    (false, true) => rule.tile(&shape, at, q, &others),
+                    (false, false) => match rule.tile(&shape, at, q, &others) {
+                        Coverage::All => Coverage::All,
+                        _ => Coverage::Some,
+                    },
+                }
+            }
             Rule::Both(pair) => match (pair.0.tile(shape, at, q, k), pair.1.tile(shape, at, q, k)) {
                 (Coverage::None, _) | (_, Coverage::None) => Coverage::None,
                 (Coverage::All, Coverage::All) => Coverage::All,
@@ -153,18 +190,28 @@ impl Rule {
         match self {
             Rule::Full => k,
             Rule::Band { below, above, offset } => {
-                let (first, last) = (position(shape, *offset, q.start), position(shape, *offset, q.end - 1));
+                let (first, last) = (position(shape, offset, at.0, q.start), position(shape, offset, at.0, q.end - 1));
                 let within = |key: i64| key.clamp(k.start as i64, k.end as i64) as usize;
                 let start = below.map_or(k.start, |below| within(first.saturating_sub(below)));
                 start..above.map_or(k.end, |above| within(last.saturating_add(above).saturating_add(1))).max(start)
             }
             Rule::FirstKeys(lengths) => k.start..k.end.min(*lengths.get(at.0)).max(k.start),
             Rule::Documents { ids, offset } => {
-                let (ids, start) = (ids.get(at.0), position(shape, *offset, q.start) as usize);
+                let (ids, start) = (ids.get(at.0), position(shape, offset, at.0, q.start) as usize);
                 let (low, high) = extremes(&ids[start..start + q.len()]);
                 trim(k, |key| (low..=high).contains(&ids[key]))
             }
             Rule::Table(table) => trim(k, |key| table.is_seen(at, q, key)),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                let (others, extra) = split(&k, shape.kv_len);
+                let seen = rule.hull(&shape, at, q, others);
+                match (seen.is_empty(), extra.is_empty()) {
+                    (_, true) => seen,
+                    (true, false) => extra,
+                    (false, false) => seen.start..extra.end,
+                }
+            }
             Rule::Both(pair) => pair.1.hull(shape, at, q, pair.0.hull(shape, at, q, k)),
             Rule::Either(pair) => match (pair.0.hull(shape, at, q, k.clone()), pair.1.hull(shape, at, q, k)) {
                 (a, b) if a.is_empty() => b,
@@ -187,7 +234,7 @@ impl Rule {
             Rule::Full => {}
             Rule::Band { below, above, offset } => {
                 // Query i may attend if -below <= j - (first + i) <= above.
-                let nearest = j as i64 - position(shape, *offset, 0);
+                let nearest = j as i64 - position(shape, offset, at.0, 0);
                 let within = |i: i64| i.clamp(q.start as i64, q.end as i64) as usize;
                 let from = above.map_or(q.start, |above| within(nearest.saturating_sub(above)));
                 let to = below.map_or(q.end, |below| within(nearest.saturating_add(below).saturating_add(1)));
@@ -203,6 +250,12 @@ impl Rule {
                 pair.1.hidden(shape, at, q, j, hide);
             }
             Rule::Table(table) => table.hidden(at, q, j, hide),
+            Rule::Extra { rule, count } => {
+                let shape = without(shape, *count);
+                if j < shape.kv_len {
+                    rule.hidden(&shape, at, q, j, hide);
+                }
+            }
             _ => {
                 for i in q.clone().filter(|&i| !self.allows(shape, at.0, at.1, i, j)) {
                     hide(i..i + 1);
@@ -212,11 +265,23 @@ impl Rule {
     }
 }
 
-/// Where query `i` stands among the keys; before the first of them if there are more queries than keys.
-fn position(shape: &ScoreShape, offset: Option<usize>, i: usize) -> i64 {
-    let first =
-        offset.map_or(shape.kv_len as i64 - shape.q_len as i64, |offset| i64::try_from(offset).unwrap_or(i64::MAX));
+/// Where query `i` of sequence `b` stands among the keys; before the first of them if there are more queries than keys.
+fn position(shape: &ScoreShape, offset: &Offset, b: usize, i: usize) -> i64 {
+    let first = match offset {
+        None => shape.kv_len as i64 - shape.q_len as i64,
+        Some(offset) => i64::try_from(*offset.get(b)).unwrap_or(i64::MAX),
+    };
     first.saturating_add(i as i64)
+}
+
+/// The scores without those of the last `count` keys.
+fn without(shape: &ScoreShape, count: usize) -> ScoreShape {
+    ScoreShape { kv_len: shape.kv_len - count, ..*shape }
+}
+
+/// The parts of `k` before `place` and from there on.
+fn split(k: &Range<usize>, place: usize) -> (Range<usize>, Range<usize>) {
+    (k.start.min(place)..k.end.min(place), k.start.max(place)..k.end.max(place))
 }
 
 /// How much of the values `from..=to`, each of which occurs, lies in `lowest..=highest`.
@@ -257,14 +322,23 @@ fn documents_tile(ids: &[u32], queries: Range<usize>, keys: Range<usize>) -> Cov
     }
 }
 
-fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), AttentionError> {
-    if lengths.len() != shape.batch {
-        return Err(AttentionError::Mask {
-            part: "key lengths",
-            expected: format!("one for each of {} sequences", shape.batch),
-            got: format!("{}", lengths.len()),
-        });
+fn check_one_each(part: &'static str, count: usize, shape: &ScoreShape) -> Result<(), AttentionError> {
+    if count == shape.batch {
+        return Ok(());
     }
+    let expected = format!("one for each of {} sequences", shape.batch);
+    Err(AttentionError::Mask { part, expected, got: format!("{count}") })
+}
+
+fn check_offsets(offset: &Offset, shape: &ScoreShape) -> Result<(), AttentionError> {
+    match offset {
+        Some(PerSequence::Each(offsets)) => check_one_each("offsets", offsets.len(), shape),
+        _ => Ok(()),
+    }
+}
+
+fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), AttentionError> {
+    check_one_each("key lengths", lengths.len(), shape)?;
     match lengths.iter().find(|&&len| len > shape.kv_len) {
         None => Ok(()),
         Some(len) => Err(AttentionError::Mask {
@@ -275,11 +349,7 @@ fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), Attent
     }
 }
 
-fn check_documents(
-    ids: &PerSequence<Arc<[u32]>>,
-    offset: Option<usize>,
-    shape: &ScoreShape,
-) -> Result<(), AttentionError> {
+fn check_documents(ids: &PerSequence<Arc<[u32]>>, offset: &Offset, shape: &ScoreShape) -> Result<(), AttentionError> {
     let error = |expected, got| Err(AttentionError::Mask { part: "documents", expected, got });
     let rows = match ids {
         PerSequence::Same(ids) => std::slice::from_ref(ids),
@@ -291,103 +361,13 @@ fn check_documents(
     if let Some(row) = rows.iter().find(|row| row.len() != shape.kv_len) {
         return error(format!("documents of {} keys together", shape.kv_len), format!("{} keys", row.len()));
     }
-    let (first, end) = (position(shape, offset, 0), position(shape, offset, shape.q_len));
-    if first < 0 || end > shape.kv_len as i64 {
-        return error(format!("queries at positions 0 to {}", shape.kv_len), format!("positions {first} to {end}"));
+    check_offsets(offset, shape)?;
+    let alike = !matches!(offset, Some(PerSequence::Each(_)));
+    for b in 0..if alike { 1 } else { shape.batch } {
+        let (first, end) = (position(shape, offset, b, 0), position(shape, offset, b, shape.q_len));
+        if first < 0 || end > shape.kv_len as i64 {
+            return error(format!("queries at positions 0 to {}", shape.kv_len), format!("positions {first} to {end}"));
+        }
     }
     Ok(())
-}
-
-/// A boolean tensor: (batch or 1, num_heads or 1, q_len or 1, kv_len or 1), row by row.
-#[derive(Debug)]
-pub(crate) struct Table {
-    dims: [usize; 4],
-    allowed: Vec<bool>,
-}
-
-impl Table {
-    pub(super) fn new(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> candle_core::Result<Self> {
-        if !tensor.dtype().is_int() {
-            return Err(AttentionError::DType {
-                tensor: "mask",
-                expected: "u8 or another integer (a float mask is added to the scores: pass it as attn_bias)".into(),
-                got: tensor.dtype(),
-            }
-            .into());
-        }
-        let rank = tensor.rank();
-        if !(2..=4).contains(&rank) {
-            return Err(AttentionError::Rank {
-                tensor: "mask",
-                expected: "2 to 4 axes that broadcast to (batch, num_heads, q_len, kv_len)",
-                shape: tensor.dims().to_vec(),
-            }
-            .into());
-        }
-        let mut dims = [1; 4];
-        dims[4 - rank..].copy_from_slice(tensor.dims());
-        let values = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        Ok(Self { dims, allowed: values.into_iter().map(allows).collect() })
-    }
-
-    fn check(&self, shape: &ScoreShape) -> Result<(), AttentionError> {
-        let scores = [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
-        if self.dims.iter().zip(scores).all(|(&dim, size)| dim == size || dim == 1) {
-            return Ok(());
-        }
-        Err(AttentionError::Mask {
-            part: "tensor",
-            expected: format!("a shape that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}"),
-            got: format!("{:?}", self.dims),
-        })
-    }
-
-    /// Where the entry of query `i` and key `j` is, and how far apart those of queries and of keys are.
-    fn place(&self, (b, h): (usize, usize), i: usize, j: usize) -> (usize, usize, usize) {
-        let at = |axis: usize, index: usize| if self.dims[axis] == 1 { 0 } else { index };
-        let row = (at(0, b) * self.dims[1] + at(1, h)) * self.dims[2] + at(2, i);
-        (row * self.dims[3] + at(3, j), at(2, self.dims[3]), at(3, 1))
-    }
-
-    fn get(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
-        self.allowed[self.place((b, h), i, j).0]
-    }
-
-    /// `q`, or one of it where all are alike.
-    fn distinct(&self, q: &Range<usize>) -> usize {
-        if self.dims[2] == 1 { q.len().min(1) } else { q.len() }
-    }
-
-    /// Whether any query of `q` may attend to key `j`.
-    fn is_seen(&self, at: (usize, usize), q: &Range<usize>, j: usize) -> bool {
-        let (place, by_query, _) = self.place(at, q.start, j);
-        (0..self.distinct(q)).any(|i| self.allowed[place + i * by_query])
-    }
-
-    fn hidden(&self, at: (usize, usize), q: &Range<usize>, j: usize, hide: &mut dyn FnMut(Range<usize>)) {
-        let (place, by_query, _) = self.place(at, q.start, j);
-        if by_query == 0 {
-            if !self.allowed[place] {
-                hide(q.clone());
-            }
-            return;
-        }
-        for i in (0..q.len()).filter(|i| !self.allowed[place + i * by_query]) {
-            hide(q.start + i..q.start + i + 1);
-        }
-    }
-
-    fn tile(&self, at: (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
-        let (place, by_query, by_key) = self.place(at, q.start, k.start);
-        let keys = if by_key == 0 { 1 } else { k.len() };
-        let first = self.allowed[place];
-        let is_mixed = |i: usize| self.allowed[place + i * by_query..][..keys].iter().any(|&allowed| allowed != first);
-        if (0..self.distinct(q)).any(is_mixed) {
-            Coverage::Some
-        } else if first {
-            Coverage::All
-        } else {
-            Coverage::None
-        }
-    }
 }

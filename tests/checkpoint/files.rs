@@ -21,8 +21,10 @@ pub fn odd_config() -> SelfAttentionConfig {
         head_dim: Some(4),
         value_dim: Some(3),
         kv_dim: Some(10),
+        value_input_dim: Some(10),
         out_proj: true,
         qkv_bias: true,
+        k_bias: false,
         out_bias: false,
         scale: Some(0.1),
         softcap: Some(1.0 / 3.0),
@@ -33,6 +35,9 @@ pub fn odd_config() -> SelfAttentionConfig {
         rotary: Some(RotaryConfig { base: 1e4 / 3.0, dim: Some(2), pairing: Pairing::Interleaved }),
         alibi: true,
         sinks: true,
+        // These don't go with ALiBi.
+        add_bias_kv: false,
+        add_zero_attn: false,
         seed: u64::MAX,
     }
 }

@@ -172,6 +172,15 @@ impl Golden {
         self.tensors.get(&format!("{case}.{}.{name}", dtype.as_str()))
     }
 
+    /// The names of a case's tensors that begin with `start`, in order.
+    pub fn names(&self, case: &str, dtype: DType, start: &str) -> Vec<&str> {
+        let place = format!("{case}.{}.", dtype.as_str());
+        let names = self.tensors.keys().filter_map(|name| name.strip_prefix(&place));
+        let mut names: Vec<&str> = names.filter(|name| name.starts_with(start)).collect();
+        names.sort_unstable();
+        names
+    }
+
     /// As [`Golden::get`], for a tensor that every case has.
     #[track_caller]
     pub fn expect(&self, case: &str, dtype: DType, name: &str) -> &Tensor {

@@ -2,10 +2,10 @@
 
 use std::collections::HashSet;
 
-use candle_attention::{AttentionOptions, Backend, ScoreShape, scaled_dot_product_attention};
+use candle_attention::{AttentionOptions, Backend, Mask, ScoreShape, scaled_dot_product_attention};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
-use crate::common::{assert_close, numbers};
+use crate::common::{assert_close, assert_same_bits, numbers, randn};
 use crate::masks::MaskKind;
 use crate::problem::{Bias, Case, Inputs, Named, Sizes, results};
 
@@ -261,4 +261,44 @@ fn special_value_touches_no_query_that_may_not_see_it() -> Result<()> {
 #[test]
 fn special_number_touches_no_gradient_of_those_that_may_not_see_it() -> Result<()> {
     check_masks(&[0, 1, 2], &cutting(), Untouched::UnseenGradients)
+}
+
+/// A hole in the mask is whole blocks of keys to one pass and part of a block to another, or to the kernel for few queries.
+#[test]
+fn keys_that_nobody_sees_may_hold_anything() -> Result<()> {
+    let (batch, heads, kv_len, dim) = (1, 2, 400, 16);
+    let hidden = |key: &u32| (100..150).contains(key) || (190..200).contains(key);
+    let visible = (0..kv_len as u32).map(|key| u8::from(!hidden(&key)));
+    let attn_mask = Mask::from_tensor(&Tensor::from_iter(visible, &Device::Cpu)?.unsqueeze(0)?)?;
+    let options = AttentionOptions { attn_mask, softcap: Some(20.0), backend: Backend::Fused, ..Default::default() };
+    for (q_len, dtype) in [1, 8, 9, 70].into_iter().flat_map(|q_len| DTYPES.map(|dtype| (q_len, dtype))) {
+        let random = |len, seed| randn(seed, (batch, heads, len, dim), dtype);
+        let inputs = [random(q_len, 0)?, random(kv_len, 1)?, random(kv_len, 2)?];
+        let run = |special: Option<f64>| {
+            let hurt = |x: &Tensor| match special {
+                Some(special) => {
+                    let row = (Tensor::ones((batch, heads, 50, dim), DType::F64, &Device::Cpu)? * special)?;
+                    x.slice_assign(&[0..batch, 0..heads, 100..150, 0..dim], &row.to_dtype(dtype)?)
+                }
+                None => Ok(x.clone()),
+            };
+            let [query, key, value] = [inputs[0].clone(), hurt(&inputs[1])?, hurt(&inputs[2])?];
+            let vars = [Var::from_tensor(&query)?, Var::from_tensor(&key)?, Var::from_tensor(&value)?];
+            let output = scaled_dot_product_attention(&vars[0], &vars[1], &vars[2], &options)?;
+            results(output, &["query", "key", "value"].into_iter().zip(&vars).collect::<Vec<_>>())
+        };
+        let whole = run(None)?;
+        for special in SPECIAL {
+            for ((name, hurt), (_, whole)) in run(Some(special))?.iter().zip(&whole) {
+                let what = format!("{name}, {special} in a hole, {dtype:?}, {q_len} queries");
+                if dtype == DType::BF16 {
+                    // With care, weights and gradients of scores stay f32.
+                    assert_close(&hurt.to_dtype(DType::F64)?, &whole.to_dtype(DType::F64)?, 2e-2, &what);
+                } else {
+                    assert_same_bits(hurt, whole, &what);
+                }
+            }
+        }
+    }
+    Ok(())
 }

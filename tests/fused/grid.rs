@@ -54,6 +54,9 @@ fn masks() -> Vec<MaskKind> {
         Blocked("hk"),
         Padding,
         Causal.and(KeyLengths).or(Sliding(2)),
+        Causal.with_extra_keys(1),
+        Allowed("bqk").and(KeyLengths).with_extra_keys(2),
+        Sliding(5).with_extra_keys(3),
     ]
 }
 

@@ -12,6 +12,8 @@ pub enum MaskKind {
     Full,
     Causal,
     CausalAt(usize),
+    /// The first query of each sequence elsewhere.
+    CausalAtEach(usize),
     Window(Option<usize>, Option<usize>),
     Sliding(usize),
     KeyLengths,
@@ -22,6 +24,8 @@ pub enum MaskKind {
     Allowed(&'static str),
     Blocked(&'static str),
     Padding,
+    /// The mask of all keys but the last few, which everybody sees.
+    Extra(Box<MaskKind>, usize),
     And(Box<MaskKind>, Box<MaskKind>),
     Or(Box<MaskKind>, Box<MaskKind>),
 }
@@ -29,6 +33,10 @@ pub enum MaskKind {
 impl MaskKind {
     pub fn and(self, other: MaskKind) -> Self {
         MaskKind::And(Box::new(self), Box::new(other))
+    }
+
+    pub fn with_extra_keys(self, count: usize) -> Self {
+        MaskKind::Extra(Box::new(self), count)
     }
 
     pub fn or(self, other: MaskKind) -> Self {
@@ -39,6 +47,7 @@ impl MaskKind {
     pub fn needs_positions(&self) -> bool {
         match self {
             MaskKind::Documents | MaskKind::DocumentIds => true,
+            MaskKind::Extra(mask, _) => mask.needs_positions(),
             MaskKind::And(a, b) | MaskKind::Or(a, b) => a.needs_positions() || b.needs_positions(),
             _ => false,
         }
@@ -54,6 +63,7 @@ impl MaskKind {
             MaskKind::Full => Mask::full(),
             MaskKind::Causal => Mask::causal(),
             MaskKind::CausalAt(offset) => Mask::causal().with_offset(*offset),
+            MaskKind::CausalAtEach(offset) => Mask::causal().with_offsets(&each(&|b| offset / (b + 1))),
             MaskKind::Window(left, right) => Mask::window(*left, *right),
             MaskKind::Sliding(width) => Mask::sliding_window(*width),
             MaskKind::KeyLengths => Mask::key_lengths(&each(&length)),
@@ -68,6 +78,10 @@ impl MaskKind {
             MaskKind::Padding => {
                 let padding = each(&length).into_iter().flat_map(|len| (0..kv_len).map(move |j| u8::from(j >= len)));
                 Mask::from_padding_mask(&Tensor::from_iter(padding, &Device::Cpu)?.reshape((batch, kv_len))?)?
+            }
+            MaskKind::Extra(mask, count) => {
+                let count = (*count).min(kv_len);
+                mask.build(&Sizes { kv_len: kv_len - count, ..*sizes }, first)?.with_extra_keys(count)
             }
             MaskKind::And(a, b) => a.build(sizes, first)? & b.build(sizes, first)?,
             MaskKind::Or(a, b) => a.build(sizes, first)? | b.build(sizes, first)?,

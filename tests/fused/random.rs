@@ -32,6 +32,7 @@ fn masks() -> impl Strategy<Value = MaskKind> {
         Just(MaskKind::Full),
         Just(MaskKind::Causal),
         (0..100usize).prop_map(MaskKind::CausalAt),
+        (0..200usize).prop_map(MaskKind::CausalAtEach),
         (side(), side()).prop_map(|(left, right)| MaskKind::Window(left, right)),
         (0..120usize).prop_map(MaskKind::Sliding),
         Just(MaskKind::KeyLengths),

@@ -253,7 +253,10 @@ def sdpa_tensors(case, dtype):
 
 @dataclass(frozen=True)
 class MultiHeadCase:
-    """One nn.MultiheadAttention case; self-attention where `kv_len` is None."""
+    """One nn.MultiheadAttention case; self-attention where `kv_len` is None.
+
+    Values have a memory of their own where `value_dim` is given, the `vdim` of PyTorch.
+    """
 
     name: str
     embed_dim: int = 8
@@ -261,15 +264,23 @@ class MultiHeadCase:
     bias: bool = True
     is_causal: bool = False
     kv_dim: int | None = None
+    value_dim: int | None = None
+    add_bias_kv: bool = False
+    add_zero_attn: bool = False
     q_len: int = 5
     kv_len: int | None = None
     batch: int | None = 2
-    mask: str | None = None
+    mask: str | tuple[str, ...] | None = None
 
     def metadata(self):
-        kept = ("name", "embed_dim", "num_heads", "bias", "is_causal", "kv_dim")
+        kept = ("name", "embed_dim", "num_heads", "bias", "is_causal", "kv_dim", "value_dim")
+        kept += ("add_bias_kv", "add_zero_attn")
         shape = {"cross": self.kv_len is not None, "batched": self.batch is not None}
         return {key: getattr(self, key) for key in kept} | shape
+
+
+def small(name, **options):
+    return MultiHeadCase(name, **({"embed_dim": 4, "q_len": 3} | options))
 
 
 MULTI_HEAD_CASES = [
@@ -282,7 +293,28 @@ MULTI_HEAD_CASES = [
     MultiHeadCase("unbatched", batch=None),
     MultiHeadCase("cross", q_len=4, kv_len=6),
     MultiHeadCase("cross_kv_dim", q_len=4, kv_len=6, kv_dim=6),
-]
+    small("bias_kv", add_bias_kv=True),
+    small("bias_kv_no_bias", add_bias_kv=True, bias=False),
+    small("bias_kv_causal", add_bias_kv=True, is_causal=True),
+    small("bias_kv_unbatched", add_bias_kv=True, batch=None, mask="key_padding_mask"),
+    small("zero_attn", add_zero_attn=True),
+    small("zero_attn_all_padding", add_zero_attn=True, mask="all_padding"),
+    small("bias_kv_zero_attn", add_bias_kv=True, add_zero_attn=True, mask="all_padding"),
+    small("bias_kv_attn_bias", add_bias_kv=True, mask="attn_bias"),
+    small("attn_bias_3d", mask="attn_bias_3d"),
+    small("attn_bias_3d_unbatched", batch=None, mask="attn_bias_3d"),
+    small("blocked_3d", mask="blocked_mask_3d"),
+    small("float_padding", mask="float_padding"),
+    small("two_masks", add_zero_attn=True, mask=("key_padding_mask", "blocked_mask_3d")),
+    small("two_float_masks", add_bias_kv=True, mask=("float_padding", "attn_bias_3d")),
+    small("key_value", kv_len=4, kv_dim=6, value_dim=3),
+    small("key_value_no_bias", kv_len=4, kv_dim=6, value_dim=3, bias=False),
+    small("key_value_unbatched", kv_len=4, kv_dim=5, value_dim=4, batch=None),
+    small(
+        "key_value_everything", kv_len=4, kv_dim=6, value_dim=3, add_bias_kv=True,
+        add_zero_attn=True, mask=("key_padding_mask", "attn_bias_3d"),
+    ),
+]  # fmt: skip
 
 
 def multi_head_inputs(case, draw):
@@ -292,23 +324,40 @@ def multi_head_inputs(case, draw):
     if case.kv_len is not None:
         kv_dim = case.kv_dim or case.embed_dim
         inputs["memory"] = draw.normal(*batch, case.kv_len, kv_dim)
-    kv_len = case.kv_len or case.q_len
+        if case.value_dim is not None:
+            inputs["value"] = draw.normal(*batch, case.kv_len, case.value_dim)
+    kinds = (case.mask,) if isinstance(case.mask, str) else case.mask or ()
     masks = {}
-    if case.mask == "key_padding_mask":
-        lengths = [kv_len - 2 * row for row in range(case.batch)]
-        masks["key_padding_mask"] = ~keep_first(lengths, kv_len)
-    elif case.mask == "blocked_mask":
-        masks["blocked_mask"] = ~draw.mask(case.q_len, kv_len)
-    elif case.mask == "attn_bias":
-        masks["attn_bias"] = draw.normal(case.q_len, kv_len)
+    for kind in kinds:
+        masks |= multi_head_mask(case, kind, draw)
     return inputs, masks
+
+
+def multi_head_mask(case, kind, draw):
+    """A mask as nn.MultiheadAttention takes it, under the name of what it is."""
+    batch, kv_len = case.batch or 1, case.kv_len or case.q_len
+    rows = (batch * case.num_heads, case.q_len, kv_len)
+    if kind in ("key_padding_mask", "all_padding"):
+        step = kv_len if kind == "all_padding" else 2
+        padding = ~keep_first([kv_len - step * row for row in range(batch)], kv_len)
+        return {"key_padding_mask": padding[0] if case.batch is None else padding}
+    if kind == "float_padding":
+        return {"float_padding": draw.normal(batch, kv_len)}
+    if kind == "blocked_mask":
+        return {"blocked_mask": ~draw.mask(case.q_len, kv_len)}
+    if kind == "blocked_mask_3d":
+        return {"blocked_mask": ~draw.mask(*rows)}
+    if kind == "attn_bias_3d":
+        return {"attn_bias": draw.normal(*rows)}
+    return {"attn_bias": draw.normal(case.q_len, kv_len)}
 
 
 def multi_head_module(case, draw, dtype):
     """A module whose parameters, biases too, are drawn and far from zero."""
     module = torch.nn.MultiheadAttention(
         case.embed_dim, case.num_heads, dropout=0.0, bias=case.bias,
-        kdim=case.kv_dim, vdim=case.kv_dim, batch_first=True, dtype=dtype,
+        add_bias_kv=case.add_bias_kv, add_zero_attn=case.add_zero_attn, kdim=case.kv_dim,
+        vdim=case.value_dim or case.kv_dim, batch_first=True, dtype=dtype,
     )  # fmt: skip
     state = {}
     for name, parameter in module.state_dict().items():
@@ -322,16 +371,17 @@ def multi_head_forward(case, module, inputs, masks):
     """The output, the weights of each head, and their mean over the heads."""
     query = inputs["query"]
     memory = inputs.get("memory", query)
+    value = inputs.get("value", memory)
     attn_mask = masks.get("blocked_mask", masks.get("attn_bias"))
     if case.is_causal:
         attn_mask = torch.ones(case.q_len, case.q_len, dtype=torch.bool).triu(1)
     options = {
-        "key_padding_mask": masks.get("key_padding_mask"),
+        "key_padding_mask": masks.get("key_padding_mask", masks.get("float_padding")),
         "attn_mask": attn_mask,
         "is_causal": case.is_causal,
     }
-    output, weights = module(query, memory, memory, average_attn_weights=False, **options)
-    _, weights_mean = module(query, memory, memory, **options)
+    output, weights = module(query, memory, value, average_attn_weights=False, **options)
+    _, weights_mean = module(query, memory, value, **options)
     return output, weights, weights_mean
 
 

@@ -3,7 +3,7 @@
 use candle_attention::heatmap::Heatmap;
 use candle_core::{Device, Tensor};
 
-use super::{HOSTILE, heads, hostile, ramp, softmax, words};
+use super::{heads, hostile, ramp, softmax, words};
 
 /// The numbers of an attribute, wherever it stands.
 fn attributes(svg: &str, name: &str) -> Vec<f64> {
@@ -139,7 +139,7 @@ mod png {
 
     #[test]
     fn hostile_tokens_are_drawn() {
-        for token in HOSTILE {
+        for token in super::super::HOSTILE {
             drawn(&Heatmap::new(&ramp(1), &[token]).unwrap());
         }
     }

@@ -33,6 +33,7 @@ fn sizes_of_zero_are_refused() {
     refused(|c| c.head_dim = Some(0), &[&["head_dim"], &expected[..]].concat());
     refused(|c| c.value_dim = Some(0), &[&["value_dim"], &expected[..]].concat());
     refused(|c| c.kv_dim = Some(0), &[&["kv_dim"], &expected[..]].concat());
+    refused(|c| c.value_input_dim = Some(0), &[&["value_input_dim"], &expected[..]].concat());
     refused(|c| c.sliding_window = Some(0), &[&["sliding_window"], &expected[..]].concat());
 }
 
@@ -112,7 +113,16 @@ fn self_attention_refuses_a_kv_dim_of_its_own() -> Result<()> {
     config.validate()?;
     assert_error_says(SelfAttention::new(&config, builder(DType::F32)), &["kv_dim", "embed_dim 8", "got 6"]);
     CrossAttention::new(&config, builder(DType::F32))?;
+    let config = SelfAttentionConfig { value_input_dim: Some(6), ..SelfAttentionConfig::new(8, 2) };
+    assert_error_says(SelfAttention::new(&config, builder(DType::F32)), &["value_input_dim", "embed_dim 8", "got 6"]);
+    CrossAttention::new(&config, builder(DType::F32))?;
     Ok(())
+}
+
+#[test]
+fn extra_keys_have_no_place_for_alibi() {
+    refused(|c| (c.alibi, c.add_bias_kv) = (true, true), &["add_bias_kv", "false with alibi", "got true"]);
+    refused(|c| (c.alibi, c.add_zero_attn) = (true, true), &["add_zero_attn", "false with alibi", "got true"]);
 }
 
 #[test]

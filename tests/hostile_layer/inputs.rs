@@ -1,6 +1,6 @@
 //! Inputs, memories, masks, biases and positions that don't fit the layer.
 
-use candle_attention::{ForwardOptions, Mask, SelfAttentionConfig};
+use candle_attention::{ForwardOptions, Mask, RotaryConfig, RotaryEmbedding, SelfAttentionConfig};
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::common::{assert_finite, randn};
@@ -125,5 +125,56 @@ fn positions_that_can_not_be_counted_are_refused() -> Result<()> {
         assert_finite(&layer.forward_with(&x, &at(usize::MAX - 5))?.output, "output");
         assert_finite(&layer.forward(&x)?, "output");
     }
+    Ok(())
+}
+
+#[test]
+fn memories_of_keys_and_values_that_do_not_fit_are_refused() -> Result<()> {
+    let config = SelfAttentionConfig { kv_dim: Some(6), value_input_dim: Some(3), ..SelfAttentionConfig::new(8, 2) };
+    let layer = cross_attention(&config, DType::F32)?;
+    let (x, key) = (input(&[2, 5, 8])?, input(&[2, 4, 6])?);
+    let refuses = |value: &Tensor, parts: &[&str]| {
+        assert_error_says(layer.forward_key_value(&x, &key, value, &ForwardOptions::default()), parts);
+    };
+    refuses(&input(&[2, 5, 3])?, &["memory of the values", "batch and len", "[2, 4, 6]", "got [2, 5, 3]"]);
+    refuses(&input(&[1, 4, 3])?, &["memory of the values", "batch and len", "[2, 4, 6]", "got [1, 4, 3]"]);
+    refuses(&input(&[4, 3])?, &["memory of the values", "[2, 4, 6]", "got [4, 3]"]);
+    refuses(&input(&[2, 4, 6])?, &["memory of the values", "(len, 3) or (batch, len, 3)", "got [2, 4, 6]"]);
+    // One memory for both can't serve two sizes.
+    assert_error_says(layer.forward(&x, &key), &["memory of the values", "(len, 3)"]);
+    layer.forward_key_value(&x, &key, &input(&[2, 4, 3])?, &ForwardOptions::default())?;
+    Ok(())
+}
+
+/// The bias is that of the keys that are given; those that the layer adds have none.
+#[test]
+fn bias_for_extra_keys_is_refused() -> Result<()> {
+    let config = SelfAttentionConfig { add_bias_kv: true, add_zero_attn: true, ..SelfAttentionConfig::new(8, 2) };
+    let layer = self_attention(&config, DType::F32)?;
+    let x = input(&[2, 5, 8])?;
+    let with_bias = |dims: &[usize]| {
+        let attn_bias = Some(input(dims)?);
+        layer.forward_with(&x, &ForwardOptions { attn_bias, ..Default::default() })
+    };
+    for dims in [&[5, 7][..], &[5, 6], &[2, 2, 5, 7], &[7], &[0]] {
+        assert_error_says(with_bias(dims), &["attn_bias", "broadcasts to kv_len 5", &format!("got {dims:?}")]);
+    }
+    for dims in [&[5, 5][..], &[5, 1], &[5], &[1], &[], &[2, 2, 5, 5]] {
+        with_bias(dims)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn offsets_for_another_number_of_sequences_are_refused() -> Result<()> {
+    let rotary = RotaryEmbedding::new(&RotaryConfig::default(), 4)?;
+    let x = input(&[3, 2, 5, 4])?;
+    for offsets in [&[][..], &[1, 2], &[1; 4]] {
+        let expected = format!("{} sequences, one for each offset", offsets.len());
+        assert_error_says(rotary.apply_each(&x, offsets), &["rotary input", &expected, "got [3, 2, 5, 4]"]);
+    }
+    let expected = ["position_offset", "room to count the positions"];
+    assert_error_says(rotary.apply_each(&x, &[0, usize::MAX, 0]), &expected);
+    assert_eq!(rotary.apply_each(&input(&[0, 2, 5, 4])?, &[])?.dims(), [0, 2, 5, 4]);
     Ok(())
 }

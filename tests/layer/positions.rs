@@ -1,6 +1,6 @@
 //! Positions: rotary embedding knows how far apart two tokens stand and nothing else; ALiBi has the slopes of its paper.
 
-use candle_attention::{ForwardOptions, Pairing, RotaryConfig, SelfAttentionConfig};
+use candle_attention::{ForwardOptions, Pairing, RotaryConfig, RotaryEmbedding, SelfAttentionConfig};
 use candle_core::{DType, Result, Tensor};
 
 use crate::common::{assert_close, assert_same_bits, max_abs_difference, numbers, randn};
@@ -82,6 +82,23 @@ fn rotary_layer_does_not_depend_on_earlier_calls() -> Result<()> {
         let expected = fresh.forward_with(&x, &at(offset))?.output;
         let output = used.forward_with(&x, &at(offset))?.output;
         assert_same_bits(&output, &expected, &format!("{len} tokens at {offset}"));
+    }
+    Ok(())
+}
+
+#[test]
+fn sequences_at_places_of_their_own_turn_as_each_alone() -> Result<()> {
+    for config in rotaries() {
+        let rotary = RotaryEmbedding::new(&config, 6)?;
+        let x = randn(1, (3, 2, 4, 6), DType::F64)?;
+        for offsets in [[5, 0, 1000], [7, 7, 7], [0, 1, 2]] {
+            let each = rotary.apply_each(&x, &offsets)?;
+            for (b, offset) in offsets.into_iter().enumerate() {
+                let alone = rotary.apply(&x.narrow(0, b, 1)?, offset)?;
+                assert_same_bits(&each.narrow(0, b, 1)?, &alone, &format!("{config:?}, {offsets:?}, sequence {b}"));
+            }
+        }
+        assert_same_bits(&rotary.apply_each(&x, &[9])?, &rotary.apply(&x, 9)?, "one offset for all");
     }
     Ok(())
 }

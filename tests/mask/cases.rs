@@ -77,8 +77,8 @@ pub fn shapes() -> Vec<ScoreShape> {
 pub fn all(shape: ScoreShape) -> Vec<Case> {
     let simple = [bands(), key_lengths(shape), documents(shape), tables(shape)].concat();
     let combined = combinations(shape);
-    let moved = with_offset(shape);
-    [simple, combined, moved].concat()
+    let moved = [with_offset(shape), with_offsets(shape)].concat();
+    [simple, combined, moved, with_extra_keys(shape)].concat()
 }
 
 fn within(below: Option<usize>, above: Option<usize>) -> impl Fn(i64, i64) -> bool + Copy {
@@ -260,6 +260,58 @@ fn with_offset(shape: ScoreShape) -> Vec<Case> {
     }
     for case in &mut cases {
         case.name += ".with_offset";
+    }
+    cases
+}
+
+/// Masks of the keys before the last ones, which everybody sees; alone and in a combination.
+fn with_extra_keys(shape: ScoreShape) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for count in (0..=2).filter(|&count| count <= shape.kv_len) {
+        let before = ScoreShape { kv_len: shape.kv_len - count, ..shape };
+        let every_third = |cases: Vec<Case>| cases.into_iter().step_by(3);
+        let inner = samples(before).into_iter().chain(every_third(bands())).chain(every_third(with_offset(before)));
+        for case in inner {
+            let Case { name, mask, allows, exact } = case;
+            let (name, mask) = (format!("{name}.with_extra_keys({count})"), mask.with_extra_keys(count));
+            let allows = move |at: Place| at.j >= before.kv_len || allows(Place { shape: before, ..at });
+            cases.push(Case { exact, ..Case::exact(name, mask, allows) });
+        }
+    }
+    let window =
+        Case::exact("window", Mask::window(Some(1), Some(0)), |at| within(Some(1), Some(0))(at.query(), at.key()));
+    let combined: Vec<Case> = cases.iter().flat_map(|case| [case.and(&window), case.or(&window)]).collect();
+    cases.extend(combined);
+    cases
+}
+
+/// The first query of each sequence at a place of its own.
+fn with_offsets(shape: ScoreShape) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for offsets in [[0, 2], [3, 1], [7, 0], [2, 2]] {
+        let query = move |at: Place| (at.i + offsets[at.b]) as i64;
+        let offsets = &offsets[..shape.batch];
+        let causal = Mask::causal().with_offsets(offsets);
+        let causal = Case::exact("causal", causal, move |at| at.key() <= query(at));
+        let sliding = Mask::sliding_window(2).with_offset(5).with_offsets(offsets);
+        let sliding = Case::exact("sliding", sliding, move |at| at.key() <= query(at) && query(at) - at.key() < 2);
+        let lengths = Case::exact("lengths", Mask::prefix(2).with_offsets(offsets), |at| at.j < 2);
+
+        let mut nest = causal.or(&lengths).and(&sliding);
+        nest.mask = ((Mask::causal() | Mask::prefix(2)) & Mask::sliding_window(2)).with_offsets(offsets);
+        if offsets.iter().all(|offset| offset + shape.q_len <= shape.kv_len) {
+            let lengths = vec![shape.kv_len / 2, shape.kv_len - shape.kv_len / 2];
+            let mask = (Mask::documents(&lengths) & Mask::causal()).with_offsets(offsets);
+            let allows = move |at| together(&lengths, query(at), at.key()) && at.key() <= query(at);
+            cases.push(Case::coarse("documents & causal", mask, allows));
+        }
+        // The last word counts.
+        let same = Mask::causal().with_offsets(offsets).with_offset(1);
+        cases.push(Case::exact("one for all", same, |at| at.j < at.i + 2));
+        cases.extend([causal, sliding, lengths, nest]);
+    }
+    for case in &mut cases {
+        case.name += ".with_offsets";
     }
     cases
 }

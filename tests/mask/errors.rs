@@ -69,6 +69,24 @@ fn documents_with_more_queries_than_keys_are_refused() {
 }
 
 #[test]
+fn offsets_for_another_number_of_sequences_are_refused() {
+    for offsets in [&[][..], &[1], &[1, 2, 3]] {
+        let (expected, got) = ("offsets: expected one for each of 2 sequences", format!("got {}", offsets.len()));
+        refuses(Mask::causal().with_offsets(offsets), expected, &got);
+        refuses((Mask::prefix(1) | Mask::sliding_window(2)).with_offsets(offsets), expected, &got);
+        refuses(Mask::documents(&[2, 3]).with_offsets(offsets), expected, &got);
+    }
+    // What doesn't speak of positions has no use for them.
+    Mask::prefix(1).with_offsets(&[1]).check(SHAPE).unwrap();
+}
+
+#[test]
+fn documents_with_any_offset_beyond_the_keys_are_refused() {
+    let documents = Mask::documents(&[2, 3]).with_offsets(&[0, 3]);
+    refuses(documents, "queries at positions 0 to 5", "positions 3 to 6");
+}
+
+#[test]
 fn documents_with_an_offset_beyond_the_keys_are_refused() {
     let documents = Mask::documents(&[2, 3]).with_offset(3);
     refuses(documents, "expected queries at positions 0 to 5", "got positions 3 to 6");
@@ -146,4 +164,13 @@ fn tile_outside_the_scores_is_refused() {
         let error = mask.tile(SHAPE, head, queries, keys).unwrap_err();
         assert_names(error, "expected a place inside ScoreShape", &got);
     }
+}
+
+#[test]
+fn more_extra_keys_than_keys_are_refused() {
+    let error = Mask::causal().with_extra_keys(4).check((1, 1, 2, 3)).unwrap_err().to_string();
+    assert!(error.contains("extra keys") && error.contains("at most kv_len 3") && error.contains("got 4"), "{error}");
+    // What doesn't fit the keys before them doesn't fit.
+    assert!(Mask::key_lengths(&[3]).with_extra_keys(1).check((1, 1, 2, 3)).is_err());
+    Mask::key_lengths(&[2]).with_extra_keys(1).check((1, 1, 2, 3)).unwrap();
 }

@@ -9,20 +9,20 @@
 //! Source: Dao, "FlashAttention-2" (2023), algorithm 2; the term with dlse from d lse / ds = p.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::{Simd, WithSimd};
 
-use super::careful::{accumulate_with_care, outer_products_with_care};
 use super::element::Element;
-use super::gradients::{BiasGradient, Gradients, QueryRow};
-use super::micro::{Rows, VECTORS, accumulate, dot_products, outer_products, pad, panel_width};
-use super::panels::{pack, unpack};
+use super::gradients::{Gradients, QueryRow};
+use super::micro::{Rows, VECTORS, pad, panel_width};
+use super::panels::unpack;
 use super::problem::{Problem, View};
+use super::products::{Products, RowsToDot};
 use super::real::Real;
 use super::scores::Tile;
-use super::scratch::Scratch;
-use super::softmax::weights_and_grads;
-use super::transpose::transpose;
+use super::scratch::{Scratch, pieces};
+use super::softmax::{times_slope_of_tanh, weights_and_grads};
 use crate::mask::Coverage;
 
 /// Panels of a block of queries. Their weights lie side by side, so that the products over queries, dk and dv, are long
@@ -45,26 +45,42 @@ pub(crate) struct Backward<'a, E: Element> {
     pub(crate) sequence: usize,
     pub(crate) kv_head: usize,
     pub(crate) keys: Range<usize>,
-    /// Whether there is anything infinite or NaN that the mask may hide from somebody.
+    /// Whether to compute with care for what is infinite or NaN behind the mask.
     pub(crate) with_care: bool,
     pub(crate) gradients: Gradients<E>,
+    /// Set if a result is not finite.
+    pub(crate) is_strange: &'a AtomicBool,
+}
+
+/// The rows of a tile's keys.
+#[derive(Clone, Copy)]
+struct TileRows<E: Element> {
+    /// How far behind the first key of the block the first of the tile is.
+    first: usize,
+    keys: RowsToDot<E>,
+    keys_to_sum: Rows<*const E::Real>,
+    values: RowsToDot<E>,
 }
 
 struct Pieces<'s, R> {
-    /// [d][W] for each panel
+    /// [operands(d)][W] for each panel
     queries: &'s mut [R],
-    /// [value_dim][W] for each panel
+    /// [operands(value_dim)][W] for each panel
     grads: &'s mut [R],
     /// [d][W] for each panel
     grad_queries: &'s mut [R],
-    /// A row of pad(d) for each query, times the scale
+    /// A row of pad(d) for each query, times the scale, or for each pair of queries
     query_rows: &'s mut [R],
-    /// A row of pad(value_dim) for each query
+    /// A row of pad(value_dim) for each query or pair of them
     grad_rows: &'s mut [R],
-    /// [KEYS][PANELS · W]
+    /// [KEYS][PANELS · W]: a row for each key, as long as the operands that the queries are
     weights: &'s mut [R],
     /// [KEYS][PANELS · W]
     grad_scores: &'s mut [R],
+    /// [KEYS][W]: numbers, before they become pairs
+    tile_weights: &'s mut [R],
+    /// [KEYS][W]
+    tile_grads: &'s mut [R],
     /// [KEYS][W], with a softcap
     tanh: &'s mut [R],
     /// [KEYS][W], with dropout
@@ -86,68 +102,38 @@ impl<E: Element> WithSimd for Backward<'_, E> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let (d, dv) = (self.problem.dim(), self.problem.value_dim());
+        let products = if self.with_care { Products::Careful } else { Products::new::<E, S>(d, dv) };
         let width = panel_width::<E::Real, S>();
         let block = PANELS * width;
         let if_wanted = |wanted: bool| if wanted { KEYS * width } else { 0 };
-        let sizes = [
-            d * block,
-            dv * block,
-            d * block,
-            pad(d) * block,
-            pad(dv) * block,
-            KEYS * block,
-            KEYS * block,
-            if_wanted(self.problem.softcap.is_some()),
-            if_wanted(self.problem.dropout.is_some()),
-            KEYS * d,
-            KEYS * dv,
-            pad(d) * self.keys.len(),
-            pad(dv) * self.keys.len(),
-            block,
-            block,
-        ];
-        let mut scratch = Scratch::of_this_thread::<E::Real>(&sizes);
-        let [
-            queries,
-            grads,
-            grad_queries,
-            query_rows,
-            grad_rows,
-            weights,
-            grad_scores,
-            tanh,
-            factors,
-            keys,
-            values,
-            grad_keys,
-            grad_values,
-            logsumexp,
-            delta,
-        ] = scratch.pieces(sizes);
-        let mut pieces = Pieces {
-            queries,
-            grads,
-            grad_queries,
-            query_rows,
-            grad_rows,
-            weights,
-            grad_scores,
-            tanh,
-            factors,
-            keys,
-            values,
-            grad_keys,
-            grad_values,
-            logsumexp,
-            delta,
-        };
+        let by_pairs = products.by_pairs().is_some();
+        let mut scratch;
+        let mut pieces = pieces!(scratch: E::Real => Pieces {
+            queries: d * block,
+            grads: dv * block,
+            grad_queries: d * block,
+            query_rows: pad(d) * block,
+            grad_rows: pad(dv) * block,
+            weights: KEYS * block,
+            grad_scores: KEYS * block,
+            tile_weights: if_wanted(by_pairs),
+            tile_grads: if_wanted(by_pairs),
+            tanh: if_wanted(self.problem.softcap.is_some()),
+            factors: if_wanted(self.problem.dropout.is_some()),
+            keys: KEYS * pad(d),
+            values: KEYS * dv,
+            grad_keys: pad(d) * self.keys.len(),
+            grad_values: pad(dv) * self.keys.len(),
+            logsumexp: block,
+            delta: block,
+        });
         pieces.grad_keys.fill(E::Real::ZERO);
         pieces.grad_values.fill(E::Real::ZERO);
         let q_len = self.problem.shape().q_len;
         let group = self.problem.group();
         for head in self.kv_head * group..(self.kv_head + 1) * group {
             for start in (0..q_len).step_by(block) {
-                self.query_block(simd, head, start..(start + block).min(q_len), &mut pieces);
+                self.query_block(simd, products, head, start..(start + block).min(q_len), &mut pieces);
             }
         }
         self.write_grad_keys_and_values(&pieces);
@@ -156,7 +142,14 @@ impl<E: Element> WithSimd for Backward<'_, E> {
 
 impl<E: Element> Backward<'_, E> {
     #[inline(always)]
-    fn query_block<S: Simd>(&self, simd: S, head: usize, queries: Range<usize>, pieces: &mut Pieces<E::Real>) {
+    fn query_block<S: Simd>(
+        &self,
+        simd: S,
+        products: Products,
+        head: usize,
+        queries: Range<usize>,
+        pieces: &mut Pieces<E::Real>,
+    ) {
         let at = (self.sequence, head);
         let mut ready = false;
         for start in self.keys.clone().step_by(KEYS) {
@@ -166,10 +159,10 @@ impl<E: Element> Backward<'_, E> {
                 continue;
             }
             if !ready {
-                self.start(simd, at, &queries, pieces);
+                self.start(simd, products, at, &queries, pieces);
                 ready = true;
             }
-            self.key_block(simd, at, &queries, keys, pieces);
+            self.key_block(simd, products, at, &queries, keys, pieces);
         }
         if !ready {
             pieces.grad_queries.fill(E::Real::ZERO);
@@ -177,38 +170,34 @@ impl<E: Element> Backward<'_, E> {
         self.write_grad_queries(simd, head, &queries, pieces);
     }
 
-    /// Packs the block's queries and the gradients of their contexts, both ways.
+    /// Packs the block's queries and the gradients of their contexts, both ways: as panels, and as rows to sum over.
     #[inline(always)]
-    fn start<S: Simd>(&self, simd: S, at: (usize, usize), queries: &Range<usize>, pieces: &mut Pieces<E::Real>) {
+    fn start<S: Simd>(
+        &self,
+        simd: S,
+        products: Products,
+        at: (usize, usize),
+        queries: &Range<usize>,
+        pieces: &mut Pieces<E::Real>,
+    ) {
         let problem = self.problem;
-        let shape = problem.shape();
+        let (q, grads) = (&problem.q, &self.grad_context);
         let scale = E::Real::from_f64(problem.scale);
         // SAFETY: there is room for the block; a block of keys has as many as a panel has queries, and more.
         unsafe {
-            pack::<E, S>(simd, &problem.q, at, queries, scale, pieces.keys, pieces.queries.as_mut_ptr());
+            products.pack::<E, S>(simd, q, at, queries, scale, pieces.keys, pieces.queries.as_mut_ptr());
             let to = pieces.grads.as_mut_ptr();
-            pack::<E, S>(simd, &self.grad_context, at, queries, E::Real::ONE, pieces.values, to);
+            products.pack::<E, S>(simd, grads, at, queries, E::Real::ONE, pieces.values, to);
+            products.rows_of_block(q, at, queries, scale, pieces.query_rows);
+            products.rows_of_block(grads, at, queries, E::Real::ONE, pieces.grad_rows);
         }
         pieces.grad_queries.fill(E::Real::ZERO);
-        let (d_pad, dv_pad) = (pad(problem.dim()), pad(problem.value_dim()));
-        let query_rows = pieces.query_rows.chunks_exact_mut(d_pad);
-        for (i, (query_row, grad_row)) in query_rows.zip(pieces.grad_rows.chunks_exact_mut(dv_pad)).enumerate() {
-            let query = queries.start + i;
-            if query >= queries.end {
-                query_row.fill(E::Real::ZERO);
-                grad_row.fill(E::Real::ZERO);
-                (pieces.logsumexp[i], pieces.delta[i]) = (E::Real::INFINITY, E::Real::ZERO);
-                continue;
-            }
-            let row = self.rows[(at.0 * shape.num_heads + at.1) * shape.q_len + query];
-            (pieces.logsumexp[i], pieces.delta[i]) = (row.logsumexp, row.delta);
-            let (query_row, behind) = query_row.split_at_mut(problem.dim());
-            E::widen_all(problem.q.row(at.0, at.1, query), query_row);
-            query_row.iter_mut().for_each(|x| *x *= scale);
-            behind.fill(E::Real::ZERO);
-            let (grad_row, behind) = grad_row.split_at_mut(problem.value_dim());
-            E::widen_all(self.grad_context.row(at.0, at.1, query), grad_row);
-            behind.fill(E::Real::ZERO);
+        let shape = problem.shape();
+        let rows = &self.rows[(at.0 * shape.num_heads + at.1) * shape.q_len..][queries.clone()];
+        let nobody = QueryRow { logsumexp: E::Real::INFINITY, delta: E::Real::ZERO };
+        let rows = rows.iter().copied().chain(std::iter::repeat(nobody));
+        for (row, (logsumexp, delta)) in rows.zip(pieces.logsumexp.iter_mut().zip(&mut *pieces.delta)) {
+            (*logsumexp, *delta) = (row.logsumexp, row.delta);
         }
     }
 
@@ -216,6 +205,7 @@ impl<E: Element> Backward<'_, E> {
     fn key_block<S: Simd>(
         &self,
         simd: S,
+        products: Products,
         at: (usize, usize),
         queries: &Range<usize>,
         block: Range<usize>,
@@ -224,20 +214,39 @@ impl<E: Element> Backward<'_, E> {
         let problem = self.problem;
         let width = panel_width::<E::Real, S>();
         let kv_at = (at.0, self.kv_head);
-        let keys = problem.k.rows(kv_at, block.clone(), pieces.keys);
-        let values = problem.v.rows(kv_at, block.clone(), pieces.values);
+        let keys = products.rows_to_dot(&problem.k, kv_at, block.clone(), pieces.keys);
+        let values = products.rows_to_dot(&problem.v, kv_at, block.clone(), pieces.values);
         let panels = queries.len().div_ceil(width);
         let mut visible: [Range<usize>; PANELS] = std::array::from_fn(|_| 0..0);
+        let mut summed = match keys {
+            RowsToDot::Numbers(rows) => rows,
+            RowsToDot::Raw(_) => products.rows_to_sum(&problem.k, kv_at, block.clone(), pieces.keys),
+        };
+        let mut phase = 0;
         for (panel, visible) in visible.iter_mut().enumerate().take(panels) {
             let first_query = queries.start + panel * width;
             let of_panel = first_query..(first_query + width).min(queries.end);
             let (range, coverage) = problem.visible(at, &of_panel, block.clone());
             *visible = range.start - block.start..range.end - block.start;
             let tile = Tile { at, first_query, queries: of_panel.len(), width, keys: range };
-            self.zero_outside::<S>(panel, visible, block.len(), pieces);
-            if visible.start < visible.end {
-                // SAFETY: the pieces have the sizes that the kernels ask for, and the tile lies inside the block.
-                unsafe { self.panel(simd, &tile, coverage, panel, visible.start, keys, values, pieces) };
+            self.zero_outside::<S>(products, panel, visible, block.len(), pieces);
+            if tile.keys.is_empty() {
+                continue;
+            }
+            let skip = visible.start;
+            if products.phase(skip) != phase {
+                phase = products.phase(skip);
+                summed = products.rows_to_sum(&problem.k, kv_at, block.start + phase..block.end, pieces.keys);
+            }
+            // SAFETY: the pieces have the sizes that the kernels ask for, and the tile lies inside the block.
+            unsafe {
+                let rows = TileRows {
+                    first: skip,
+                    keys: keys.skip(skip),
+                    keys_to_sum: summed.skip(products.operands(skip - phase)),
+                    values: values.skip(skip),
+                };
+                self.tile(simd, products, &tile, coverage, panel, rows, pieces);
             }
         }
         // Keys that the same panels look at are multiplied together.
@@ -252,7 +261,7 @@ impl<E: Element> Backward<'_, E> {
             let end = (start + 1..block.len()).find(|&key| looked_at(key) != span).unwrap_or(block.len());
             if let Some(span) = span {
                 // SAFETY: the gradients have a padded row for each key of this task, the pieces one for each query.
-                unsafe { self.grad_keys_and_values(simd, block.start + start, start..end, span, pieces) };
+                unsafe { self.grad_keys_and_values(simd, products, block.start + start, start..end, span, pieces) };
             }
             start = end;
         }
@@ -260,10 +269,17 @@ impl<E: Element> Backward<'_, E> {
 
     /// Weights and gradients of scores that a panel doesn't compute, but that lie between those that it does.
     #[inline(always)]
-    fn zero_outside<S: Simd>(&self, panel: usize, visible: &Range<usize>, keys: usize, pieces: &mut Pieces<E::Real>) {
-        let width = panel_width::<E::Real, S>();
+    fn zero_outside<S: Simd>(
+        &self,
+        products: Products,
+        panel: usize,
+        visible: &Range<usize>,
+        keys: usize,
+        pieces: &mut Pieces<E::Real>,
+    ) {
+        let operands = products.operands(panel_width::<E::Real, S>());
         for key in (0..keys).filter(|key| !visible.contains(key)) {
-            let lanes = (key * PANELS + panel) * width..(key * PANELS + panel + 1) * width;
+            let lanes = (key * PANELS + panel) * operands..(key * PANELS + panel + 1) * operands;
             pieces.weights[lanes.clone()].fill(E::Real::ZERO);
             pieces.grad_scores[lanes].fill(E::Real::ZERO);
         }
@@ -273,105 +289,75 @@ impl<E: Element> Backward<'_, E> {
     ///
     /// # Safety
     ///
-    /// The pieces hold the panel; `keys` and `values` have a row for each key up to the last of the tile.
+    /// The pieces hold the panel; the rows are those of the tile's keys.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)] // all of it is needed, and nothing of it belongs together elsewhere
-    unsafe fn panel<S: Simd>(
+    unsafe fn tile<S: Simd>(
         &self,
         simd: S,
+        products: Products,
         tile: &Tile,
         coverage: Coverage,
         panel: usize,
-        skip: usize,
-        keys: Rows<*const E::Real>,
-        values: Rows<*const E::Real>,
+        rows: TileRows<E>,
         pieces: &mut Pieces<E::Real>,
     ) {
         let problem = self.problem;
         let (d, dv, width, count) = (problem.dim(), problem.value_dim(), tile.width, tile.keys.len());
-        let stride = PANELS * width;
+        let (scale, one) = (E::Real::from_f64(problem.scale), E::Real::ONE);
+        let place = (rows.first * PANELS + panel) * products.operands(width);
+        let stride = PANELS * products.operands(width);
         // SAFETY: as the caller promises.
         unsafe {
-            let keys = Rows { start: keys.start.add(skip * keys.stride), ..keys };
-            let values = Rows { start: values.start.add(skip * values.stride), ..values };
-            let place = (skip * PANELS + panel) * width;
-            let weights = Rows { start: pieces.weights.as_mut_ptr().add(place), stride };
-            let grad_scores = Rows { start: pieces.grad_scores.as_mut_ptr().add(place), stride };
+            let to_weights = Rows { start: pieces.weights.as_mut_ptr().add(place), stride };
+            let to_grads = Rows { start: pieces.grad_scores.as_mut_ptr().add(place), stride };
+            // Numbers that will be pairs are computed elsewhere.
+            let (weights, grad_scores) = match products.by_pairs() {
+                Some(_) => {
+                    let tile = |numbers: &mut [E::Real]| Rows { start: numbers.as_mut_ptr(), stride: width };
+                    (tile(pieces.tile_weights), tile(pieces.tile_grads))
+                }
+                None => (to_weights, to_grads),
+            };
             let tanh = Rows { start: pieces.tanh.as_mut_ptr(), stride: width };
             let factors = Rows { start: pieces.factors.as_mut_ptr(), stride: width };
-            let queries = pieces.queries.as_ptr().add(panel * d * width);
+            let queries = pieces.queries.as_ptr().add(panel * products.operands(d) * width);
             let mut unused = [E::Real::splat(simd, E::Real::ZERO); VECTORS];
-            dot_products::<E::Real, S, false>(simd, d, queries, keys, count, weights, &mut unused);
+            products.dot_products::<E, S, false>(simd, d, scale, queries, rows.keys, count, weights, &mut unused);
             tile.adjust(simd, problem, coverage, weights, problem.softcap.map(|_| tanh));
-            let grads = pieces.grads.as_ptr().add(panel * dv * width);
-            dot_products::<E::Real, S, false>(simd, dv, grads, values, count, grad_scores, &mut unused);
-            let (dropout, softcap) = (problem.dropout.is_some(), problem.softcap.is_some());
-            if dropout {
+            let grads = pieces.grads.as_ptr().add(panel * products.operands(dv) * width);
+            products.dot_products::<E, S, false>(simd, dv, one, grads, rows.values, count, grad_scores, &mut unused);
+            let factors = problem.dropout.map(|_| factors);
+            if let Some(factors) = factors {
                 tile.dropout_factors(simd, problem, factors);
             }
             let query = pieces.logsumexp.as_ptr().add(panel * width);
             let delta = pieces.delta.as_ptr().add(panel * width);
-            weights_and_grads::<E::Real, S>(
-                simd,
-                count,
-                query,
-                delta,
-                weights,
-                grad_scores,
-                dropout.then_some(factors),
-            );
-            if self.with_care && coverage == Coverage::Some {
-                tile.hide(problem, weights, E::Real::ZERO);
-                tile.hide(problem, grad_scores, E::Real::ZERO);
+            weights_and_grads::<E::Real, S>(simd, count, query, delta, weights, grad_scores, factors);
+            if self.with_care {
+                tile.zero_nobodys(problem, coverage, weights);
+                tile.zero_nobodys(problem, coverage, grad_scores);
             }
-            self.add_to_bias(simd, tile, grad_scores);
-            if softcap {
-                for j in 0..count {
-                    for i in 0..width {
-                        let tanh = *tanh.start.add(j * width + i);
-                        *grad_scores.start.add(j * stride + i) *= E::Real::ONE - tanh * tanh;
-                    }
+            if let Some(bias) = &self.gradients.bias {
+                bias.add(simd, tile, grad_scores);
+            }
+            if problem.softcap.is_some() {
+                times_slope_of_tanh::<E::Real, S>(simd, count, tanh, grad_scores);
+                if self.with_care {
+                    tile.zero_nobodys(problem, coverage, grad_scores);
                 }
             }
-            let one = [E::Real::splat(simd, E::Real::ONE); VECTORS];
+            if let Some(pairs) = products.by_pairs() {
+                pairs.narrow_along(weights.cast().cast_const(), count, to_weights.cast());
+                pairs.narrow_along(grad_scores.cast().cast_const(), count, to_grads.cast());
+            }
+            let factor = [E::Real::splat(simd, one); VECTORS];
             let grad_queries = pieces.grad_queries.as_mut_ptr().add(panel * d * width);
-            let grad_scores = Rows { start: grad_scores.start.cast_const(), stride };
             for start in (0..count).step_by(LONGEST_SUM) {
                 let count = LONGEST_SUM.min(count - start);
-                let keys = Rows { start: keys.start.add(start * keys.stride), ..keys };
-                let grad_scores = Rows { start: grad_scores.start.add(start * stride), stride };
-                if self.with_care {
-                    accumulate_with_care::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
-                } else {
-                    accumulate::<E::Real, S>(simd, d, grad_queries, one, keys, count, grad_scores);
-                }
-            }
-        }
-    }
-
-    /// Adds the gradient of the scores to that of the bias.
-    ///
-    /// # Safety
-    ///
-    /// `grad_scores` has a row of W numbers for each key of the tile.
-    #[inline(always)]
-    unsafe fn add_to_bias<S: Simd>(&self, simd: S, tile: &Tile, grad_scores: Rows<*mut E::Real>) {
-        let Some(BiasGradient { start, strides: [sb, sh, si, sj] }) = self.gradients.bias else { return };
-        let keys = tile.keys.len();
-        // SAFETY: the caller has a number for every place of the bias, and no other task has those of these heads and
-        // keys.
-        unsafe {
-            let start = start.add(tile.at.0 * sb + tile.at.1 * sh + tile.first_query * si + tile.keys.start * sj);
-            if si != 0 && sj == 1 {
-                let from = Rows { start: grad_scores.start.cast_const(), stride: grad_scores.stride };
-                let to = Rows { start, stride: si };
-                transpose::<E::Real, S, true>(simd, keys, tile.queries, E::Real::ONE, from, to);
-                return;
-            }
-            for j in 0..keys {
-                for i in 0..tile.queries {
-                    *start.add(i * si + j * sj) += *grad_scores.start.add(j * grad_scores.stride + i);
-                }
+                let keys = rows.keys_to_sum.skip(products.operands(start));
+                let weights = grad_scores.skip(start);
+                products.accumulate::<E::Real, S>(simd, d, grad_queries, factor, keys, count, weights);
             }
         }
     }
@@ -385,57 +371,36 @@ impl<E: Element> Backward<'_, E> {
     unsafe fn grad_keys_and_values<S: Simd>(
         &self,
         simd: S,
+        products: Products,
         key: usize,
         rows: Range<usize>,
         span: Range<usize>,
         pieces: &mut Pieces<E::Real>,
     ) {
-        let width = panel_width::<E::Real, S>();
-        let (stride, place) = (PANELS * width, (rows.start * PANELS + span.start) * width);
+        let (problem, width) = (self.problem, products.operands(panel_width::<E::Real, S>()));
+        let place = (rows.start * PANELS + span.start) * width;
         let (first, inner) = (span.start * width, span.len() * width);
-        let lanes = E::Real::lanes::<S>();
-        let (k_stride, v_stride) = (pad(self.problem.dim()), pad(self.problem.value_dim()));
-        let key = key - self.keys.start;
-        // SAFETY: as the caller promises.
-        unsafe {
-            let weights = Rows { start: pieces.weights.as_ptr().add(place), stride };
-            let grad_rows = Rows { start: pieces.grad_rows.as_ptr().add(first * v_stride), stride: v_stride };
-            let out = Rows { start: pieces.grad_values.as_mut_ptr().add(key * v_stride), stride: v_stride };
-            let columns = self.problem.value_dim().next_multiple_of(lanes);
-            self.over_queries(simd, columns, out, rows.len(), weights, inner, grad_rows);
-            let grad_scores = Rows { start: pieces.grad_scores.as_ptr().add(place), stride };
-            let query_rows = Rows { start: pieces.query_rows.as_ptr().add(first * k_stride), stride: k_stride };
-            let out = Rows { start: pieces.grad_keys.as_mut_ptr().add(key * k_stride), stride: k_stride };
-            let columns = self.problem.dim().next_multiple_of(lanes);
-            self.over_queries(simd, columns, out, rows.len(), grad_scores, inner, query_rows);
-        }
-    }
-
-    /// # Safety
-    ///
-    /// As [`outer_products`].
-    #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // those of `outer_products`
-    unsafe fn over_queries<S: Simd>(
-        &self,
-        simd: S,
-        columns: usize,
-        out: Rows<*mut E::Real>,
-        count: usize,
-        weights: Rows<*const E::Real>,
-        inner: usize,
-        rows: Rows<*const E::Real>,
-    ) {
-        for start in (0..inner).step_by(LONGEST_SUM) {
-            let inner = LONGEST_SUM.min(inner - start);
-            // SAFETY: as the caller promises.
-            unsafe {
-                let weights = Rows { start: weights.start.add(start), ..weights };
-                let rows = Rows { start: rows.start.add(start * rows.stride), ..rows };
-                if self.with_care {
-                    outer_products_with_care::<E::Real, S>(simd, columns, out, count, weights, inner, rows);
-                } else {
-                    outer_products::<E::Real, S>(simd, columns, out, count, weights, inner, rows);
+        let (key, count) = (key - self.keys.start, rows.len());
+        let sides = [
+            (problem.value_dim(), E::Real::ONE, &pieces.weights, &pieces.grad_rows, &mut pieces.grad_values),
+            (
+                problem.dim(),
+                E::Real::from_f64(problem.scale),
+                &pieces.grad_scores,
+                &pieces.query_rows,
+                &mut pieces.grad_keys,
+            ),
+        ];
+        for (dim, factor, weights, rows, out) in sides {
+            let (stride, columns) = (pad(dim), dim.next_multiple_of(E::Real::lanes::<S>()));
+            for start in (0..inner).step_by(LONGEST_SUM) {
+                let inner = LONGEST_SUM.min(inner - start);
+                // SAFETY: as the caller promises.
+                unsafe {
+                    let weights = Rows { start: weights.as_ptr().add(place + start), stride: PANELS * width };
+                    let rows = Rows { start: rows.as_ptr().add((first + start) * stride), stride };
+                    let out = Rows { start: out.as_mut_ptr().add(key * stride), stride };
+                    products.outer_products::<E::Real, S>(simd, columns, factor, out, count, weights, inner, rows);
                 }
             }
         }
@@ -444,6 +409,8 @@ impl<E: Element> Backward<'_, E> {
     fn write_grad_keys_and_values(&self, pieces: &Pieces<E::Real>) {
         let Gradients { k, k_by_place, v, v_by_place, .. } = self.gradients;
         let (d, dv) = (self.problem.dim(), self.problem.value_dim());
+        self.look_at(pieces.grad_keys);
+        self.look_at(pieces.grad_values);
         for (j, key) in self.keys.clone().enumerate() {
             // SAFETY: the gradients have a row for each key of this head, and no other task writes those of this one.
             unsafe {
@@ -459,6 +426,7 @@ impl<E: Element> Backward<'_, E> {
         let d = self.problem.dim();
         let scale = E::Real::from_f64(self.problem.scale);
         let (by_head, stride) = self.gradients.q_strides;
+        self.look_at(pieces.grad_queries);
         for (panel, start) in queries.clone().step_by(width).enumerate() {
             let count = width.min(queries.end - start);
             let columns = pieces.grad_queries[panel * d * width..].as_ptr();
@@ -467,6 +435,15 @@ impl<E: Element> Backward<'_, E> {
                 let rows = Rows { start: self.gradients.q.add(head * by_head + start * stride), stride };
                 unpack::<E::Real, S>(simd, columns, d, count, scale, pieces.keys, rows);
             }
+        }
+    }
+
+    /// Takes note of results that aren't finite.
+    #[inline(always)]
+    fn look_at(&self, results: &[E::Real]) {
+        // No early end: this way it is done by vectors.
+        if !results.iter().fold(true, |all, x| all & x.is_finite()) {
+            self.is_strange.store(true, Ordering::Relaxed);
         }
     }
 }

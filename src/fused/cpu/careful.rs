@@ -6,14 +6,14 @@ use pulp::Simd;
 use super::micro::{Rows, VECTORS, load, store};
 use super::real::Real;
 
-/// As [`accumulate`](super::micro::accumulate), to the last bit, but a weight of zero adds nothing, be the row infinite or NaN. Slow: this is for
-/// data that is.
+/// As [`micro::accumulate`](super::micro::accumulate), to the last bit, but a weight of zero adds nothing, be the row infinite
+/// or NaN.
 ///
 /// # Safety
 ///
-/// As [`accumulate`](super::micro::accumulate).
+/// As there.
 #[inline(always)]
-pub(crate) unsafe fn accumulate_with_care<R: Real, S: Simd>(
+pub(crate) unsafe fn accumulate<R: Real, S: Simd>(
     simd: S,
     d: usize,
     panel: *mut R,
@@ -40,13 +40,14 @@ pub(crate) unsafe fn accumulate_with_care<R: Real, S: Simd>(
     }
 }
 
-/// As [`outer_products`](super::micro::outer_products), to the last bit, but a weight of zero adds nothing, be the row infinite or NaN.
+/// As [`micro::outer_products`](super::micro::outer_products), to the last bit, but a weight of zero adds nothing, be the row
+/// infinite or NaN.
 ///
 /// # Safety
 ///
-/// As [`outer_products`](super::micro::outer_products).
+/// As there.
 #[inline(always)]
-pub(crate) unsafe fn outer_products_with_care<R: Real, S: Simd>(
+pub(crate) unsafe fn outer_products<R: Real, S: Simd>(
     simd: S,
     columns: usize,
     out: Rows<*mut R>,

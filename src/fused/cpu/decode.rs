@@ -17,7 +17,7 @@ use super::micro::{Rows, load, pad, store};
 use super::problem::Problem;
 use super::real::Real;
 use super::scores::Tile;
-use super::scratch::Scratch;
+use super::scratch::{Scratch, pieces};
 use super::softmax::exponential;
 use crate::mask::Coverage;
 
@@ -28,6 +28,7 @@ pub(crate) const MOST_QUERIES: usize = 8;
 pub(crate) const FEWEST_KEYS: usize = 128;
 /// Keys of a block: those of 128 entries (64 KB) stay in a second-level cache until all rows have had them.
 pub(crate) const KEYS: usize = 128;
+
 /// A share of the keys of one key head. Its *rows* are the queries of the query heads that share it, head by head.
 pub(crate) struct Decode<'a, E: Element> {
     pub(crate) problem: &'a Problem<'a, E>,
@@ -99,10 +100,17 @@ impl<E: Element> WithSimd for Decode<'_, E> {
         let problem = self.problem;
         let (d, dv, q_len) = (problem.dim(), problem.value_dim(), problem.shape().q_len);
         let rows = problem.group() * q_len;
-        let sizes = [pad(d) * rows, pad(dv) * rows, KEYS * rows, KEYS * q_len, rows, rows, KEYS * d, KEYS * dv];
-        let mut scratch = Scratch::of_this_thread::<E::Real>(&sizes);
-        let [queries, sums, weights, scores, largest, total, keys, values] = scratch.pieces(sizes);
-        let mut pieces = Pieces { queries, sums, weights, scores, largest, total, keys, values };
+        let mut scratch;
+        let mut pieces = pieces!(scratch: E::Real => Pieces {
+            queries: pad(d) * rows,
+            sums: pad(dv) * rows,
+            weights: KEYS * rows,
+            scores: KEYS * q_len,
+            largest: rows,
+            total: rows,
+            keys: KEYS * d,
+            values: KEYS * dv,
+        });
         self.over_keys(simd, &mut pieces, false);
         if !problem.mask.is_full() && pieces.sums.iter().any(|sum| !sum.is_finite()) {
             // Perhaps it was infinity times the weight of zero of a key that the mask hides.
@@ -160,32 +168,25 @@ impl<E: Element> Decode<'_, E> {
         let keys = problem.k.rows(kv_at, block.clone(), pieces.keys);
         // SAFETY: the pieces have the sizes that the kernels ask for.
         unsafe { dot_products::<E::Real, S>(simd, d, keys, count, pieces.queries, rows, pieces.weights) };
+        let tile = |head: usize| Tile {
+            at: at(head),
+            first_query: 0,
+            queries: queries.len(),
+            width: queries.len(),
+            keys: block.clone(),
+        };
         for head in 0..group {
-            let tile = Tile {
-                at: at(head),
-                first_query: 0,
-                queries: queries.len(),
-                width: queries.len(),
-                keys: block.clone(),
-            };
-            self.adjust(simd, &tile, head, pieces);
+            self.adjust(simd, &tile(head), head, pieces);
         }
         for row in 0..rows {
             self.exponentials(simd, row, count, pieces);
         }
         if problem.dropout.is_some() {
             for head in 0..group {
-                let tile = Tile {
-                    at: at(head),
-                    first_query: 0,
-                    queries: queries.len(),
-                    width: queries.len(),
-                    keys: block.clone(),
-                };
-                self.drop_out(simd, &tile, head, pieces);
+                self.drop_out(simd, &tile(head), head, pieces);
             }
         }
-        let values = problem.v.rows(kv_at, block, pieces.values);
+        let values = problem.v.rows(kv_at, block.clone(), pieces.values);
         if with_care {
             for row in 0..rows {
                 self.add_values_with_care(row, values, count, pieces);

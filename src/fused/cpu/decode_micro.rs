@@ -3,31 +3,11 @@
 use pulp::Simd;
 
 use super::decode::KEYS;
-use super::micro::{Rows, load, load_up_to, pad, prefetch, store};
+use super::micro::{Rows, in_blocks, load, load_up_to, pad, prefetch, store};
 use super::real::Real;
 
 /// How far ahead memory is asked for, in numbers. Half and twice as many are slower.
 const AHEAD: usize = 1024;
-
-/// Runs a block of the given number of rows over `count` rows: whole blocks of 4, then what is left in blocks of 2 and 1.
-macro_rules! in_row_blocks {
-    ($count:expr, |$start:ident| $block:ident::<$($rest:tt),*>($($argument:expr),* $(,)?)) => {{
-        let count = $count;
-        let mut $start = 0;
-        while $start + 4 <= count {
-            $block::<$($rest),*, 4>($($argument),*);
-            $start += 4;
-        }
-        while $start + 2 <= count {
-            $block::<$($rest),*, 2>($($argument),*);
-            $start += 2;
-        }
-        while $start < count {
-            $block::<$($rest),*, 1>($($argument),*);
-            $start += 1;
-        }
-    }};
-}
 
 /// scores[row][j] = Σ_d keys[j][d] · queries[row][d] for `count` keys.
 ///
@@ -47,7 +27,7 @@ pub(crate) unsafe fn dot_products<R: Real, S: Simd>(
     let (queries, scores) = (queries.as_ptr(), scores.as_mut_ptr());
     // SAFETY: as the caller promises; a block stays inside `rows`.
     unsafe {
-        in_row_blocks!(rows, |row| dot_block::<R, S>(
+        in_blocks!(rows, [4, 2, 1], |row, N| dot_block::<R, S, N>(
             simd,
             d,
             keys,
@@ -109,7 +89,7 @@ pub(crate) unsafe fn add_values<R: Real, S: Simd>(
     let (weights, sums) = (weights.as_ptr(), sums.as_mut_ptr());
     // SAFETY: as the caller promises; a block stays inside `rows`.
     unsafe {
-        in_row_blocks!(rows, |row| value_block::<R, S>(
+        in_blocks!(rows, [4, 2, 1], |row, N| value_block::<R, S, N>(
             simd,
             dv,
             values,

@@ -4,19 +4,19 @@
 //! algorithm 1.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::{Simd, WithSimd};
 
-use super::careful::accumulate_with_care;
 use super::element::Element;
-use super::micro::{Rows, VECTORS, accumulate, dot_products, load, load_all, panel_width, store};
-use super::panels::{pack, unpack};
+use super::micro::{Rows, VECTORS, load, load_all, pad, panel_width, store};
+use super::panels::unpack;
 use super::problem::Problem;
+use super::products::{Products, RowsToDot};
 use super::real::Real;
 use super::scores::Tile;
-use super::scratch::Scratch;
+use super::scratch::{Scratch, pieces};
 use super::softmax::exponential;
+use crate::mask::Coverage;
 
 /// Queries of a task. With 64 entries each, queries and sums (32 KB each) and a block of keys and values (24 KB each)
 /// stay in a second-level cache of 256 KB.
@@ -34,8 +34,6 @@ pub(crate) struct Forward<'a, E: Element> {
     pub(crate) context_stride: usize,
     /// One for each query.
     pub(crate) logsumexp: *mut E::Real,
-    /// Set if the mask hides what is infinite or NaN, which zeros then don't make go away.
-    pub(crate) hides_strange: &'a AtomicBool,
 }
 
 /// What a task keeps for its panels, each piece a panel after the other.
@@ -65,19 +63,23 @@ impl<E: Element> WithSimd for Forward<'_, E> {
         let count = self.queries.len().div_ceil(width);
         let (d, dv) = (self.problem.dim(), self.problem.value_dim());
         let dropped = if self.problem.dropout.is_some() { KEYS * width } else { 0 };
-        let sizes = [d, dv, 1, 1].map(|rows| rows * width * count);
-        let sizes = [sizes[0], sizes[1], sizes[2], sizes[3], KEYS * width, dropped, KEYS * d, KEYS * dv];
-        let mut scratch = Scratch::of_this_thread::<E::Real>(&sizes);
-        let [queries, sums, largest, total, scores, factors, keys, values] = scratch.pieces(sizes);
-        let mut panels = Panels { queries, sums, largest, total, scores, factors, keys, values };
-        self.start(simd, &mut panels);
-        self.over_keys(simd, &mut panels, false);
+        let mut scratch;
+        let mut panels = pieces!(scratch: E::Real => Panels {
+            queries: d * width * count,
+            sums: dv * width * count,
+            largest: width * count,
+            total: width * count,
+            scores: KEYS * width,
+            factors: dropped,
+            keys: KEYS * d,
+            values: KEYS * pad(dv),
+        });
+        let products = Products::new::<E, S>(d, dv);
+        self.over_keys(simd, products, &mut panels);
         let is_finite = self.finish(simd, &mut panels);
         if !is_finite && !self.problem.mask.is_full() {
-            // Perhaps it was infinity times a weight of zero.
-            self.hides_strange.store(true, Ordering::Relaxed);
-            self.start(simd, &mut panels);
-            self.over_keys(simd, &mut panels, true);
+            // Perhaps it was infinity times the weight of zero of a key that the mask hides.
+            self.over_keys(simd, Products::Careful, &mut panels);
             self.finish(simd, &mut panels);
         }
     }
@@ -85,71 +87,88 @@ impl<E: Element> WithSimd for Forward<'_, E> {
 
 impl<E: Element> Forward<'_, E> {
     #[inline(always)]
-    fn start<S: Simd>(&self, simd: S, panels: &mut Panels<E::Real>) {
-        let scale = E::Real::from_f64(self.problem.scale);
+    fn over_keys<S: Simd>(&self, simd: S, products: Products, panels: &mut Panels<E::Real>) {
+        let problem = self.problem;
+        let scale = E::Real::from_f64(problem.scale);
         let to = panels.queries.as_mut_ptr();
         // SAFETY: there is room for all queries; a block of keys has as many as a panel has queries, and more.
-        unsafe { pack::<E, S>(simd, &self.problem.q, self.at, &self.queries, scale, panels.keys, to) };
+        unsafe { products.pack::<E, S>(simd, &problem.q, self.at, &self.queries, scale, panels.keys, to) };
         panels.sums.fill(E::Real::ZERO);
         panels.largest.fill(E::Real::LOWEST);
         panels.total.fill(E::Real::ZERO);
-    }
-
-    #[inline(always)]
-    fn over_keys<S: Simd>(&self, simd: S, panels: &mut Panels<E::Real>, with_care: bool) {
-        let problem = self.problem;
-        let width = panel_width::<E::Real, S>();
         let kv_len = problem.shape().kv_len;
-        let kv_at = (self.at.0, self.at.1 / problem.group());
         for start in (0..kv_len).step_by(KEYS) {
             let block = start..(start + KEYS).min(kv_len);
             let (block, _) = problem.visible(self.at, &self.queries, block);
-            if block.is_empty() {
+            if !block.is_empty() {
+                self.block(simd, products, block, panels);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&self, simd: S, products: Products, block: Range<usize>, panels: &mut Panels<E::Real>) {
+        let problem = self.problem;
+        let width = panel_width::<E::Real, S>();
+        let kv_at = (self.at.0, self.at.1 / problem.group());
+        let keys = products.rows_to_dot(&problem.k, kv_at, block.clone(), panels.keys);
+        let mut values = products.rows_to_sum(&problem.v, kv_at, block.clone(), panels.values);
+        let mut phase = 0;
+        for panel in 0..self.queries.len().div_ceil(width) {
+            let first_query = self.queries.start + panel * width;
+            let queries = first_query..(first_query + width).min(self.queries.end);
+            let (visible, coverage) = problem.visible(self.at, &queries, block.clone());
+            if visible.is_empty() {
                 continue;
             }
-            let keys = problem.k.rows(kv_at, block.clone(), panels.keys);
-            let values = problem.v.rows(kv_at, block.clone(), panels.values);
-            for panel in 0..self.queries.len().div_ceil(width) {
-                let first_query = self.queries.start + panel * width;
-                let queries = first_query..(first_query + width).min(self.queries.end);
-                let (visible, coverage) = problem.visible(self.at, &queries, block.clone());
-                if visible.is_empty() {
-                    continue;
-                }
-                let skip = visible.start - block.start;
-                let tile = Tile { at: self.at, first_query, queries: queries.len(), width, keys: visible };
-                let from = |rows: Rows<*const E::Real>| Rows {
-                    // SAFETY: `skip` is less than the rows of the block.
-                    start: unsafe { rows.start.add(skip * rows.stride) },
-                    ..rows
-                };
-                let scores = Rows { start: panels.scores.as_mut_ptr(), stride: width };
-                // SAFETY: the panel's pieces and the rows of the block have the sizes that the kernels ask for.
-                unsafe {
-                    let queries = panels.queries.as_ptr().add(panel * problem.dim() * width);
-                    let largest = panels.largest.as_ptr().add(panel * width);
-                    let mut largest = load_all::<E::Real, S, VECTORS>(simd, largest);
-                    let (d, count) = (problem.dim(), tile.keys.len());
-                    if problem.adjusts(coverage) {
-                        dot_products::<E::Real, S, false>(simd, d, queries, from(keys), count, scores, &mut largest);
-                        if tile.adjust(simd, problem, coverage, scores, None) {
-                            self.hides_strange.store(true, Ordering::Relaxed);
-                        }
-                        maxima::<E::Real, S>(simd, scores, count, &mut largest);
-                    } else {
-                        dot_products::<E::Real, S, true>(simd, d, queries, from(keys), count, scores, &mut largest);
-                    }
-                    let factor = self.exponentials(simd, &tile, panel, largest, panels);
-                    let sums = panels.sums.as_mut_ptr().add(panel * problem.value_dim() * width);
-                    let weights = Rows { start: panels.scores.as_ptr(), stride: width };
-                    let (values, dv) = (from(values), problem.value_dim());
-                    if with_care {
-                        accumulate_with_care::<E::Real, S>(simd, dv, sums, factor, values, count, weights);
-                    } else {
-                        accumulate::<E::Real, S>(simd, dv, sums, factor, values, count, weights);
-                    }
-                }
+            let skip = visible.start - block.start;
+            if products.phase(skip) != phase {
+                phase = products.phase(skip);
+                values = products.rows_to_sum(&problem.v, kv_at, block.start + phase..block.end, panels.values);
             }
+            let tile = Tile { at: self.at, first_query, queries: queries.len(), width, keys: visible };
+            // SAFETY: the panel's pieces and the rows of the block have the sizes that the kernels ask for.
+            unsafe {
+                let values = values.skip(products.operands(skip - phase));
+                self.tile(simd, products, &tile, coverage, panel, keys.skip(skip), values, panels);
+            }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// The pieces hold the panel; `keys` and `values` have a row for each key of the tile.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // all of it is needed, and nothing of it belongs together elsewhere
+    unsafe fn tile<S: Simd>(
+        &self,
+        simd: S,
+        products: Products,
+        tile: &Tile,
+        coverage: Coverage,
+        panel: usize,
+        keys: RowsToDot<E>,
+        values: Rows<*const E::Real>,
+        panels: &mut Panels<E::Real>,
+    ) {
+        let problem = self.problem;
+        let (d, dv, width, count) = (problem.dim(), problem.value_dim(), tile.width, tile.keys.len());
+        let scale = E::Real::from_f64(problem.scale);
+        let scores = Rows { start: panels.scores.as_mut_ptr(), stride: width };
+        // SAFETY: as the caller promises.
+        unsafe {
+            let queries = panels.queries.as_ptr().add(panel * products.operands(d) * width);
+            let mut largest = load_all::<E::Real, S, VECTORS>(simd, panels.largest.as_ptr().add(panel * width));
+            if problem.adjusts(coverage) {
+                products.dot_products::<E, S, false>(simd, d, scale, queries, keys, count, scores, &mut largest);
+                tile.adjust(simd, problem, coverage, scores, None);
+                maxima::<E::Real, S>(simd, scores, count, &mut largest);
+            } else {
+                products.dot_products::<E, S, true>(simd, d, scale, queries, keys, count, scores, &mut largest);
+            }
+            let factor = self.exponentials(simd, tile, panel, largest, panels);
+            let sums = panels.sums.as_mut_ptr().add(panel * dv * width);
+            products.accumulate::<E::Real, S>(simd, dv, sums, factor, values, count, scores);
         }
     }
 

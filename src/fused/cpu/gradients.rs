@@ -1,7 +1,13 @@
 //! What the tasks of the backward pass are given for each query, and where they write.
 
+use pulp::Simd;
+
 use super::Strides;
 use super::element::Element;
+use super::micro::Rows;
+use super::real::Real;
+use super::scores::Tile;
+use super::transpose::transpose;
 
 /// What is known of a query after the forward pass.
 #[derive(Clone, Copy)]
@@ -35,7 +41,33 @@ pub(crate) struct BiasGradient<R> {
     pub(crate) strides: [usize; 4],
 }
 
-impl<R> BiasGradient<R> {
+impl<R: Real> BiasGradient<R> {
+    /// Adds the gradient of a tile's scores.
+    ///
+    /// # Safety
+    ///
+    /// `grad_scores` has a row of W numbers for each key of the tile. There is a number for every place of the bias, and no
+    /// other task has those of the tile's heads and keys.
+    #[inline(always)]
+    pub(crate) unsafe fn add<S: Simd>(&self, simd: S, tile: &Tile, grad_scores: Rows<*mut R>) {
+        let [sb, sh, si, sj] = self.strides;
+        let keys = tile.keys.len();
+        // SAFETY: as the caller promises.
+        unsafe {
+            let start = self.start.add(tile.at.0 * sb + tile.at.1 * sh + tile.first_query * si + tile.keys.start * sj);
+            if si != 0 && sj == 1 {
+                let to = Rows { start, stride: si };
+                transpose::<R, S, true>(simd, keys, tile.queries, R::ONE, grad_scores.cast_const(), to);
+                return;
+            }
+            for j in 0..keys {
+                for i in 0..tile.queries {
+                    *start.add(i * si + j * sj) += *grad_scores.start.add(j * grad_scores.stride + i);
+                }
+            }
+        }
+    }
+
     pub(crate) fn new(start: *mut R, dims: [usize; 4]) -> Self {
         let mut strides = [0; 4];
         let mut stride = 1;

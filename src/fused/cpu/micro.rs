@@ -12,8 +12,6 @@ use super::real::Real;
 
 /// Vectors in a panel.
 pub(crate) const VECTORS: usize = 2;
-/// Rows in a block.
-pub(crate) const ROWS: usize = 6;
 
 /// Queries in a panel.
 pub(crate) fn panel_width<R: Real, S: Simd>() -> usize {
@@ -89,35 +87,70 @@ pub(crate) fn prefetch<R>(address: *const R) {
     let _ = address;
 }
 
-/// Runs a block of the given number of rows over `count` rows: whole blocks, then what is left in blocks of 4, 2 and 1.
+/// Goes over `count` rows in blocks of the given sizes, largest first: `$start` is a block's first row, `$rows` its constant
+/// number of rows.
 macro_rules! in_blocks {
-    ($count:expr, |$start:ident| $block:ident::<$($rest:tt),*>($($argument:expr),* $(,)?)) => {{
+    ($count:expr, [$($size:expr),*], |$start:ident, $rows:ident| $block:expr) => {{
         let count = $count;
         let mut $start = 0;
-        while $start + ROWS <= count {
-            $block::<$($rest),*, ROWS>($($argument),*);
-            $start += ROWS;
-        }
-        while $start + 4 <= count {
-            $block::<$($rest),*, 4>($($argument),*);
-            $start += 4;
-        }
-        while $start + 2 <= count {
-            $block::<$($rest),*, 2>($($argument),*);
-            $start += 2;
-        }
-        while $start < count {
-            $block::<$($rest),*, 1>($($argument),*);
-            $start += 1;
-        }
+        $(while count - $start >= $size {
+            const $rows: usize = $size;
+            $block;
+            $start += $size;
+        })*
     }};
 }
+pub(crate) use in_blocks;
 
 /// A matrix whose rows stand `stride` numbers apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<T> {
     pub(crate) start: T,
     pub(crate) stride: usize,
+}
+
+impl<T> Rows<*const T> {
+    /// The rows behind the first few.
+    ///
+    /// # Safety
+    ///
+    /// There are as many.
+    #[inline(always)]
+    pub(crate) unsafe fn skip(self, count: usize) -> Self {
+        // SAFETY: as the caller promises.
+        Self { start: unsafe { self.start.add(count * self.stride) }, ..self }
+    }
+
+    /// The same rows of another type of number.
+    #[inline(always)]
+    pub(crate) fn cast<U>(self) -> Rows<*const U> {
+        Rows { start: self.start.cast(), stride: self.stride }
+    }
+}
+
+impl<T> Rows<*mut T> {
+    /// The rows behind the first few.
+    ///
+    /// # Safety
+    ///
+    /// There are as many.
+    #[inline(always)]
+    pub(crate) unsafe fn skip(self, count: usize) -> Self {
+        // SAFETY: as the caller promises.
+        Self { start: unsafe { self.start.add(count * self.stride) }, ..self }
+    }
+
+    /// The same rows, to read.
+    #[inline(always)]
+    pub(crate) fn cast_const(self) -> Rows<*const T> {
+        Rows { start: self.start.cast_const(), stride: self.stride }
+    }
+
+    /// The same rows of another type of number.
+    #[inline(always)]
+    pub(crate) fn cast<U>(self) -> Rows<*mut U> {
+        Rows { start: self.start.cast(), stride: self.stride }
+    }
 }
 
 /// scores[j][W] = Σ_d rows[j][d] · panel[d][W] for `count` rows. With `MAX`, `largest` becomes the greatest of itself and
@@ -138,7 +171,7 @@ pub(crate) unsafe fn dot_products<R: Real, S: Simd, const MAX: bool>(
 ) {
     // SAFETY: as the caller promises; a block stays inside `count` rows.
     unsafe {
-        in_blocks!(count, |j| dot_block::<R, S, MAX>(
+        in_blocks!(count, [6, 4, 2, 1], |j, N| dot_block::<R, S, MAX, N>(
             simd,
             d,
             panel,
@@ -204,7 +237,7 @@ pub(crate) unsafe fn accumulate<R: Real, S: Simd>(
     let width = panel_width::<R, S>();
     // SAFETY: as the caller promises; a block stays inside the d columns.
     unsafe {
-        in_blocks!(d, |i| accumulate_block::<R, S>(
+        in_blocks!(d, [6, 4, 2, 1], |i, N| accumulate_block::<R, S, N>(
             simd,
             panel.add(i * width),
             factor,
@@ -273,21 +306,22 @@ pub(crate) unsafe fn outer_products<R: Real, S: Simd>(
         let mut column = 0;
         while column < columns {
             let rows = Rows { start: rows.start.add(column), ..rows };
-            let wide = column + VECTORS * lanes <= columns;
-            if wide {
-                in_blocks!(count, |j| outer_wide::<R, S>(
+            let out_at = |j: usize| Rows { start: out.start.add(j * out.stride + column), ..out };
+            let weights_at = |j: usize| Rows { start: weights.start.add(j * weights.stride), ..weights };
+            if column + VECTORS * lanes <= columns {
+                in_blocks!(count, [6, 4, 2, 1], |j, N| outer_block::<R, S, N, VECTORS>(
                     simd,
-                    Rows { start: out.start.add(j * out.stride + column), ..out },
-                    Rows { start: weights.start.add(j * weights.stride), ..weights },
+                    out_at(j),
+                    weights_at(j),
                     inner,
                     rows,
                 ));
                 column += VECTORS * lanes;
             } else {
-                in_blocks!(count, |j| outer_narrow::<R, S>(
+                in_blocks!(count, [6, 4, 2, 1], |j, N| outer_block::<R, S, N, 1>(
                     simd,
-                    Rows { start: out.start.add(j * out.stride + column), ..out },
-                    Rows { start: weights.start.add(j * weights.stride), ..weights },
+                    out_at(j),
+                    weights_at(j),
                     inner,
                     rows,
                 ));
@@ -295,36 +329,6 @@ pub(crate) unsafe fn outer_products<R: Real, S: Simd>(
             }
         }
     }
-}
-
-/// # Safety
-///
-/// As [`outer_products`], for N rows and as many columns as a panel is wide.
-#[inline(always)]
-unsafe fn outer_wide<R: Real, S: Simd, const N: usize>(
-    simd: S,
-    out: Rows<*mut R>,
-    weights: Rows<*const R>,
-    inner: usize,
-    rows: Rows<*const R>,
-) {
-    // SAFETY: as the caller promises.
-    unsafe { outer_block::<R, S, N, VECTORS>(simd, out, weights, inner, rows) }
-}
-
-/// # Safety
-///
-/// As [`outer_products`], for N rows and one vector of columns.
-#[inline(always)]
-unsafe fn outer_narrow<R: Real, S: Simd, const N: usize>(
-    simd: S,
-    out: Rows<*mut R>,
-    weights: Rows<*const R>,
-    inner: usize,
-    rows: Rows<*const R>,
-) {
-    // SAFETY: as the caller promises.
-    unsafe { outer_block::<R, S, N, 1>(simd, out, weights, inner, rows) }
 }
 
 /// # Safety

@@ -11,8 +11,10 @@ mod element;
 mod forward;
 mod gradients;
 mod micro;
+mod pairs;
 mod panels;
 mod problem;
+mod products;
 mod real;
 mod scores;
 mod scratch;
@@ -21,7 +23,7 @@ mod transpose;
 
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -98,10 +100,9 @@ pub(crate) struct Output<E: Element> {
     pub(crate) context: Vec<E>,
     /// (batch, num_heads, q_len)
     pub(crate) logsumexp: Vec<E::Real>,
-    /// Whether the mask hides what is infinite or NaN.
-    pub(crate) hides_strange: bool,
 }
 
+/// Context and log-sum-exp.
 pub(crate) fn forward<E: Element>(
     problem: &Problem<E>,
     (by_head, by_place): Strides,
@@ -112,42 +113,40 @@ pub(crate) fn forward<E: Element>(
     let mut context: Vec<E> = room("context", rows * dv)?;
     let mut logsumexp: Vec<E::Real> = room("log-sum-exp", rows)?;
     let (to_context, to_logsumexp) = (Shared(context.as_mut_ptr()), Shared(logsumexp.as_mut_ptr()));
-    let blocks = shape.q_len.div_ceil(QUERIES);
-    let hides_strange = AtomicBool::new(false);
     if shape.q_len <= MOST_QUERIES && shape.kv_len >= FEWEST_KEYS {
         decode(problem, &to_context, (by_head, by_place), &to_logsumexp);
-        // SAFETY: each row has been written.
-        unsafe {
-            context.set_len(rows * dv);
-            logsumexp.set_len(rows);
-        }
-        return Ok(Output { context, logsumexp, hides_strange: false });
+    } else {
+        attend(problem, &to_context, (by_head, by_place), &to_logsumexp);
     }
-    run_tasks(problem.work(), shape.batch * shape.num_heads * blocks, |task| {
-        let (head, start) = (task / blocks, task % blocks * QUERIES);
-        let at = (head / shape.num_heads, head % shape.num_heads);
-        // SAFETY: row `start` of this head exists.
-        let (context, logsumexp) = unsafe {
-            let sequence = at.0 * shape.num_heads * shape.q_len * dv;
-            let context = to_context.at(sequence + at.1 * by_head + start * by_place);
-            (context, to_logsumexp.at(head * shape.q_len + start))
-        };
-        arch().dispatch(Forward {
-            problem,
-            at,
-            queries: start..(start + QUERIES).min(shape.q_len),
-            context,
-            context_stride: by_place,
-            logsumexp,
-            hides_strange: &hides_strange,
-        });
-    });
     // SAFETY: the tasks cover all queries of all heads, and each has written all of its rows.
     unsafe {
         context.set_len(rows * dv);
         logsumexp.set_len(rows);
     }
-    Ok(Output { context, logsumexp, hides_strange: hides_strange.into_inner() })
+    Ok(Output { context, logsumexp })
+}
+
+/// Writes context and log-sum-exp of many queries, some of one head by a task.
+fn attend<E: Element>(
+    problem: &Problem<E>,
+    to_context: &Shared<E>,
+    (by_head, by_place): Strides,
+    to_logsumexp: &Shared<E::Real>,
+) {
+    let shape = problem.shape();
+    let blocks = shape.q_len.div_ceil(QUERIES);
+    run_tasks(problem.work(), shape.batch * shape.num_heads * blocks, |task| {
+        let (head, start) = (task / blocks, task % blocks * QUERIES);
+        let at = (head / shape.num_heads, head % shape.num_heads);
+        // SAFETY: row `start` of this head exists.
+        let (context, logsumexp) = unsafe {
+            let sequence = at.0 * shape.num_heads * shape.q_len * problem.value_dim();
+            let context = to_context.at(sequence + at.1 * by_head + start * by_place);
+            (context, to_logsumexp.at(head * shape.q_len + start))
+        };
+        let queries = start..(start + QUERIES).min(shape.q_len);
+        arch().dispatch(Forward { problem, at, queries, context, context_stride: by_place, logsumexp });
+    });
 }
 
 /// Writes context and log-sum-exp of a few queries: shares of the keys side by side, then each row from its shares in
@@ -200,7 +199,6 @@ pub(crate) struct Saved<'a, E: Element> {
     pub(crate) context: View<'a, E>,
     /// (batch, num_heads, q_len)
     pub(crate) logsumexp: &'a [E::Real],
-    pub(crate) hides_strange: bool,
 }
 
 /// The gradients of what the forward pass gave.
@@ -225,11 +223,27 @@ pub(crate) fn backward<E: Element>(
     bias_dims: Option<[usize; 4]>,
     strides: impl Fn(usize, usize, usize) -> Strides,
 ) -> candle_core::Result<Grads<E>> {
+    let rows = query_rows(problem, &saved, &incoming);
+    let pass = |with_care| backward_pass(problem, &rows, incoming.context, bias_dims, &strides, with_care);
+    let (grads, is_finite) = pass(false)?;
+    if is_finite || problem.mask.is_full() {
+        return Ok(grads);
+    }
+    // Perhaps it was infinity times a zero of what the mask hides.
+    Ok(pass(true)?.0)
+}
+
+/// The gradients, and whether all of them are finite.
+fn backward_pass<E: Element>(
+    problem: &Problem<E>,
+    rows: &[QueryRow<E::Real>],
+    grad_context: View<E>,
+    bias_dims: Option<[usize; 4]>,
+    strides: impl Fn(usize, usize, usize) -> Strides,
+    with_care: bool,
+) -> candle_core::Result<(Grads<E>, bool)> {
     let shape = problem.shape();
     let (kv_heads, d, dv) = (problem.kv_heads(), problem.dim(), problem.value_dim());
-    let rows = query_rows(problem, &saved, &incoming);
-    let hides_strange = saved.hides_strange || rows.iter().any(|row| !row.delta.is_finite());
-    let with_care = hides_strange && !problem.mask.is_full();
     let chains = Chains::new(shape.batch, kv_heads, bias_dims);
     let splits = chains.splits(shape.kv_len);
     let keys_per_split = shape.kv_len.div_ceil(splits);
@@ -246,6 +260,7 @@ pub(crate) fn backward<E: Element>(
     grad_bias.resize(chains.side_by_side * bias_size, E::Real::ZERO);
     let (q, k, v) = (Shared(grad_q.as_mut_ptr()), Shared(grad_k.as_mut_ptr()), Shared(grad_v.as_mut_ptr()));
     let bias = Shared(grad_bias.as_mut_ptr());
+    let is_strange = AtomicBool::new(false);
     run_tasks(problem.work(), chains.count() * splits, |task| {
         let (chain, split) = (task / splits, task % splits);
         let start = (split * keys_per_split).min(shape.kv_len);
@@ -263,10 +278,18 @@ pub(crate) fn backward<E: Element>(
                     bias: bias_dims.map(|dims| BiasGradient::new(bias.at(chains.side(chain) * bias_size), dims)),
                 }
             };
-            let keys = keys.clone();
-            let rows = &rows;
-            let grad_context = incoming.context;
-            arch().dispatch(Backward { problem, grad_context, rows, sequence, kv_head, keys, with_care, gradients });
+            let (keys, is_strange) = (keys.clone(), &is_strange);
+            arch().dispatch(Backward {
+                problem,
+                grad_context,
+                rows,
+                sequence,
+                kv_head,
+                keys,
+                with_care,
+                gradients,
+                is_strange,
+            });
         }
     });
     // SAFETY: the tasks cover all keys of all heads, and for each share of the keys all queries, and each has written
@@ -278,7 +301,8 @@ pub(crate) fn backward<E: Element>(
     }
     let grad_q = sum_of_parts(grad_q, q_size);
     let bias = bias_dims.map(|_| sum_of_parts(grad_bias, bias_size));
-    Ok(Grads { q: E::from_real(grad_q), k: grad_k, v: grad_v, bias })
+    let is_finite = !is_strange.load(Ordering::Relaxed);
+    Ok((Grads { q: E::from_real(grad_q), k: grad_k, v: grad_v, bias }, is_finite))
 }
 
 /// Parts of the same size, one behind the other, added up in their order.

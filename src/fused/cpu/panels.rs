@@ -35,13 +35,54 @@ pub(crate) unsafe fn pack<E: Element, S: Simd>(
         unsafe {
             let to = Rows { start: panels.add(panel * dim * width), stride: width };
             transpose::<E::Real, S, false>(simd, count, dim, factor, rows, to);
-            if count < width {
-                for row in 0..dim {
-                    let behind = to.start.add(row * width + count);
-                    std::slice::from_raw_parts_mut(behind, width - count).fill(E::Real::ZERO);
-                }
-            }
+            zero_behind(count, dim, width, to);
         }
+    }
+}
+
+/// As [`pack`], for rows of half numbers as they are: panels [dim / 2][W] of pairs.
+///
+/// # Safety
+///
+/// The element has 16 bits, dim is even, `panels` has room for the panels and `scratch` for a panel.
+#[inline(always)]
+pub(crate) unsafe fn pack_pairs<E: Element, S: Simd>(
+    simd: S,
+    view: &View<E>,
+    (b, h): (usize, usize),
+    range: &Range<usize>,
+    scratch: &mut [E::Real],
+    panels: *mut E::Real,
+) {
+    let width = panel_width::<E::Real, S>();
+    let pairs = view.dims()[3] / 2;
+    for (panel, start) in range.clone().step_by(width).enumerate() {
+        let count = width.min(range.end - start);
+        // SAFETY: as the caller promises; a pair takes the room of a number to compute with.
+        unsafe {
+            for (i, to) in scratch.chunks_exact_mut(pairs).enumerate().take(count) {
+                to.as_mut_ptr().cast::<E>().copy_from_nonoverlapping(view.row(b, h, start + i).as_ptr(), 2 * pairs);
+            }
+            let rows = Rows { start: scratch.as_ptr(), stride: pairs };
+            let to = Rows { start: panels.add(panel * pairs * width), stride: width };
+            transpose::<E::Real, S, false>(simd, count, pairs, E::Real::ONE, rows, to);
+            zero_behind(count, pairs, width, to);
+        }
+    }
+}
+
+/// Zeros in the lanes of a panel behind the first `count`.
+///
+/// # Safety
+///
+/// `panel` has `rows` rows of `width`.
+#[inline(always)]
+unsafe fn zero_behind<R: Real>(count: usize, rows: usize, width: usize, panel: Rows<*mut R>) {
+    for row in 0..rows {
+        // SAFETY: as the caller promises.
+        unsafe {
+            std::slice::from_raw_parts_mut(panel.start.add(row * panel.stride + count), width - count).fill(R::ZERO)
+        };
     }
 }
 

@@ -39,6 +39,14 @@ impl<'a, E: Element> View<'a, E> {
         &self.data[b * sb + h * sh + i * si..][..self.dims[3]]
     }
 
+    /// The rows from a place on, as they are.
+    #[inline(always)]
+    pub(crate) fn raw_rows(&self, (b, h): (usize, usize), start: usize) -> Rows<*const E> {
+        let [sb, sh, si] = self.strides;
+        // All that follows, since a pointer may read no further than the slice that it was taken from.
+        Rows { start: self.data[b * sb + h * sh + start * si..].as_ptr(), stride: si }
+    }
+
     /// Some rows to compute with: where they are, if they need no widening, else widened to `scratch`.
     #[inline(always)]
     pub(crate) fn rows(

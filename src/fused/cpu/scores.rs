@@ -34,7 +34,7 @@ impl Tile {
     }
 
     /// Softcap, bias, ALiBi and the mask. With a softcap, tanh(s / cap) is left in
-    /// `tanh`, if given, for the backward pass. Says whether the mask hid a score that isn't finite.
+    /// `tanh`, if given, for the backward pass.
     ///
     /// # Safety
     ///
@@ -47,7 +47,7 @@ impl Tile {
         coverage: Coverage,
         scores: Rows<*mut E::Real>,
         tanh: Option<Rows<*mut E::Real>>,
-    ) -> bool {
+    ) {
         // SAFETY: as the caller promises.
         unsafe {
             if let Some(cap) = problem.softcap {
@@ -59,7 +59,9 @@ impl Tile {
             if let Some(slope) = problem.slope(self.at) {
                 self.subtract_distances(problem, slope, scores);
             }
-            coverage == Coverage::Some && self.hide(problem, scores, -E::Real::INFINITY)
+            if coverage == Coverage::Some {
+                self.hide(problem, scores, -E::Real::INFINITY);
+            }
         }
     }
 
@@ -136,31 +138,45 @@ impl Tile {
         }
     }
 
-    /// Replaces the numbers of what the mask hides; says whether one of them was not finite.
+    /// Replaces the numbers of what the mask hides.
     ///
     /// # Safety
     ///
     /// `numbers` has a row of `width` numbers for each key.
     #[inline(always)]
-    pub(crate) unsafe fn hide<E: Element>(
-        &self,
-        problem: &Problem<E>,
-        numbers: Rows<*mut E::Real>,
-        with: E::Real,
-    ) -> bool {
+    pub(crate) unsafe fn hide<E: Element>(&self, problem: &Problem<E>, numbers: Rows<*mut E::Real>, with: E::Real) {
         let queries = self.first_query..self.first_query + self.queries;
         let shape = problem.shape();
-        let mut is_strange = false;
         for (j, key) in self.keys.clone().enumerate() {
             // SAFETY: as the caller promises.
             let row = unsafe { self.row(numbers, j) };
             problem.mask.rule().hidden(&shape, self.at, &queries, key, &mut |hidden| {
                 let lanes = hidden.start - self.first_query..hidden.end - self.first_query;
-                is_strange |= row[lanes.clone()].iter().any(|x| !x.is_finite() && *x != with);
                 row[lanes].fill(with);
             });
         }
-        is_strange
+    }
+
+    /// Zeros for what the mask hides and in the lanes behind the last query, whatever an infinite or NaN row made of them.
+    ///
+    /// # Safety
+    ///
+    /// `numbers` has a row of `width` numbers for each key.
+    pub(crate) unsafe fn zero_nobodys<E: Element>(
+        &self,
+        problem: &Problem<E>,
+        coverage: Coverage,
+        numbers: Rows<*mut E::Real>,
+    ) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            if coverage == Coverage::Some {
+                self.hide(problem, numbers, E::Real::ZERO);
+            }
+            for j in 0..self.keys.len() {
+                self.row(numbers, j)[self.queries..].fill(E::Real::ZERO);
+            }
+        }
     }
 
     /// What dropout multiplies each weight by.

@@ -47,6 +47,17 @@ impl Scratch {
     }
 }
 
+/// A struct whose fields are pieces of a thread's memory, each with its size in numbers.
+macro_rules! pieces {
+    ($scratch:ident: $real:ty => $name:ident { $($piece:ident: $size:expr),* $(,)? }) => {{
+        let sizes = [$($size),*];
+        $scratch = Scratch::of_this_thread::<$real>(&sizes);
+        let [$($piece),*] = $scratch.pieces(sizes);
+        $name { $($piece),* }
+    }};
+}
+pub(crate) use pieces;
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         LINES.set(std::mem::take(&mut self.lines));

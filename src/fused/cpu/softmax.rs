@@ -49,3 +49,30 @@ pub(crate) unsafe fn weights_and_grads<R: Real, S: Simd>(
         }
     }
 }
+
+/// ds ∘ (1 - tanh²) in place of ds: the derivative of the softcap.
+///
+/// # Safety
+///
+/// `tanh` and `grads` have `count` rows of W numbers.
+#[inline(always)]
+pub(crate) unsafe fn times_slope_of_tanh<R: Real, S: Simd>(
+    simd: S,
+    count: usize,
+    tanh: Rows<*mut R>,
+    grads: Rows<*mut R>,
+) {
+    let lanes = R::lanes::<S>();
+    let one = R::splat(simd, R::ONE);
+    for j in 0..count {
+        for v in 0..VECTORS {
+            // SAFETY: as the caller promises.
+            unsafe {
+                let tanh = load::<R, S>(tanh.start.add(j * tanh.stride + v * lanes));
+                let grad = grads.start.add(j * grads.stride + v * lanes);
+                let slope = R::vsub(simd, one, R::vmul(simd, tanh, tanh));
+                store::<R, S>(grad, R::vmul(simd, load::<R, S>(grad), slope));
+            }
+        }
+    }
+}

@@ -8,7 +8,8 @@ use super::real::Real;
 /// Rows and columns of the square that registers transpose.
 const SQUARE: usize = 8;
 
-/// to[c][r] = factor · from[r][c], or with `ADD` that much more, for `rows` rows of `columns`.
+/// to[c][r] = factor · from[r][c], or with `ADD` that much more, for `rows` rows of `columns`. With a factor of 1 the bits
+/// stay what they are, whether they are a number or not.
 ///
 /// # Safety
 ///
@@ -62,7 +63,8 @@ unsafe fn one_by_one<R: Real, const ADD: bool>(
             // SAFETY: as the caller promises.
             unsafe {
                 let place = to.start.add(c * to.stride + r);
-                let x = factor * *from.start.add(r * from.stride + c);
+                let x = *from.start.add(r * from.stride + c);
+                let x = if factor == R::ONE { x } else { factor * x };
                 place.write(if ADD { *place + x } else { x });
             }
         }
@@ -94,6 +96,7 @@ pub(crate) unsafe fn transpose_8x8<const ADD: bool>(factor: f32, from: Rows<*con
         fours[i + 2] = _mm256_shuffle_ps::<0b01_00_01_00>(pairs[i + 1], pairs[i + 3]);
         fours[i + 3] = _mm256_shuffle_ps::<0b11_10_11_10>(pairs[i + 1], pairs[i + 3]);
     }
+    let is_one = factor == 1.0;
     let factor = _mm256_set1_ps(factor);
     for i in 0..4 {
         let low = _mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4]);
@@ -102,7 +105,7 @@ pub(crate) unsafe fn transpose_8x8<const ADD: bool>(factor: f32, from: Rows<*con
             // SAFETY: the caller has room for 8 numbers in each row.
             unsafe {
                 let place = to.start.add(row * to.stride);
-                let mut x = _mm256_mul_ps(factor, x);
+                let mut x = if is_one { x } else { _mm256_mul_ps(factor, x) };
                 if ADD {
                     x = _mm256_add_ps(_mm256_loadu_ps(place), x);
                 }

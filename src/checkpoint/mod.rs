@@ -1,4 +1,12 @@
-//! Layers as files: safetensors that carry the layer's config in their metadata, so that a file alone is enough.
+//! Weights in files: layers as safetensors that carry their config, and weights that others trained.
+//!
+//! What [`save`](crate::MultiHead::save) writes has the layer's config in its metadata, so that the file alone is enough.
+//! For checkpoints of other programs [`Layout`] says how they name and arrange the parameters, and [`var_builder`] reads a
+//! whole model's.
+
+mod layout;
+mod tensors;
+mod weights;
 
 use std::collections::HashMap;
 
@@ -10,6 +18,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Parameter, SelfAttentionConfig};
 use crate::error::AttentionError;
+pub use layout::Layout;
+pub(crate) use layout::{from_file, from_var_builder, to_file, to_tensors};
+pub use weights::var_builder;
 
 /// The metadata entry that holds the [`Header`] as JSON.
 const METADATA_KEY: &str = "candle_attention";
@@ -40,9 +51,16 @@ pub(crate) struct Checkpoint {
 pub(crate) fn to_bytes(header: &Header, parameters: &[(&'static str, &Tensor)]) -> candle_core::Result<Vec<u8>> {
     let json = serde_json::to_string(header).map_err(candle_core::Error::wrap)?;
     let metadata = HashMap::from([(METADATA_KEY.to_string(), json)]);
+    serialise(parameters.iter().map(|&(name, tensor)| (name.to_string(), tensor)), metadata)
+}
+
+fn serialise<'a>(
+    tensors: impl Iterator<Item = (String, &'a Tensor)>,
+    metadata: HashMap<String, String>,
+) -> candle_core::Result<Vec<u8>> {
     // safetensors takes the data through a function that can't fail: whatever can go wrong must do so before.
-    let on_cpu = |&(name, tensor): &(&'static str, &Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
-    let tensors = parameters.iter().map(on_cpu).collect::<candle_core::Result<Vec<_>>>()?;
+    let on_cpu = |(name, tensor): (String, &Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
+    let tensors = tensors.map(on_cpu).collect::<candle_core::Result<Vec<_>>>()?;
     safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)
 }
 
@@ -145,8 +163,7 @@ fn misfit(parameter: &Parameter, view: &TensorView, dtype: &mut Option<DType>) -
         Some(first) => format!("{first:?} as the others"),
         None => "F16, BF16, F32 or F64".to_string(),
     };
-    let fits =
-        |got| matches!(got, DType::F16 | DType::BF16 | DType::F32 | DType::F64) && dtype.is_none_or(|x| x == got);
+    let fits = |got| is_served(got) && dtype.is_none_or(|x| x == got);
     match got.filter(|&got| fits(got)) {
         Some(got) => {
             *dtype = Some(got);
@@ -154,4 +171,9 @@ fn misfit(parameter: &Parameter, view: &TensorView, dtype: &mut Option<DType>) -
         }
         None => Some(format!("`{name}`: expected dtype {expected}, got {:?}", view.dtype())),
     }
+}
+
+/// Whether parameters may have this dtype.
+pub(crate) fn is_served(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
 }

@@ -1,0 +1,15 @@
+//! GPT-2, whose `Conv1D` keeps its matrices as (in, out).
+
+use super::plan::{Entry, Table, one_width};
+
+pub(super) static TABLE: Table = Table {
+    entries: &[
+        Entry::of("c_attn.weight", &["q_proj.weight", "k_proj.weight", "v_proj.weight"]).transposed(),
+        Entry::of("c_attn.bias", &["q_proj.bias", "k_proj.bias", "v_proj.bias"]),
+        Entry::of("c_proj.weight", &["o_proj.weight"]).transposed(),
+        Entry::of("c_proj.bias", &["o_proj.bias"]),
+    ],
+    // The causal mask, which old checkpoints hold as a table.
+    others: &["bias", "masked_bias"],
+    check: one_width,
+};

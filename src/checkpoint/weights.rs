@@ -1,0 +1,177 @@
+//! [`Weights`]: the tensors of a checkpoint on disk, in one file or in shards.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
+
+use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_nn::VarBuilder;
+use candle_nn::var_builder::SimpleBackend;
+use safetensors::tensor::TensorInfo;
+use serde::Deserialize;
+
+use super::tensors::TensorFile;
+use crate::error::AttentionError;
+use crate::file::{file_error, read};
+
+/// A `VarBuilder` for a whole model from a checkpoint on disk: a safetensors file, the `*.index.json` of a sharded one, or
+/// a folder with either.
+///
+/// Tensors are read when they are asked for, without a memory map, and cast to `dtype`.
+///
+/// # Errors
+///
+/// A file that can't be read or isn't what its name says, a folder with no checkpoint or several, an index that can't be
+/// parsed, that names a shard outside its folder or one that isn't there, or a tensor that isn't in its shard.
+///
+/// # Examples
+///
+/// ```
+/// use candle_attention::{Layout, SelfAttention, SelfAttentionConfig, checkpoint};
+/// use candle_core::{DType, Device};
+/// use candle_nn::{VarBuilder, VarMap};
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("model.safetensors");
+/// # let config = SelfAttentionConfig::new(8, 2);
+/// # let made = SelfAttention::new(&config, VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu))?;
+/// # made.save_layout(Layout::Bert, "encoder.layer.0.attention", &path)?;
+/// let vb = checkpoint::var_builder(&path, DType::F32, &Device::Cpu)?.pp("encoder.layer.0.attention");
+/// let attention = SelfAttention::from_layout(Layout::Bert, &config, vb)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn var_builder(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
+    Ok(VarBuilder::from_backend(Box::new(Weights::open(path.as_ref())?), dtype, device.clone()))
+}
+
+/// The tensors of a checkpoint, none of which has been read yet.
+pub(super) struct Weights {
+    files: Vec<TensorFile>,
+    /// In which file each tensor is.
+    places: BTreeMap<String, usize>,
+}
+
+impl Weights {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let path = if path.is_dir() { find_in_folder(path)? } else { path.to_path_buf() };
+        if path.extension().is_some_and(|extension| extension == "json") {
+            return Self::from_index(&path);
+        }
+        let file = TensorFile::open(&path)?;
+        let places = file.names().into_iter().map(|name| (name, 0)).collect();
+        Ok(Self { files: vec![file], places })
+    }
+
+    /// From the index of a sharded checkpoint, as Hugging Face writes it.
+    fn from_index(path: &Path) -> Result<Self> {
+        let shards = read_index(path).map_err(|error| candle_core::Error::from(error).with_path(path))?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let names: Vec<&str> = shards.values().map(String::as_str).collect::<BTreeSet<_>>().into_iter().collect();
+        let files = names.iter().map(|name| TensorFile::open(&folder.join(name))).collect::<Result<Vec<_>>>()?;
+        let mut places = BTreeMap::new();
+        let mut problems = Vec::new();
+        for (tensor, shard) in &shards {
+            match names.iter().position(|name| name == shard) {
+                Some(place) if files[place].info(tensor).is_some() => {
+                    places.insert(tensor.clone(), place);
+                }
+                _ => problems.push(format!("`{tensor}` isn't in `{shard}`, where the index has it")),
+            }
+        }
+        if problems.is_empty() {
+            return Ok(Self { files, places });
+        }
+        Err(candle_core::Error::from(AttentionError::CheckpointTensors { problems }).with_path(path))
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
+    }
+
+    pub(super) fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.files[*self.places.get(name)?].info(name)
+    }
+
+    /// On the CPU, in the dtype that it has on disk.
+    pub(super) fn read(&self, name: &str) -> Result<Tensor> {
+        match self.places.get(name) {
+            Some(&place) => self.files[place].read(name),
+            None => Err(candle_core::Error::CannotFindTensor { path: name.to_string() }.bt()),
+        }
+    }
+}
+
+impl SimpleBackend for Weights {
+    fn get(&self, shape: Shape, name: &str, _: candle_nn::Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        let tensor = self.get_unchecked(name, dtype, device)?;
+        if tensor.shape() == &shape {
+            return Ok(tensor);
+        }
+        let (msg, got) = (format!("`{name}` of the checkpoint"), tensor.shape().clone());
+        Err(candle_core::Error::UnexpectedShape { msg, expected: shape, got }.bt())
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.read(name)?.to_dtype(dtype)?.to_device(device)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.places.contains_key(name)
+    }
+}
+
+/// The checkpoint of a folder: the one that Hugging Face's programs would take, or else the only one.
+fn find_in_folder(folder: &Path) -> Result<PathBuf> {
+    let io_error = |cause: std::io::Error| file_error(folder, "read", &cause);
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io_error)? {
+        files.push(entry.map_err(io_error)?.file_name().to_string_lossy().into_owned());
+    }
+    for name in ["model.safetensors", "model.safetensors.index.json"] {
+        if files.iter().any(|file| file == name) {
+            return Ok(folder.join(name));
+        }
+    }
+    files.sort();
+    let ending = |end: &str| files.iter().filter(|file| file.ends_with(end)).map(String::as_str).collect::<Vec<_>>();
+    match (&ending(".safetensors.index.json")[..], &ending(".safetensors")[..]) {
+        ([index], _) => Ok(folder.join(index)),
+        ([], [file]) => Ok(folder.join(file)),
+        (indices, files) => {
+            let expected = "one safetensors file, or the index of a sharded one".into();
+            let found = [indices, files].concat();
+            let got = if found.is_empty() { "neither".to_string() } else { found.join(", ") };
+            Err(candle_core::Error::from(AttentionError::Checkpoint { expected, got }).with_path(folder))
+        }
+    }
+}
+
+/// Which shard holds each tensor. All shards are inside the folder of the index, and are there.
+fn read_index(path: &Path) -> std::result::Result<BTreeMap<String, String>, AttentionError> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let bytes = read(path)?;
+    let index: Index = serde_json::from_slice(&bytes).map_err(|error| AttentionError::Checkpoint {
+        expected: "the index of a sharded checkpoint, with a `weight_map` from tensors to files".into(),
+        got: format!("{} bytes that aren't one: {error}", bytes.len()),
+    })?;
+    let shards: BTreeSet<&String> = index.weight_map.values().collect();
+    let list = |shards: Vec<&&String>| shards.iter().map(|shard| format!("`{shard}`")).collect::<Vec<_>>().join(", ");
+    let is_inside = |shard: &str| {
+        let mut parts = Path::new(shard).components().peekable();
+        parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)))
+    };
+    let outside: Vec<_> = shards.iter().filter(|shard| !is_inside(shard)).collect();
+    if !outside.is_empty() {
+        let expected = "shards inside the folder of the index".into();
+        return Err(AttentionError::Checkpoint { expected, got: list(outside) });
+    }
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let missing: Vec<_> = shards.iter().filter(|shard| !folder.join(shard).is_file()).collect();
+    if !missing.is_empty() {
+        let expected = "the shards that the index names".into();
+        return Err(AttentionError::Checkpoint { expected, got: format!("no file {}", list(missing)) });
+    }
+    Ok(index.weight_map)
+}

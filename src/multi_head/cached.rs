@@ -1,0 +1,171 @@
+//! Attention with keys and values that were computed before: those of earlier tokens, or of a memory.
+
+use candle_core::{Result, Tensor};
+
+use super::{ForwardOptions, ForwardOutput, MultiHead};
+use crate::error::AttentionError;
+use crate::kv_cache::{KvCache, Staged, check_sequences};
+use crate::options::AttentionOptions;
+
+/// The keys and values that a [`CrossAttention`](crate::CrossAttention) layer makes of a memory, computed once by
+/// [`project`](crate::CrossAttention::project) and attended to as often as wanted.
+///
+/// They belong to the parameters they were made with: after a step of an optimiser, project anew.
+#[derive(Clone, Debug)]
+pub struct ProjectedMemory {
+    /// (batch, kv_len, num_kv_heads, head_dim)
+    key: Tensor,
+    /// (batch, kv_len, num_kv_heads, value_dim)
+    value: Tensor,
+    has_batch: bool,
+}
+
+impl ProjectedMemory {
+    /// The memories of these sequences, in this order, each as often as it is named: what beam search goes on with.
+    ///
+    /// # Errors
+    ///
+    /// A sequence that isn't there.
+    pub fn select(&self, sequences: &[usize]) -> Result<Self> {
+        check_sequences(sequences, self.key.dim(0)?)?;
+        let places: Vec<_> = sequences.iter().map(|&b| b as u32).collect();
+        let places = Tensor::from_vec(places, sequences.len(), self.key.device())?;
+        let select = |x: &Tensor| x.contiguous()?.index_select(&places, 0);
+        Ok(Self { key: select(&self.key)?, value: select(&self.value)?, has_batch: true })
+    }
+}
+
+impl MultiHead {
+    /// An empty cache for a batch of this size.
+    pub(crate) fn new_cache(&self, batch: usize) -> Result<KvCache> {
+        let weight = self.k_proj.weight();
+        KvCache::new(&self.config, batch, weight.dtype(), weight.device())
+    }
+
+    /// The tokens of `x` after those of the cache, of which the first `added[b]` of sequence `b` count; all if not given.
+    pub(crate) fn attend_cached(
+        &self,
+        x: &Tensor,
+        added: Option<&[usize]>,
+        cache: &mut KvCache,
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.check_input("input", x, self.config.embed_dim)?;
+        check_options(options, cache)?;
+        let has_batch = x.rank() == 3;
+        let x = if has_batch { x.clone() } else { x.unsqueeze(0)? };
+        let (batch, len, _) = x.dims3()?;
+        let weight = self.k_proj.weight();
+        cache.check(&self.config, weight.dtype(), weight.device(), batch)?;
+        let all = vec![len; cache.batch()];
+        let added = added.unwrap_or(&all);
+        cache.check_added(added, len)?;
+
+        let query = self.queries(&x, cache.lengths())?;
+        let (key, value) = self.keys_and_values([&x, &x], cache.lengths())?;
+        let staged = cache.stage(&key, &value)?;
+        let (key, value) = staged.key_value()?;
+        let output = self.attend_heads(&query.detach(), key, value, self.cached_options(options, &staged)?)?;
+        cache.commit(staged, added);
+        output.map(|tensor| if has_batch { Ok(tensor.detach()) } else { tensor.detach().squeeze(0) })
+    }
+
+    /// Queries stand where their sequence ends. Of padded sequences each ends elsewhere.
+    fn cached_options(&self, options: &ForwardOptions, staged: &Staged) -> Result<AttentionOptions> {
+        let mut options = self.attention_options(options);
+        if let Some(offset) = staged.common_offset() {
+            options.attn_mask = options.attn_mask.with_offset(offset);
+            return Ok(options);
+        }
+        options.attn_mask = options.attn_mask.with_offsets(staged.offsets());
+        if let Some(slopes) = options.alibi_slopes.take() {
+            // ALiBi of its own accord lets the last query of every sequence stand at the last key.
+            let bias = slopes.reshape((1, (), 1, 1))?.broadcast_mul(&distances(staged, &slopes)?)?.neg()?;
+            options.attn_bias = Some(match &options.attn_bias {
+                Some(own) => own.to_dtype(bias.dtype())?.broadcast_add(&bias)?,
+                None => bias,
+            });
+        }
+        Ok(options)
+    }
+
+    /// Keys of a memory (batch, kv_len, kv_dim) and values of another (batch, kv_len, value_input_dim), or without a batch
+    /// axis.
+    pub(crate) fn project_memories(&self, memories: [&Tensor; 2]) -> Result<ProjectedMemory> {
+        self.check_memories(memories)?;
+        let has_batch = memories[0].rank() == 3;
+        let batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
+        let (key, value) = self.keys_and_values([&batch(memories[0])?, &batch(memories[1])?], &[0])?;
+        // The keys of a head one behind the other: that is how they are read, again and again.
+        let by_head = |x: Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+        Ok(ProjectedMemory { key: by_head(key)?, value: by_head(value)?, has_batch })
+    }
+
+    /// As [`MultiHead::attend`], with a memory whose keys and values are known.
+    pub(crate) fn attend_projected(
+        &self,
+        x: &Tensor,
+        memory: &ProjectedMemory,
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.check_input("input", x, self.config.embed_dim)?;
+        self.check_memory(memory)?;
+        let x_3 = if memory.has_batch { x.clone() } else { x.unsqueeze(0)? };
+        if (x.rank() == 3) != memory.has_batch || x_3.dim(0)? != memory.key.dim(0)? {
+            let expected = match memory.has_batch {
+                true => format!("(batch, len, dim) with batch {}, that of the memory", memory.key.dim(0)?),
+                false => "(len, dim), since the memory has no batch axis".to_string(),
+            };
+            return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
+        }
+        let query = self.queries(&x_3, &[0])?;
+        let output =
+            self.attend_heads(&query, memory.key.clone(), memory.value.clone(), self.attention_options(options))?;
+        if memory.has_batch { Ok(output) } else { output.map(|tensor| tensor.squeeze(0)) }
+    }
+
+    /// That a layer like this one made it.
+    fn check_memory(&self, memory: &ProjectedMemory) -> Result<()> {
+        let (config, weight) = (&self.config, self.k_proj.weight());
+        for (tensor, x, dim) in [("key", &memory.key, config.head_dim()), ("value", &memory.value, config.value_dim())]
+        {
+            if x.dims()[2..] != [config.num_kv_heads(), dim] {
+                let expected = format!("(batch, kv_len, {}, {dim}), as this layer projects it", config.num_kv_heads());
+                return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
+            }
+            if x.dtype() != weight.dtype() {
+                let expected = format!("{:?}, that of the layer's parameters", weight.dtype());
+                return Err(AttentionError::DType { tensor, expected, got: x.dtype() }.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a cache can't do.
+fn check_options(options: &ForwardOptions, cache: &KvCache) -> std::result::Result<(), AttentionError> {
+    let refuse = |part, expected: &str, got: &str| {
+        Err(AttentionError::Cache { part, expected: expected.into(), got: got.into() })
+    };
+    if options.train {
+        return refuse("train", "false, since no gradient flows through a cache", "true");
+    }
+    if options.position_offset != 0 {
+        let got = options.position_offset.to_string();
+        return refuse("position_offset", "0, since the cache knows where its tokens stand", &got);
+    }
+    if cache.has_window() && !(options.attn_mask.is_full() && options.attn_bias.is_none()) {
+        let expected = "no attn_mask and no attn_bias, since of a sliding window only some keys are held";
+        return refuse("options", expected, "one");
+    }
+    Ok(())
+}
+
+/// How far each key lies behind each query, (batch, 1, q_len, kv_len).
+fn distances(staged: &Staged, like: &Tensor) -> Result<Tensor> {
+    let (q_len, kv_len) = (staged.q_len(), staged.kv_len());
+    let rows = staged.offsets().iter().flat_map(|&offset| offset..offset + q_len);
+    let distances = rows.flat_map(|query| (0..kv_len).map(move |key| (query as f64 - key as f64).abs()));
+    let distances = Tensor::from_iter(distances, like.device())?.to_dtype(like.dtype())?;
+    distances.reshape((staged.offsets().len(), 1, q_len, kv_len))
+}

@@ -1,0 +1,108 @@
+//! Weights from elsewhere train on.
+
+use candle_attention::{Layout, SelfAttention, SelfAttentionConfig};
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::{AdamW, Init, Optimizer, ParamsAdamW, VarBuilder, VarMap};
+
+use crate::common::{assert_finite, assert_same_bits, max_abs_difference, randn};
+use crate::models::{Layer, PREFIX, builder, in_a_model, model, models, write};
+
+/// That every parameter is a variable of its own with a gradient, and an optimiser's step moves it.
+fn check_trains(what: &str, layer: &Layer, dtype: DType) -> Result<()> {
+    let vars = layer.vars();
+    assert_eq!(vars.len(), layer.parameters().len(), "{what}: variables");
+    let before = vars.iter().map(|var| var.copy()).collect::<Result<Vec<Tensor>>>()?;
+    let output = layer.forward(&randn(7, (2, 5, layer.config().embed_dim), dtype)?)?;
+    let grads = (&output * randn(8, output.shape(), dtype)?)?.sum_all()?.backward()?;
+    for ((name, _), var) in layer.parameters().iter().zip(&vars) {
+        let grad = grads.get(var).unwrap_or_else(|| panic!("{what}: {name} has no gradient"));
+        assert_eq!((grad.dims(), grad.dtype()), (var.dims(), dtype), "{what}: {name}");
+        assert_finite(grad, &format!("{what}: gradient of {name}"));
+    }
+    let params = ParamsAdamW { lr: 0.1, eps: 1e-3, weight_decay: 0.1, ..Default::default() };
+    AdamW::new(vars.clone(), params)?.step(&grads)?;
+    for (((name, _), var), before) in layer.parameters().iter().zip(&vars).zip(&before) {
+        assert!(max_abs_difference(var, before)? > 0.0, "{what}: {name} didn't move");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_parameter_from_a_builder_trains() -> Result<()> {
+    for model in models() {
+        for dtype in [DType::F32, DType::F64, DType::BF16] {
+            let tensors = model.tensors(DType::F32)?;
+            let layer = model.from_layout(builder(&tensors, dtype))?;
+            check_trains(&format!("{}, {dtype:?}", model.name), &layer, dtype)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_parameter_from_a_file_trains() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("model.safetensors");
+    for model in models() {
+        write(&path, &in_a_model(&model.tensors(DType::F16)?)?)?;
+        check_trains(model.name, &model.load(&path, PREFIX, Some(DType::F32))?, DType::F32)?;
+    }
+    Ok(())
+}
+
+/// Training must not change what somebody else holds, or another layer from the same tensors.
+#[test]
+fn parameters_share_nothing_with_what_they_came_from() -> Result<()> {
+    for name in ["Llama", "GPT-2", "MultiheadAttention", "own"] {
+        let model = model(name);
+        let tensors = model.tensors(DType::F32)?;
+        let before: Vec<Tensor> = tensors.values().map(Tensor::copy).collect::<Result<_>>()?;
+        let vb = builder(&tensors, DType::F32);
+        let (first, second) = (model.from_layout(vb.clone())?, model.from_layout(vb)?);
+        let given = first.to_layout(model.layout)?;
+        check_trains(name, &first, DType::F32)?;
+        for ((name, tensor), before) in tensors.iter().zip(&before) {
+            assert_same_bits(tensor, before, name);
+        }
+        for ((name, a), (_, b)) in second.to_layout(model.layout)?.iter().zip(&given) {
+            assert_same_bits(a, b, name);
+        }
+    }
+    Ok(())
+}
+
+/// Variables too are copied, of one layout as of another.
+#[test]
+fn variables_of_a_var_map_are_copied() -> Result<()> {
+    for name in ["Llama", "GPT-2"] {
+        let model = model(name);
+        let varmap = VarMap::new();
+        let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+        for (name, shape) in &model.shapes {
+            vb.get_with_hints(shape.as_slice(), name, Init::Randn { mean: 0.0, stdev: 1.0 })?;
+        }
+        let layer = model.from_layout(vb)?;
+        let before: Vec<_> = varmap.all_vars().iter().map(|var| var.copy()).collect::<Result<_>>()?;
+        check_trains(name, &layer, DType::F32)?;
+        for (var, before) in varmap.all_vars().iter().zip(&before) {
+            assert_same_bits(var, before, name);
+        }
+    }
+    Ok(())
+}
+
+/// Layers of one model draw dropout of their own.
+#[test]
+fn dropout_depends_on_the_place_in_the_model() -> Result<()> {
+    let config = SelfAttentionConfig { dropout_p: 0.5, ..SelfAttentionConfig::new(8, 2) };
+    let tensors = model("MultiheadAttention").tensors(DType::F32)?;
+    let named =
+        |place: &str| tensors.iter().map(|(name, tensor)| (format!("{place}.{name}"), tensor.clone())).collect();
+    let output = |place: &str| -> Result<Tensor> {
+        let vb = builder(&named(place), DType::F32).pp(place);
+        SelfAttention::from_layout(Layout::Torch, &config, vb)?.forward_t(&randn(7, (6, 8), DType::F32)?, true)
+    };
+    assert_same_bits(&output("layers.0")?, &output("layers.0")?, "one place");
+    assert!(max_abs_difference(&output("layers.0")?, &output("layers.1")?)? > 1e-3);
+    Ok(())
+}
