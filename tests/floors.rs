@@ -16,10 +16,11 @@ fn floors() -> BTreeMap<String, u32> {
     floors
 }
 
-/// The files of a module, or of a folder of it.
+/// The Rust files of a module, or of a folder of it.
 fn files(path: &Path) -> Vec<PathBuf> {
     if path.is_file() {
-        return vec![path.to_path_buf()];
+        let is_rust = path.extension().is_some_and(|extension| extension == "rs");
+        return is_rust.then(|| path.to_path_buf()).into_iter().collect();
     }
     fs::read_dir(path).unwrap().flat_map(|entry| files(&entry.unwrap().path())).collect()
 }

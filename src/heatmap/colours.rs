@@ -43,7 +43,7 @@ pub(super) fn colour(stops: &[Rgb; 5], place: f64) -> Rgb {
 pub(super) fn wants_dark_text(colour: Rgb) -> bool {
     let [red, green, blue] = colour.map(f64::from);
     // Relative luminance, ITU-R BT.601.
-    0.299 * red + 0.587 * green + 0.114 * blue > 140.0
+    0.299 * red + 0.587 * green + 0.114 * blue > 115.0
 }
 
 /// A weight as in a cell: four characters where it is one.

@@ -90,7 +90,7 @@ function drawNumbers(context, font) {
   context.textAlign = "center";
   for (let i = 0; i < queries.length * keys.length; i++) {
     const share = (weights[i] - low) / (high - low);
-    context.fillStyle = (share > (dark ? 0.65 : 0.45)) === dark ? "#1d2330" : "#ffffff";
+    context.fillStyle = (share > (dark ? 0.65 : 0.55)) === dark ? "#1d2330" : "#ffffff";
     const [x, y] = [i % keys.length, Math.floor(i / keys.length)];
     const text = fit(context, Math.abs(weights[i]) < 10 ? weights[i].toFixed(2) : number(weights[i]), grid.cell);
     context.fillText(text, grid.x + (x + 0.5) * grid.cell, grid.y + (y + 0.5) * grid.cell);
