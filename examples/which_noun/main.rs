@@ -109,9 +109,9 @@ fn introduce(screen: &mut impl Write, sentences: &Sentences) -> Result<()> {
     }
     writeln!(
         screen,
-        "\nA model learns to say the noun from {} other sentences; in none of them do these\n\
-         pairs of noun and property occur, nor those of {} sentences that are held out\n\
-         with these two. Nobody tells it where to look.\n",
+        "\nA model learns to say the noun from {} other sentences. None of them has both\n\
+         the noun and the property of one of these two, or of {} more that are held out.\n\
+         Nobody tells it where to look.\n",
         sentences.training.len(),
         sentences.held_out.len() - sentences.shown().len()
     )?;

@@ -9,7 +9,10 @@ use rand::{Rng, SeedableRng};
 use crate::reader::Batch;
 
 /// Entries of an embedding, and of a query, key and value.
-const DIM: usize = 32;
+const DIM: usize = 64;
+/// Embeddings and head start uniform in ± this. With fewer or smaller entries some words are alike by chance, and now and
+/// then a pair that training left out is then mistaken.
+const BOUND: f32 = 0.25;
 
 /// Says which noun the property of a sentence describes, from what attention brings to the property's place.
 ///
@@ -38,9 +41,8 @@ impl Model {
         let model = Self::build(&attention_config(seed), words, nouns, vb)?;
         // The attention layer draws from its seed. candle's own layers can't be told one, so their numbers are replaced.
         let mut random = StdRng::seed_from_u64(seed);
-        let bound = 1.0 / (DIM as f32).sqrt();
         for (name, rows) in [("embedding.weight", words), ("head.weight", nouns)] {
-            let numbers = (0..rows * DIM).map(|_| random.random_range(-bound..bound)).collect::<Vec<_>>();
+            let numbers = (0..rows * DIM).map(|_| random.random_range(-BOUND..BOUND)).collect::<Vec<_>>();
             varmap.set_one(name, Tensor::from_vec(numbers, (rows, DIM), device)?)?;
         }
         Ok(model)
