@@ -76,15 +76,13 @@ pub struct Sentences {
 impl Sentences {
     pub fn all() -> Self {
         let mut sentences = Self { training: Vec::new(), held_out: Vec::new() };
-        for animal in 0..ANIMALS.len() {
-            for place in 0..PLACES.len() {
-                for number in 0..OF_ANIMALS.len() {
-                    let words = [ANIMALS[animal], PLACES[place], OF_ANIMALS[number]];
-                    sentences.add(words, "ANIMAL", animal, animal + number);
+        for (i, animal) in ANIMALS.into_iter().enumerate() {
+            for (j, place) in PLACES.into_iter().enumerate() {
+                for (number, property) in OF_ANIMALS.into_iter().enumerate() {
+                    sentences.add([animal, place, property], "ANIMAL", i, i + number);
                 }
-                for number in 0..OF_PLACES.len() {
-                    let words = [ANIMALS[animal], PLACES[place], OF_PLACES[number]];
-                    sentences.add(words, "PLACE", ANIMALS.len() + place, place + number);
+                for (number, property) in OF_PLACES.into_iter().enumerate() {
+                    sentences.add([animal, place, property], "PLACE", ANIMALS.len() + j, j + number);
                 }
             }
         }

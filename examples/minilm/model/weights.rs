@@ -47,9 +47,9 @@ fn check_layers(tensors: &HashMap<String, Tensor>, config: &Config) -> Result<()
     Ok(())
 }
 
-/// x - x is 0 unless x is NaN or infinite.
+/// x · 0 is 0 unless x is NaN or infinite.
 fn is_finite(tensor: &Tensor) -> Result<bool> {
-    Ok((tensor - tensor)?.sum_all()?.to_scalar::<f32>()? == 0.0)
+    Ok((tensor * 0.0)?.sum_all()?.to_scalar::<f32>()? == 0.0)
 }
 
 /// The names and shapes of a BERT's parameters. Its pooler, which sentence embeddings don't use, isn't among them.
