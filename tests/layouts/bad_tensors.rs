@@ -18,7 +18,7 @@ fn load(model: &Model, tensors: &Tensors, dtype: Option<DType>) -> Result<Layer>
 }
 
 fn from_builder(model: &Model, tensors: &Tensors) -> Result<Layer> {
-    model.from_layout(builder(&in_a_model(tensors)?, DType::F32).pp(PREFIX))
+    model.layer_from(builder(&in_a_model(tensors)?, DType::F32).pp(PREFIX))
 }
 
 #[test]
@@ -228,10 +228,10 @@ fn var_map_without_the_tensors_stays_as_it_was() -> Result<()> {
     let model = model("GPT-2");
     let varmap = VarMap::new();
     let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
-    assert_error_says(model.from_layout(vb.clone()), &["`c_attn.weight` is missing", "`c_proj.bias` is missing"]);
+    assert_error_says(model.layer_from(vb.clone()), &["`c_attn.weight` is missing", "`c_proj.bias` is missing"]);
     assert!(varmap.all_vars().is_empty());
     vb.get((24, 8), "c_attn.weight")?;
-    assert_error_says(model.from_layout(vb), &["`c_attn.weight`: ", "[24, 8]", "`c_proj.bias` is missing"]);
+    assert_error_says(model.layer_from(vb), &["`c_attn.weight`: ", "[24, 8]", "`c_proj.bias` is missing"]);
     assert_eq!(varmap.all_vars().len(), 1);
     Ok(())
 }

@@ -74,7 +74,7 @@ fn as_pytorch(model: &Model, tensors: &Tensors, [x, key, value, merged]: [&Tenso
 fn projections_are_those_of_the_program() -> Result<()> {
     for model in models() {
         let tensors = model.tensors(DType::F64)?;
-        let layer = model.from_layout(builder(&tensors, DType::F64))?;
+        let layer = model.layer_from(builder(&tensors, DType::F64))?;
         let config = &model.config;
         let tokens = |seed, dim| randn(seed, (3, dim), DType::F64);
         let inputs = [
@@ -99,7 +99,7 @@ fn norms_sinks_and_learned_keys_are_those_of_the_program() -> Result<()> {
     let mut seen = 0;
     for model in models() {
         let tensors = model.tensors(DType::F32)?;
-        let layer = model.from_layout(builder(&tensors, DType::F32))?;
+        let layer = model.layer_from(builder(&tensors, DType::F32))?;
         for (name, parameter) in layer.parameters() {
             if matches!(name, "q_norm.weight" | "k_norm.weight" | "sinks" | "bias_k" | "bias_v") {
                 assert_same_bits(parameter, &tensors[name].flatten_all()?, &format!("{}, {name}", model.name));

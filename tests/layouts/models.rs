@@ -63,7 +63,7 @@ impl Model {
         self.config.kv_dim.is_some()
     }
 
-    pub fn from_layout(&self, vb: VarBuilder) -> Result<Layer> {
+    pub fn layer_from(&self, vb: VarBuilder) -> Result<Layer> {
         Ok(if self.is_cross() {
             Layer::OnMemory(CrossAttention::from_layout(self.layout, &self.config, vb)?)
         } else {
@@ -94,8 +94,11 @@ pub fn write(path: &Path, tensors: &Tensors) -> anyhow::Result<()> {
     Ok(std::fs::write(path, safetensors::serialize(tensors, None)?)?)
 }
 
-/// The dtype, shape and bytes of each tensor of a file.
-pub fn bytes_of(path: &Path) -> anyhow::Result<BTreeMap<String, (String, Vec<usize>, Vec<u8>)>> {
+/// Dtype, shape and bytes.
+type Raw = (String, Vec<usize>, Vec<u8>);
+
+/// What each tensor of a file is.
+pub fn bytes_of(path: &Path) -> anyhow::Result<BTreeMap<String, Raw>> {
     let bytes = std::fs::read(path)?;
     let file = safetensors::SafeTensors::deserialize(&bytes)?;
     let entry = |(name, view): (&str, safetensors::tensor::TensorView)| {

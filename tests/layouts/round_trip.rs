@@ -75,7 +75,7 @@ fn tensors_of_a_builder_come_back() -> anyhow::Result<()> {
     for model in models() {
         let tensors = model.tensors(DType::BF16)?;
         let vb = builder(&in_a_model(&tensors)?, DType::F64).pp(PREFIX);
-        let layer = model.from_layout(vb)?;
+        let layer = model.layer_from(vb)?;
         let given_back = layer.to_layout(model.layout)?;
         assert_eq!(given_back.len(), tensors.len(), "{}", model.name);
         for (name, tensor) in given_back {
@@ -98,7 +98,7 @@ fn file_of_one_attention_needs_no_prefix() -> anyhow::Result<()> {
         layer.save_layout(model.layout, "", &path)?;
         assert_eq!(bytes_of(&path)?.keys().collect::<Vec<_>>(), tensors.keys().collect::<Vec<_>>());
         let vb = checkpoint::var_builder(&path, DType::F32, &Device::Cpu)?;
-        for ((name, a), (_, b)) in model.from_layout(vb)?.parameters().iter().zip(layer.parameters()) {
+        for ((name, a), (_, b)) in model.layer_from(vb)?.parameters().iter().zip(layer.parameters()) {
             assert_same_bits(a, b, name);
         }
     }

@@ -55,7 +55,7 @@ fn shards_hold_what_one_file_holds() -> anyhow::Result<()> {
     let (folder, model, tensors) = sharded()?;
     for path in [folder.path().to_path_buf(), folder.path().join(INDEX)] {
         let vb = whole_model(&path)?;
-        for layer in [model.load(&path, PREFIX, None)?, model.from_layout(vb.pp(PREFIX))?] {
+        for layer in [model.load(&path, PREFIX, None)?, model.layer_from(vb.pp(PREFIX))?] {
             for (name, tensor) in layer.to_layout(model.layout)? {
                 assert_same_bits(&tensor, &tensors[&name], &name);
             }

@@ -32,7 +32,7 @@ fn every_parameter_from_a_builder_trains() -> Result<()> {
     for model in models() {
         for dtype in [DType::F32, DType::F64, DType::BF16] {
             let tensors = model.tensors(DType::F32)?;
-            let layer = model.from_layout(builder(&tensors, dtype))?;
+            let layer = model.layer_from(builder(&tensors, dtype))?;
             check_trains(&format!("{}, {dtype:?}", model.name), &layer, dtype)?;
         }
     }
@@ -58,7 +58,7 @@ fn parameters_share_nothing_with_what_they_came_from() -> Result<()> {
         let tensors = model.tensors(DType::F32)?;
         let before: Vec<Tensor> = tensors.values().map(Tensor::copy).collect::<Result<_>>()?;
         let vb = builder(&tensors, DType::F32);
-        let (first, second) = (model.from_layout(vb.clone())?, model.from_layout(vb)?);
+        let (first, second) = (model.layer_from(vb.clone())?, model.layer_from(vb)?);
         let given = first.to_layout(model.layout)?;
         check_trains(name, &first, DType::F32)?;
         for ((name, tensor), before) in tensors.iter().zip(&before) {
@@ -81,7 +81,7 @@ fn variables_of_a_var_map_are_copied() -> Result<()> {
         for (name, shape) in &model.shapes {
             vb.get_with_hints(shape.as_slice(), name, Init::Randn { mean: 0.0, stdev: 1.0 })?;
         }
-        let layer = model.from_layout(vb)?;
+        let layer = model.layer_from(vb)?;
         let before: Vec<_> = varmap.all_vars().iter().map(|var| var.copy()).collect::<Result<_>>()?;
         check_trains(name, &layer, DType::F32)?;
         for (var, before) in varmap.all_vars().iter().zip(&before) {
