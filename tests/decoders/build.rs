@@ -107,7 +107,8 @@ fn whisper(file: &ModelFile) -> Result<Decoder> {
 fn t5(file: &ModelFile) -> Result<Decoder> {
     let norm = |name: String| rms_norm(file, &name, file.number("layer_norm_epsilon"));
     let final_norm = norm("decoder.final_layer_norm".into());
-    let mut decoder = Decoder::bare(file, "shared.weight", final_norm, "lm_head.weight");
+    assert!(!file.flag("scale_decoder_outputs"), "T5's logits come as they are");
+    let mut decoder = Decoder::bare(file, "shared.weight", final_norm, "shared.weight");
     decoder.relative_bias = Some(RelativeBias::new(file, "decoder"));
     decoder.memory = Some(file.expect("golden.greedy.memory").clone());
     for layer in (0..file.size("num_decoder_layers")).map(|i| format!("decoder.block.{i}.layer")) {
