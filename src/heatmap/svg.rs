@@ -226,7 +226,7 @@ impl<'a> Picture<'a> {
 /// A square large enough for a number where there are few tokens, and for a legible label where there are many.
 fn cell_size(tokens: usize, heads: usize) -> f64 {
     let alone = match tokens {
-        ..=8 => 48.0,
+        0..=8 => 48.0,
         9..=16 => 36.0,
         17..=32 => 20.0,
         33..=64 => 14.0,
