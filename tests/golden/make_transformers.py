@@ -256,7 +256,8 @@ def greedy(kind, model, draw, inputs):
         model, **arguments, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
         return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
-    tokens = result.sequences[:, -NEW_TOKENS:]
+    # T5's prompt now begins with its start token.
+    prompt, tokens = result.sequences[:, :-NEW_TOKENS], result.sequences[:, -NEW_TOKENS:]
     top = torch.stack(result.scores, dim=1).topk(2).values
     gap = (top[..., 0] - top[..., 1]).min().item()
     varied = min(len(set(row[NEW_TOKENS // 2 :].tolist())) for row in tokens)
