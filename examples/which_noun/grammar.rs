@@ -76,21 +76,20 @@ pub struct Sentences {
 impl Sentences {
     pub fn all() -> Self {
         let mut sentences = Self { training: Vec::new(), held_out: Vec::new() };
-        for animal in 0..ANIMALS.len() {
-            for place in 0..PLACES.len() {
-                for number in 0..OF_ANIMALS.len() {
-                    let words = [ANIMALS[animal], PLACES[place], OF_ANIMALS[number]];
-                    sentences.add(words, "ANIMAL", animal, animal + number);
+        for (a, animal) in ANIMALS.into_iter().enumerate() {
+            for (p, place) in PLACES.into_iter().enumerate() {
+                for (number, property) in OF_ANIMALS.into_iter().enumerate() {
+                    sentences.add([animal, place, property], "ANIMAL", a, a + number);
                 }
-                for number in 0..OF_PLACES.len() {
-                    let words = [ANIMALS[animal], PLACES[place], OF_PLACES[number]];
-                    sentences.add(words, "PLACE", ANIMALS.len() + place, place + number);
+                for (number, property) in OF_PLACES.into_iter().enumerate() {
+                    sentences.add([animal, place, property], "PLACE", ANIMALS.len() + p, p + number);
                 }
             }
         }
         sentences
     }
 
+    /// `label` is the described noun's number among all nouns, `sum` that of its and the property's own numbers.
     fn add(&mut self, words: [&str; 3], described: &str, label: usize, sum: usize) {
         let set = if sum.is_multiple_of(HELD_OUT) { &mut self.held_out } else { &mut self.training };
         set.extend(TEMPLATES.map(|template| Sentence::new(template, words, described, label)));
