@@ -89,6 +89,7 @@ impl Sentences {
         sentences
     }
 
+    /// `label` is the described noun's number among all nouns, `sum` that of its and the property's own numbers.
     fn add(&mut self, words: [&str; 3], described: &str, label: usize, sum: usize) {
         let set = if sum.is_multiple_of(HELD_OUT) { &mut self.held_out } else { &mut self.training };
         set.extend(TEMPLATES.map(|template| Sentence::new(template, words, described, label)));
