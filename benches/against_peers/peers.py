@@ -42,7 +42,7 @@ class Ours:
     """The process that serves this crate's and candle's jobs."""
 
     def __init__(self, program, threads):
-        # Two variables, since candle's matmul and its element-wise loops count threads for themselves.
+        # This crate's tasks and candle's matmul both count their threads by it.
         environment = os.environ | {"RAYON_NUM_THREADS": str(threads)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen([program, "--serve"], env=environment, text=True, **pipes)
