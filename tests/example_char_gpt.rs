@@ -10,6 +10,10 @@ use candle_core::{Device, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
 use serde_json::Value;
 
+#[path = "common/program.rs"]
+#[allow(dead_code)]
+mod program;
+
 #[path = "../examples/char_gpt/adamw.rs"]
 mod adamw;
 
@@ -18,33 +22,20 @@ const SMALL: &[&str] =
     &["--width", "32", "--layers", "2", "--heads", "2", "--len", "32", "--batch", "8", "--lr", "0.01"];
 
 /// The example, built with the profile of this test.
-fn program() -> &'static Path {
+fn built() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
-        let build = ["build", "--quiet", "--example", "char_gpt"];
-        let status = Command::new(env!("CARGO")).args(build).args(profile).status().expect("cargo runs");
-        assert!(status.success());
-        // This test is PROFILE/deps/NAME, the example PROFILE/examples/NAME.
-        let test = std::env::current_exe().expect("a test knows its own file");
-        let profile = test.parent().and_then(Path::parent).expect("a test lies in PROFILE/deps");
-        profile.join("examples/char_gpt")
-    })
+    PROGRAM.get_or_init(|| program::build("char_gpt"))
 }
 
 fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(program());
+    let mut command = Command::new(built());
     command.args(arguments).env_remove("RUST_BACKTRACE");
     command
 }
 
 /// The last line on stdout, as JSON.
 fn result(arguments: &[&str]) -> Value {
-    let output = command(arguments).arg("--json").output().expect("the example runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let stdout = String::from_utf8(output.stdout).unwrap();
-    assert_eq!(stdout.lines().count(), 1, "stdout is for the result alone: {stdout}");
-    serde_json::from_str(&stdout).unwrap()
+    program::json(&command(arguments).arg("--json").output().expect("the example runs"))
 }
 
 fn number(result: &Value, field: &str) -> f64 {

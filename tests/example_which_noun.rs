@@ -2,10 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 use std::sync::OnceLock;
 
 use serde_json::Value;
+
+#[path = "common/program.rs"]
+#[allow(dead_code)]
+mod program;
 
 // The example's own files. What only its main uses would count as unused here.
 #[path = "../examples/which_noun/grammar.rs"]
@@ -24,31 +28,18 @@ mod reader;
 use grammar::{Sentence, Sentences};
 
 /// The example, built with the profile of this test.
-fn program() -> &'static Path {
+fn built() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
-        let build = ["build", "--quiet", "--example", "which_noun"];
-        let status = Command::new(env!("CARGO")).args(build).args(profile).status().expect("cargo runs");
-        assert!(status.success());
-        // This test is PROFILE/deps/NAME, the example PROFILE/examples/NAME.
-        let test = std::env::current_exe().expect("a test knows its own file");
-        let profile = test.parent().and_then(Path::parent).expect("a test lies in PROFILE/deps");
-        profile.join("examples/which_noun")
-    })
+    PROGRAM.get_or_init(|| program::build("which_noun"))
 }
 
 fn example(arguments: &[&str]) -> Output {
-    Command::new(program()).args(arguments).env_remove("RUST_BACKTRACE").output().expect("the example runs")
+    program::run(built(), arguments)
 }
 
 /// The one line on stdout, as JSON.
 fn result(arguments: &[&str]) -> Value {
-    let output = example(&[arguments, &["--json"]].concat());
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let stdout = String::from_utf8(output.stdout).unwrap();
-    assert_eq!(stdout.lines().count(), 1, "stdout is for the result alone: {stdout}");
-    serde_json::from_str(&stdout).unwrap()
+    program::json(&example(&[arguments, &["--json"]].concat()))
 }
 
 fn number(result: &Value, field: &str) -> f64 {

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::Device;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 
+use crate::device::DeviceName;
 use crate::model::{ModelConfig, Positions};
 use crate::state::RunConfig;
 
@@ -144,22 +144,6 @@ fn agrees<T: PartialEq + std::fmt::Debug>(flag: &str, given: Option<T>, saved: T
             Ok(())
         }
         None => Ok(()),
-    }
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum DeviceName {
-    Cpu,
-    Cuda,
-}
-
-impl DeviceName {
-    pub fn open(self) -> Result<Device> {
-        match self {
-            DeviceName::Cpu => Ok(Device::Cpu),
-            DeviceName::Cuda if cfg!(feature = "cuda") => Device::new_cuda(0).context("no CUDA device can be used"),
-            DeviceName::Cuda => anyhow::bail!("this program was built without CUDA: build it with `--features cuda`"),
-        }
     }
 }
 

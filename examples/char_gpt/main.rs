@@ -13,6 +13,8 @@
 
 mod adamw;
 mod arguments;
+#[path = "../common/device.rs"]
+mod device;
 mod model;
 mod ops;
 mod random;

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
-use candle_core::Device;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+
+use crate::device::DeviceName;
 
 /// Teaches a model which noun a property describes, and shows where its attention went.
 #[derive(Parser, Debug)]
@@ -31,20 +31,4 @@ pub struct Arguments {
     /// Print the result to stdout as one line of JSON, everything else to stderr
     #[arg(long)]
     pub json: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum DeviceName {
-    Cpu,
-    Cuda,
-}
-
-impl DeviceName {
-    pub fn open(self) -> Result<Device> {
-        match self {
-            DeviceName::Cpu => Ok(Device::Cpu),
-            DeviceName::Cuda if cfg!(feature = "cuda") => Device::new_cuda(0).context("no CUDA device can be used"),
-            DeviceName::Cuda => anyhow::bail!("this program was built without CUDA: build it with `--features cuda`"),
-        }
-    }
 }

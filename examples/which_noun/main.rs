@@ -23,6 +23,8 @@
 //! `grammar.rs` makes the sentences, `model.rs` is the model, `lesson.rs` trains and measures it.
 
 mod arguments;
+#[path = "../common/device.rs"]
+mod device;
 mod file;
 mod grammar;
 mod lesson;
