@@ -9,14 +9,13 @@
 //! Source: Dao, "FlashAttention-2" (2023), algorithm 2; the term with dlse from d lse / ds = p.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use pulp::{Simd, WithSimd};
 
 use super::element::Element;
 use super::gradients::{Gradients, QueryRow};
 use super::micro::{Rows, VECTORS, pad, panel_width};
-use super::panels::unpack;
 use super::problem::{Problem, View};
 use super::products::{Products, RowsToDot};
 use super::real::Real;
@@ -27,13 +26,13 @@ use crate::mask::Coverage;
 
 /// Panels of a block of queries. Their weights lie side by side, so that the products over queries, dk and dv, are long
 /// enough to pay for loading and storing their sums.
-const PANELS: usize = 4;
+pub(super) const PANELS: usize = 4;
 /// Keys of a block: the weights and their gradients (48 KB each with AVX2) stay in a second-level cache.
 const KEYS: usize = 192;
 
 /// Products that are summed up before the sum is added to the others: a longer sum loses more to rounding, a shorter one
 /// is loaded and stored more often.
-const LONGEST_SUM: usize = 64;
+pub(super) const LONGEST_SUM: usize = 64;
 
 /// The keys `keys` of one key head, and all queries that look at them. A task owns its rows of dk and dv.
 pub(crate) struct Backward<'a, E: Element> {
@@ -62,38 +61,38 @@ struct TileRows<E: Element> {
     values: RowsToDot<E>,
 }
 
-struct Pieces<'s, R> {
+pub(super) struct Pieces<'s, R> {
     /// [operands(d)][W] for each panel
-    queries: &'s mut [R],
+    pub(super) queries: &'s mut [R],
     /// [operands(value_dim)][W] for each panel
-    grads: &'s mut [R],
+    pub(super) grads: &'s mut [R],
     /// [d][W] for each panel
-    grad_queries: &'s mut [R],
+    pub(super) grad_queries: &'s mut [R],
     /// A row of pad(d) for each query, times the scale, or for each pair of queries
-    query_rows: &'s mut [R],
+    pub(super) query_rows: &'s mut [R],
     /// A row of pad(value_dim) for each query or pair of them
-    grad_rows: &'s mut [R],
+    pub(super) grad_rows: &'s mut [R],
     /// [KEYS][PANELS · W]: a row for each key, as long as the operands that the queries are
-    weights: &'s mut [R],
+    pub(super) weights: &'s mut [R],
     /// [KEYS][PANELS · W]
-    grad_scores: &'s mut [R],
+    pub(super) grad_scores: &'s mut [R],
     /// [KEYS][W]: numbers, before they become pairs
-    tile_weights: &'s mut [R],
+    pub(super) tile_weights: &'s mut [R],
     /// [KEYS][W]
-    tile_grads: &'s mut [R],
+    pub(super) tile_grads: &'s mut [R],
     /// [KEYS][W], with a softcap
-    tanh: &'s mut [R],
+    pub(super) tanh: &'s mut [R],
     /// [KEYS][W], with dropout
-    factors: &'s mut [R],
-    keys: &'s mut [R],
-    values: &'s mut [R],
+    pub(super) factors: &'s mut [R],
+    pub(super) keys: &'s mut [R],
+    pub(super) values: &'s mut [R],
     /// A row of pad(d) for each key of the task: the sum so far
-    grad_keys: &'s mut [R],
+    pub(super) grad_keys: &'s mut [R],
     /// A row of pad(value_dim) for each key of the task
-    grad_values: &'s mut [R],
+    pub(super) grad_values: &'s mut [R],
     /// log-sum-exp and delta, [W] for each panel
-    logsumexp: &'s mut [R],
-    delta: &'s mut [R],
+    pub(super) logsumexp: &'s mut [R],
+    pub(super) delta: &'s mut [R],
 }
 
 impl<E: Element> WithSimd for Backward<'_, E> {
@@ -359,91 +358,6 @@ impl<E: Element> Backward<'_, E> {
                 let weights = grad_scores.skip(start);
                 products.accumulate::<E::Real, S>(simd, d, grad_queries, factor, keys, count, weights);
             }
-        }
-    }
-
-    /// dk and dv of the rows `rows` of a block, from the panels `span`.
-    ///
-    /// # Safety
-    ///
-    /// `rows` lie inside the block that starts at the task's key `key - rows.start`, `span` inside its panels.
-    #[inline(always)]
-    unsafe fn grad_keys_and_values<S: Simd>(
-        &self,
-        simd: S,
-        products: Products,
-        key: usize,
-        rows: Range<usize>,
-        span: Range<usize>,
-        pieces: &mut Pieces<E::Real>,
-    ) {
-        let (problem, width) = (self.problem, products.operands(panel_width::<E::Real, S>()));
-        let place = (rows.start * PANELS + span.start) * width;
-        let (first, inner) = (span.start * width, span.len() * width);
-        let (key, count) = (key - self.keys.start, rows.len());
-        let sides = [
-            (problem.value_dim(), E::Real::ONE, &pieces.weights, &pieces.grad_rows, &mut pieces.grad_values),
-            (
-                problem.dim(),
-                E::Real::from_f64(problem.scale),
-                &pieces.grad_scores,
-                &pieces.query_rows,
-                &mut pieces.grad_keys,
-            ),
-        ];
-        for (dim, factor, weights, rows, out) in sides {
-            let (stride, columns) = (pad(dim), dim.next_multiple_of(E::Real::lanes::<S>()));
-            for start in (0..inner).step_by(LONGEST_SUM) {
-                let inner = LONGEST_SUM.min(inner - start);
-                // SAFETY: as the caller promises.
-                unsafe {
-                    let weights = Rows { start: weights.as_ptr().add(place + start), stride: PANELS * width };
-                    let rows = Rows { start: rows.as_ptr().add((first + start) * stride), stride };
-                    let out = Rows { start: out.as_mut_ptr().add(key * stride), stride };
-                    products.outer_products::<E::Real, S>(simd, columns, factor, out, count, weights, inner, rows);
-                }
-            }
-        }
-    }
-
-    fn write_grad_keys_and_values(&self, pieces: &Pieces<E::Real>) {
-        let Gradients { k, k_by_place, v, v_by_place, .. } = self.gradients;
-        let (d, dv) = (self.problem.dim(), self.problem.value_dim());
-        self.look_at(pieces.grad_keys);
-        self.look_at(pieces.grad_values);
-        for (j, key) in self.keys.clone().enumerate() {
-            // SAFETY: the gradients have a row for each key of this head, and no other task writes those of this one.
-            unsafe {
-                E::narrow_all(&pieces.grad_keys[j * pad(d)..][..d], k.add(key * k_by_place));
-                E::narrow_all(&pieces.grad_values[j * pad(dv)..][..dv], v.add(key * v_by_place));
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn write_grad_queries<S: Simd>(&self, simd: S, head: usize, queries: &Range<usize>, pieces: &mut Pieces<E::Real>) {
-        let width = panel_width::<E::Real, S>();
-        let d = self.problem.dim();
-        let scale = E::Real::from_f64(self.problem.scale);
-        let (by_head, stride) = self.gradients.q_strides;
-        self.look_at(pieces.grad_queries);
-        for (panel, start) in queries.clone().step_by(width).enumerate() {
-            let count = width.min(queries.end - start);
-            let columns = pieces.grad_queries[panel * d * width..].as_ptr();
-            // SAFETY: the gradients have a row for each query of the sequence, and no other task writes it.
-            unsafe {
-                let rows = Rows { start: self.gradients.q.add(head * by_head + start * stride), stride };
-                unpack::<E::Real, S>(simd, columns, d, count, scale, pieces.keys, rows);
-            }
-        }
-    }
-
-    /// Takes note of results that aren't finite.
-    #[inline(always)]
-    fn look_at(&self, results: &[E::Real]) {
-        // No early end: this way it is done by vectors.
-        if !results.iter().fold(true, |all, x| all & x.is_finite()) {
-            self.is_strange.store(true, Ordering::Relaxed);
         }
     }
 }

@@ -2,6 +2,7 @@
 //! of threads.
 
 mod backward;
+mod backward_sums;
 mod careful;
 mod chains;
 mod decode;
