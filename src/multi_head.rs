@@ -39,8 +39,8 @@ pub struct ForwardOptions {
     pub backend: Backend,
     /// Whether [`ForwardOutput::weights`] is wanted. Changes no other number.
     pub return_weights: bool,
-    /// Whether [`ForwardOutput::logsumexp`] is wanted. Changes no other number, but for the
-    /// rounding of gradients in half types.
+    /// Whether [`ForwardOutput::logsumexp`] is wanted. Changes other numbers of half types by rounding
+    /// alone (they are widened for it), and of f32 and f64 not at all.
     pub return_logsumexp: bool,
 }
 

@@ -15,7 +15,7 @@ mod arguments;
 mod embeddings;
 mod look;
 #[path = "../minilm/model/mod.rs"]
-#[allow(dead_code)]
+#[allow(dead_code)] // minilm uses all of it
 mod model;
 mod ranking;
 #[path = "../common/words.rs"]
