@@ -1,5 +1,7 @@
 //! [`scaled_dot_product_attention`]: checks its input, then computes.
 
+use std::sync::Once;
+
 use candle_core::{DType, Tensor};
 
 use crate::axes::Axes;
@@ -90,7 +92,13 @@ pub(crate) fn attention(
     check_numbers(options, q.dtype())?;
     check_options(&q, &k, options)?;
     let fused = match (options.backend, fused::check(&q, &k, &v, options)) {
-        (Backend::Reference, _) | (Backend::Auto, Err(_)) => None,
+        (Backend::Reference, _) => None,
+        (Backend::Auto, Err(reason)) => {
+            if !q.device().is_cpu() {
+                say_once_that_it_is_unfused(&reason);
+            }
+            None
+        }
         (Backend::Fused, Err(error)) => return Err(error.into()),
         (Backend::Auto | Backend::Fused, Ok(())) => fused::attention(query, key, value, options, axes)?,
     };
@@ -105,10 +113,26 @@ pub(crate) fn attention(
             Err(AttentionError::Backend { expected, got }.into())
         }
         None => {
-            let output = reference::attention(&q, &k, &v, options)?;
+            let output = reference::attention(&q, &k, &v, options).map_err(|error| explain_memory(error, &q, &k))?;
             Ok(AttentionOutput { context: axes.swap(&output.context)?, ..output })
         }
     }
+}
+
+fn say_once_that_it_is_unfused(reason: &AttentionError) {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| log::warn!("attention holds all its scores in memory ({reason})"));
+}
+
+/// candle's error of a GPU that is full doesn't say of what.
+fn explain_memory(error: candle_core::Error, q: &Tensor, k: &Tensor) -> candle_core::Error {
+    if !error.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY") {
+        return error;
+    }
+    // Dimensions whose product has been checked.
+    let scores = q.elem_count() / q.dims()[3] * k.dims()[2];
+    let size = if q.dtype() == DType::F64 { 8 } else { 4 };
+    AttentionError::Memory { what: "scores of all queries and keys on the GPU", bytes: scores * size }.into()
 }
 
 fn check_ranks(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<usize, AttentionError> {
@@ -230,7 +254,25 @@ fn check_extra(
     Ok(())
 }
 
-fn check_device(tensor: &'static str, x: &Tensor, query: &Tensor) -> Result<(), AttentionError> {
+pub(crate) fn check_device(tensor: &'static str, x: &Tensor, query: &Tensor) -> Result<(), AttentionError> {
     let (expected, got) = (query.device().location(), x.device().location());
     if expected == got { Ok(()) } else { Err(AttentionError::Device { tensor, expected, got }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Error, Result, Tensor};
+
+    use super::explain_memory;
+
+    #[test]
+    fn a_full_gpu_says_of_what() -> Result<()> {
+        let q = Tensor::zeros((2, 3, 5, 4), DType::F32, &Device::Cpu)?;
+        let k = Tensor::zeros((2, 1, 7, 4), DType::F32, &Device::Cpu)?;
+        let full = Error::msg("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
+        let explained = explain_memory(full, &q, &k).to_string();
+        assert!(explained.contains("scores") && explained.contains("840 bytes"), "{explained}");
+        assert_eq!(explain_memory(Error::msg("another"), &q, &k).to_string(), Error::msg("another").to_string());
+        Ok(())
+    }
 }

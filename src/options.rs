@@ -8,7 +8,8 @@ use crate::mask::Mask;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Backend {
-    /// The fused path where it serves, else the reference. The choice changes results by rounding alone.
+    /// The fused path where it serves, else the reference. The choice changes results by rounding alone. On a GPU it is the
+    /// reference, whose memory grows with q_len x kv_len: the `log` crate is told so once.
     #[default]
     Auto,
     /// Candle's tensor operations, with every score in memory.

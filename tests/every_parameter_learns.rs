@@ -2,86 +2,20 @@
 //! gradients are those of finite differences.
 
 mod common;
+#[path = "common/grids.rs"]
+mod grids;
 #[path = "common/layers.rs"]
 mod layers;
 
-use candle_attention::{CrossAttention, MultiHead, Pairing, RotaryConfig, SelfAttention, SelfAttentionConfig};
+use candle_attention::{CrossAttention, MultiHead, Pairing, SelfAttention, SelfAttentionConfig};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{AdamW, ModuleT, Optimizer, ParamsAdamW};
 use common::{assert_finite, check_gradients, max_abs_difference, numbers, randn, var};
+use grids::rotary;
 use layers::{cross_attention, everything, self_attention};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
-
-fn multi_head() -> SelfAttentionConfig {
-    SelfAttentionConfig::new(8, 4)
-}
-
-fn rotary(pairing: Pairing, dim: Option<usize>) -> Option<RotaryConfig> {
-    Some(RotaryConfig { base: 100.0, dim, pairing })
-}
-
-/// What the two kinds of layer have in common: a name, a config, and how many parameters it stands for.
-fn shared_grid() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
-    let config = multi_head();
-    let with = |change: fn(&mut SelfAttentionConfig)| {
-        let mut config = config.clone();
-        change(&mut config);
-        config
-    };
-    vec![
-        ("single head", SelfAttentionConfig::single_head(5, 3, 4), 3),
-        ("multi-head", config.clone(), 8),
-        ("no biases", with(|c| (c.qkv_bias, c.out_bias) = (false, false)), 4),
-        ("bias of W_O alone", with(|c| c.qkv_bias = false), 5),
-        ("no bias of W_O", with(|c| c.out_bias = false), 7),
-        ("no W_O", with(|c| c.out_proj = false), 6),
-        ("one key head", with(|c| c.num_kv_heads = Some(1)), 8),
-        ("two key heads", with(|c| c.num_kv_heads = Some(2)), 8),
-        ("sizes of its own", with(|c| (c.head_dim, c.value_dim) = (Some(6), Some(3))), 8),
-        ("scale", with(|c| c.scale = Some(-0.4)), 8),
-        ("softcap", with(|c| c.softcap = Some(1.5)), 8),
-        ("causal", with(|c| c.is_causal = true), 8),
-        ("window", with(|c| c.sliding_window = Some(2)), 8),
-        ("causal window", with(|c| (c.is_causal, c.sliding_window) = (true, Some(3))), 8),
-        ("QK-norm", with(|c| (c.head_dim, c.qk_norm_eps) = (Some(4), Some(1e-3))), 10),
-        ("ALiBi", with(|c| c.alibi = true), 8),
-        ("sinks", with(|c| c.sinks = true), 9),
-        ("dropout", with(|c| c.dropout_p = 0.2), 8),
-        ("no bias of W_K", with(|c| c.k_bias = false), 7),
-        ("a learned key", with(|c| c.add_bias_kv = true), 10),
-        ("a key of zeros", with(|c| c.add_zero_attn = true), 8),
-        ("a learned key and one of zeros", with(extra_keys), 10),
-    ]
-}
-
-/// Besides what the query heads share, and with dropout over all keys.
-fn extra_keys(config: &mut SelfAttentionConfig) {
-    (config.add_bias_kv, config.add_zero_attn) = (true, true);
-    (config.num_kv_heads, config.value_dim, config.is_causal, config.dropout_p) = (Some(2), Some(3), true, 0.2);
-}
-
-fn self_attention_grid() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
-    let with_rotary = |rotary| SelfAttentionConfig { head_dim: Some(4), rotary, ..multi_head() };
-    let mut grid = shared_grid();
-    grid.extend([
-        ("rotary, halves", with_rotary(rotary(Pairing::HalfSplit, None)), 8),
-        ("rotary, interleaved", with_rotary(rotary(Pairing::Interleaved, None)), 8),
-        ("rotary, halves, partial", with_rotary(rotary(Pairing::HalfSplit, Some(2))), 8),
-        ("rotary, interleaved, partial", with_rotary(rotary(Pairing::Interleaved, Some(2))), 8),
-        ("everything", everything(), 11),
-    ]);
-    grid
-}
-
-fn cross_attention_grid() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
-    let mut grid = shared_grid();
-    let memory_of_its_own = SelfAttentionConfig { kv_dim: Some(6), ..multi_head() };
-    let all_at_once = SelfAttentionConfig { kv_dim: Some(6), rotary: None, ..everything() };
-    grid.extend([("kv_dim", memory_of_its_own, 8), ("everything", all_at_once, 11)]);
-    grid
-}
 
 /// Whether the bias of the keys can't matter: the same for every key, it adds the same to all scores of a query, and
 /// the softmax doesn't see that. A rotary embedding turns it by the key's position; a norm or a softcap bends it; a sink
@@ -170,7 +104,7 @@ fn check_layer(what: &str, layer: &MultiHead, parameters: usize, output: &Tensor
 #[test]
 fn every_parameter_of_self_attention_learns() -> Result<()> {
     for dtype in DTYPES {
-        for (name, config, parameters) in self_attention_grid() {
+        for (name, config, parameters) in grids::self_attention() {
             let layer: SelfAttention = self_attention(&config, dtype)?;
             let x = var(2, (2, 6, config.embed_dim), dtype)?;
             let output = ModuleT::forward_t(&layer, &x, true)?;
@@ -183,7 +117,7 @@ fn every_parameter_of_self_attention_learns() -> Result<()> {
 #[test]
 fn every_parameter_of_cross_attention_learns() -> Result<()> {
     for dtype in DTYPES {
-        for (name, config, parameters) in cross_attention_grid() {
+        for (name, config, parameters) in grids::cross_attention() {
             let layer: CrossAttention = cross_attention(&config, dtype)?;
             let x = var(2, (2, 6, config.embed_dim), dtype)?;
             let memory = var(3, (2, 7, config.kv_dim()), dtype)?;
@@ -246,7 +180,7 @@ fn gradients_with_everything_on_are_those_of_finite_differences() -> Result<()> 
 
 #[test]
 fn gradients_of_cross_attention_are_those_of_finite_differences() -> Result<()> {
-    for (name, config, _) in cross_attention_grid() {
+    for (name, config, _) in grids::cross_attention() {
         let layer = cross_attention(&config, DType::F64)?;
         let x = var(2, (2, 3, config.embed_dim), DType::F64)?;
         let memory = var(3, (2, 4, config.kv_dim()), DType::F64)?;

@@ -5,11 +5,12 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-/// An example, built with the profile of the test that asks for it.
+/// An example, built with the profile and for the devices of the test that asks for it.
 pub fn build(example: &str) -> PathBuf {
     let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
+    let features: &[&str] = if cfg!(feature = "cuda") { &["--features", "cuda"] } else { &[] };
     let build = ["build", "--quiet", "--example", example];
-    let status = Command::new(env!("CARGO")).args(build).args(profile).status().expect("cargo runs");
+    let status = Command::new(env!("CARGO")).args(build).args(profile).args(features).status().expect("cargo runs");
     assert!(status.success());
     // This test is PROFILE/deps/NAME, the example PROFILE/examples/NAME.
     let test = std::env::current_exe().expect("a test knows its own file");

@@ -1,12 +1,13 @@
 //! The fused path equals the reference: every value of every axis below, and every pair of values of two axes.
 
-use candle_attention::{Backend, ScoreShape};
+use candle_attention::Backend;
 use candle_core::{DType, Device, Result};
 
-use crate::common::{numbers, randn};
-use crate::masks::MaskKind;
+use crate::check::{check, tolerance};
+use crate::common::randn;
+use crate::masks::{self, MaskKind};
 use crate::pairwise::pairwise;
-use crate::problem::{Bias, Case, Inputs, Memory, Sizes, error};
+use crate::problem::{Bias, Case, Memory, Sizes, error};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 /// Query heads and key heads: groups of 1, 2, 3, 4 and 8, with one key head and more.
@@ -35,87 +36,14 @@ const SCALES: [Option<f64>; 3] = [None, Some(0.3), Some(-0.05)];
 const SOFTCAPS: [Option<f64>; 2] = [None, Some(1.5)];
 const DROPOUTS: [f64; 2] = [0.0, 0.3];
 
-fn masks() -> Vec<MaskKind> {
-    use MaskKind::*;
-    vec![
-        Full,
-        Causal,
-        CausalAt(3),
-        Window(Some(4), Some(6)),
-        Window(None, Some(2)),
-        Window(Some(40), None),
-        Sliding(5),
-        KeyLengths,
-        Prefix(3).or(Causal),
-        Documents.and(Causal),
-        DocumentIds,
-        Allowed("bhqk"),
-        Allowed("qk"),
-        Blocked("hk"),
-        Padding,
-        Causal.and(KeyLengths).or(Sliding(2)),
-        Causal.with_extra_keys(1),
-        Allowed("bqk").and(KeyLengths).with_extra_keys(2),
-        Sliding(5).with_extra_keys(3),
-    ]
-}
-
-/// About twice the worst that was seen. Half types round what they give back by up to half a unit in the last place, which is
-/// 2^-11 and 2^-8, and the backward pass starts from a context that was rounded.
-fn tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => 1e-13,
-        DType::F32 => 1e-5,
-        DType::F16 => 4.0 * 2f64.powi(-11),
-        _ => 4.0 * 2f64.powi(-8),
-    }
-}
-
-/// The most keys that a query sees, and at least one.
-fn most_seen(case: &Case, inputs: &Inputs) -> Result<usize> {
-    let [batch, num_heads, q_len, kv_len] = case.sizes.scores("bhqk");
-    let mask = case.options(inputs, Backend::Fused)?.attn_mask;
-    let table = mask.to_tensor(ScoreShape { batch, num_heads, q_len, kv_len }, &Device::Cpu)?;
-    let seen = numbers(&table)?.chunks(kv_len).map(|row| row.iter().sum::<f64>() as usize).max();
-    Ok(seen.unwrap_or(1).max(1))
-}
-
-/// About what is summed up: weights of 1 / `seen` times values. Gradients of scores are differences of dot products of
-/// value_dim numbers, which cancel to nothing where a query sees one key alone; so does the gradient of a bias that all keys
-/// share, over each query's weights, which add up to 1.
-fn floor(name: &str, case: &Case, seen: usize) -> f64 {
-    let value_dim = case.sizes.value_dim;
-    let entries = |axes: &str| case.sizes.scores(axes).iter().product::<usize>();
-    let (shared_by, terms) = match (name, case.bias) {
-        ("bias", Some(Bias::Trained(axes))) if !axes.contains('k') => (1, value_dim * entries("bhq") / entries(axes)),
-        ("bias", Some(Bias::Trained(axes))) => (seen, value_dim * entries("bhqk") / entries(axes)),
-        ("query" | "key" | "sinks", _) => (seen, value_dim),
-        _ => (seen, 1),
-    };
-    (terms as f64).sqrt() / shared_by as f64
-}
-
-/// The fused path's results in `dtype`, held against the reference in f64 on the same numbers.
-fn check(case: &Case, dtype: DType, tolerance: f64) -> Result<f64> {
-    let inputs = case.inputs(dtype)?;
-    let exact = case.run(&inputs.to_dtype(DType::F64)?, Backend::Reference)?;
-    let fused = case.run(&inputs, Backend::Fused)?;
-    assert_eq!(fused.len(), exact.len());
-    let (mut worst, seen) = (0.0f64, most_seen(case, &inputs)?);
-    for ((name, fused), (_, exact)) in fused.iter().zip(&exact) {
-        let error = error(fused, exact, floor(name, case, seen))?;
-        assert!(error <= tolerance, "{name} differs by {error:e}: {dtype:?}, {case:?}");
-        worst = worst.max(error / tolerance);
-    }
-    Ok(worst)
-}
+const FUSED: (Backend, &Device) = (Backend::Fused, &Device::Cpu);
 
 /// Checks the cases of a grid, in the dtypes that they ask for.
 fn check_all(cases: &[(DType, Case)]) -> Result<()> {
     let mut worst = [0.0f64; DTYPES.len()];
     for (dtype, case) in cases {
         let worst = &mut worst[DTYPES.iter().position(|x| x == dtype).expect("one of them")];
-        *worst = worst.max(check(case, *dtype, tolerance(*dtype))?);
+        *worst = worst.max(check(case, *dtype, FUSED, tolerance(*dtype))?);
     }
     println!("{} cases; the worst errors, as parts of the tolerance: {DTYPES:?} {worst:.3?}", cases.len());
     Ok(())
@@ -123,7 +51,7 @@ fn check_all(cases: &[(DType, Case)]) -> Result<()> {
 
 #[test]
 fn every_pair_of_properties_equals_the_reference() -> Result<()> {
-    let masks = masks();
+    let masks = masks::all();
     let memory = MEMORY.len();
     let axes = [
         DTYPES.len(),
@@ -180,7 +108,7 @@ fn bf16_by_pairs_equals_the_reference() -> Result<()> {
     const EVEN: [(usize, usize); 5] = [(2, 2), (8, 130), (64, 64), (80, 40), (58, 6)];
     const QUERIES: [usize; 6] = [1, 9, 16, 33, 150, 300];
     const KEYS: [usize; 5] = [1, 15, 97, 211, 400];
-    let masks = masks();
+    let masks = masks::all();
     let axes = [
         masks.len(),
         EVEN.len(),
@@ -212,7 +140,7 @@ fn bf16_by_pairs_equals_the_reference() -> Result<()> {
     });
     // Far below what an element left out or counted twice does, and above what rounding the context does to gradients of keys
     // that many queries look at, with pairs or without. How precise it is: tests/golden_precision.rs.
-    let worst = cases.map(|case| check(&case, DType::BF16, 2f64.powi(-4))).collect::<Result<Vec<_>>>()?;
+    let worst = cases.map(|case| check(&case, DType::BF16, FUSED, 2f64.powi(-4))).collect::<Result<Vec<_>>>()?;
     let largest = worst.iter().fold(0.0, |largest: f64, worst| largest.max(*worst));
     println!("{} cases; the worst error, as part of the tolerance: {largest:.3}", worst.len());
     Ok(())

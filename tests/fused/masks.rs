@@ -30,6 +30,32 @@ pub enum MaskKind {
     Or(Box<MaskKind>, Box<MaskKind>),
 }
 
+/// Each kind, and some that are made of others.
+pub fn all() -> Vec<MaskKind> {
+    use MaskKind::*;
+    vec![
+        Full,
+        Causal,
+        CausalAt(3),
+        Window(Some(4), Some(6)),
+        Window(None, Some(2)),
+        Window(Some(40), None),
+        Sliding(5),
+        KeyLengths,
+        Prefix(3).or(Causal),
+        Documents.and(Causal),
+        DocumentIds,
+        Allowed("bhqk"),
+        Allowed("qk"),
+        Blocked("hk"),
+        Padding,
+        Causal.and(KeyLengths).or(Sliding(2)),
+        Causal.with_extra_keys(1),
+        Allowed("bqk").and(KeyLengths).with_extra_keys(2),
+        Sliding(5).with_extra_keys(3),
+    ]
+}
+
 impl MaskKind {
     pub fn and(self, other: MaskKind) -> Self {
         MaskKind::And(Box::new(self), Box::new(other))

@@ -2,7 +2,7 @@
 //! either backend in any dtype.
 
 use candle_attention::{AttentionOptions, AttentionOutput, Backend, scaled_dot_product_attention};
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 
 use crate::common::{gradients, numbers, randn};
 use crate::masks::MaskKind;
@@ -176,11 +176,20 @@ pub struct Inputs {
 impl Inputs {
     /// The same numbers in another dtype.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        let var = |x: &Var| Var::from_tensor(&x.as_detached_tensor().to_dtype(dtype)?);
+        self.map(|x| x.to_dtype(dtype))
+    }
+
+    /// The same numbers elsewhere.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.map(|x| x.to_device(device))
+    }
+
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let var = |x: &Var| Var::from_tensor(&f(&x.as_detached_tensor())?);
         Ok(Self {
             stored: [var(&self.stored[0])?, var(&self.stored[1])?, var(&self.stored[2])?],
             bias: self.bias.as_ref().map(var).transpose()?,
-            slopes: self.slopes.as_ref().map(|x| x.to_dtype(dtype)).transpose()?,
+            slopes: self.slopes.as_ref().map(&f).transpose()?,
             sinks: self.sinks.as_ref().map(var).transpose()?,
         })
     }
@@ -202,7 +211,7 @@ pub type Named = (&'static str, Tensor);
 pub fn results(output: AttentionOutput, vars: &[(&'static str, &Var)]) -> Result<Vec<Named>> {
     let AttentionOutput { context, logsumexp, .. } = output;
     // Rounded to a half type, so that the loss of every dtype is the same.
-    let factors = |seed, x: &Tensor| randn(seed, x.shape(), DType::BF16)?.to_dtype(x.dtype());
+    let factors = |seed, x: &Tensor| randn(seed, x.shape(), DType::BF16)?.to_dtype(x.dtype())?.to_device(x.device());
     let mut loss = (&context * factors(21, &context)?)?.sum_all()?.to_dtype(DType::F64)?;
     let mut all = vec![("context", context.detach())];
     if let Some(logsumexp) = logsumexp {

@@ -1,0 +1,66 @@
+//! A GPU gives what the CPU gives: the same results within rounding, the same files, the same errors.
+//!
+//! Where there is no GPU, the tests say that they were skipped. `CANDLE_ATTENTION_GPU=required` makes that a failure, and
+//! `CANDLE_ATTENTION_GPU=cpu` puts the CPU in the GPU's place, to try the tests themselves.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../common/grids.rs"]
+mod grids;
+#[path = "../common/layers.rs"]
+mod layers;
+#[allow(dead_code)]
+#[path = "../common/program.rs"]
+mod program;
+
+// What the tests of the fused path compute.
+#[allow(dead_code)]
+#[path = "../fused/check.rs"]
+mod check;
+#[allow(dead_code)]
+#[path = "../fused/masks.rs"]
+mod masks;
+#[path = "../fused/pairwise.rs"]
+mod pairwise;
+#[allow(dead_code)]
+#[path = "../fused/problem.rs"]
+mod problem;
+
+#[allow(dead_code)]
+#[path = "../decoding/setup.rs"]
+mod sequences;
+
+mod attention;
+mod decoding;
+mod files;
+mod hostile;
+mod layer;
+#[cfg(feature = "cuda")]
+mod sources;
+mod training;
+
+use std::env;
+use std::io::{Write, stderr};
+use std::sync::Once;
+
+use candle_core::Device;
+
+/// The GPU, if there is one.
+fn gpu() -> Option<Device> {
+    static SAID: Once = Once::new();
+    let asked = env::var("CANDLE_ATTENTION_GPU").unwrap_or_default();
+    if asked == "cpu" {
+        return Some(Device::Cpu);
+    }
+    let error = match Device::new_cuda(0) {
+        Ok(device) => return Some(device),
+        Err(error) => error.to_string(),
+    };
+    assert_ne!(asked, "required", "CANDLE_ATTENTION_GPU: {error}");
+    // What `eprintln` says is hidden where a test passes.
+    let reason = error.lines().next().unwrap_or_default();
+    SAID.call_once(|| {
+        writeln!(stderr().lock(), "\nSKIPPED: nothing was compared, for there is no GPU ({reason})").unwrap()
+    });
+    None
+}
