@@ -272,7 +272,7 @@ mod tests {
         let full = Error::msg("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
         let explained = explain_memory(full, &q, &k).to_string();
         assert!(explained.contains("scores") && explained.contains("840 bytes"), "{explained}");
-        assert_eq!(explain_memory(Error::msg("another"), &q, &k).to_string(), Error::msg("another").to_string());
+        assert!(explain_memory(Error::msg("another"), &q, &k).to_string().contains("another"));
         Ok(())
     }
 }

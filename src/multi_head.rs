@@ -312,8 +312,11 @@ impl MultiHead {
     }
 
     fn normalise_and_rotate(&self, x: Tensor, norm: Option<&RmsNorm>, positions: &[usize]) -> Result<Tensor> {
-        // The differentiable form: RmsNorm::forward drops the gradient in silence.
-        let x = norm.map(|norm| norm.forward_diff(&x)).transpose()?.unwrap_or(x);
+        let x = match norm {
+            // The differentiable form: RmsNorm::forward drops the gradient in silence. Of nothing it panics on CUDA.
+            Some(norm) if x.elem_count() > 0 => norm.forward_diff(&x)?,
+            _ => x,
+        };
         match &self.rotary {
             Some(rotary) => rotary.apply_each(&x.transpose(1, 2)?, positions)?.transpose(1, 2),
             None => Ok(x),

@@ -6,6 +6,8 @@
 //!
 //! Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), section 3.3.
 
+use rayon::prelude::*;
+
 /// Multipliers of the two halves of a round (table 2 of the paper).
 pub(crate) const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 /// What is added to the key between rounds: the golden ratio and sqrt(3) - 1, as 32-bit fractions.
@@ -62,29 +64,26 @@ pub(crate) fn dropout_threshold(p: f64) -> u32 {
     (p * 2f64.powi(32)) as u32
 }
 
-/// What dropout multiplies the weights by, for scores of shape (batch, num_heads, q_len, kv_len): 0 with probability
-/// `p`, else 1 / (1 - p).
+/// What dropout keeps (1) and drops (0) of scores of shape (batch, num_heads, q_len, kv_len), each dropped with
+/// probability `p`.
 ///
 /// The score at (b, h, i, j) takes number j mod 4 at the counter (j / 4, i, b * num_heads + h), whose last part fills the
 /// two upper words, and is dropped where that number is less than p * 2^32.
-pub(crate) fn dropout_factors(
+pub(crate) fn kept_by_dropout(
     seed: u64,
     p: f64,
     (batch, heads, q_len, kv_len): (usize, usize, usize, usize),
-) -> Vec<f64> {
+) -> Vec<u8> {
     let threshold = dropout_threshold(p);
-    let keep = 1.0 / (1.0 - p);
-    let mut factors = Vec::with_capacity(batch * heads * q_len * kv_len);
-    for head in 0..(batch * heads) as u64 {
-        for i in 0..q_len as u32 {
-            for block in 0..kv_len.div_ceil(4) {
-                let numbers = philox(seed, [block as u32, i, head as u32, (head >> 32) as u32]);
-                let wanted = (kv_len - block * 4).min(4);
-                factors.extend(numbers[..wanted].iter().map(|&x| if x < threshold { 0.0 } else { keep }));
-            }
+    let mut kept = vec![0; batch * heads * q_len * kv_len];
+    kept.par_chunks_mut(kv_len.max(1)).enumerate().for_each(|(row, kept)| {
+        let (head, i) = ((row / q_len) as u64, (row % q_len) as u32);
+        for (block, kept) in kept.chunks_mut(4).enumerate() {
+            let numbers = philox(seed, [block as u32, i, head as u32, (head >> 32) as u32]);
+            kept.iter_mut().zip(numbers).for_each(|(kept, number)| *kept = u8::from(number >= threshold));
         }
-    }
-    factors
+    });
+    kept
 }
 
 #[cfg(test)]
@@ -121,9 +120,9 @@ mod tests {
     }
 
     #[test]
-    fn dropout_factor_depends_on_its_place_alone() {
-        let small = dropout_factors(3, 0.3, (1, 1, 2, 5));
-        let large = dropout_factors(3, 0.3, (2, 3, 4, 9));
+    fn dropout_depends_on_the_place_alone() {
+        let small = kept_by_dropout(3, 0.3, (1, 1, 2, 5));
+        let large = kept_by_dropout(3, 0.3, (2, 3, 4, 9));
         for i in 0..2 {
             assert_eq!(small[i * 5..][..5], large[i * 9..][..5]);
         }

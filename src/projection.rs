@@ -6,7 +6,7 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType};
-use candle_nn::{Linear, Module};
+use candle_nn::Linear;
 use half::{bf16, f16};
 
 /// The projection of x, whose last axes together are the layer's inputs, to a tensor of this shape, whose last axes
@@ -16,13 +16,26 @@ pub(crate) fn project(linear: &Linear, x: &Tensor, shape: &[usize]) -> Result<Te
     let rows = x.elem_count() / inputs.max(1);
     let x = x.contiguous()?;
     if !x.device().is_cpu() || rows * outputs == 0 {
-        // As rows of one matrix: candle's `Linear` gives wrong numbers on a transposed batch.
-        return linear.forward(&x.reshape((rows, inputs))?)?.reshape(shape);
+        return project_elsewhere(linear, &x.reshape((rows, inputs))?)?.reshape(shape);
     }
     let op = Projection { rows, inputs, outputs, shape: Shape::from(shape) };
     match linear.bias() {
         Some(bias) => x.apply_op3(linear.weight(), &bias.contiguous()?, op),
         None => x.apply_op2(linear.weight(), op),
+    }
+}
+
+/// By candle's own operations, which serve every device.
+fn project_elsewhere(linear: &Linear, rows: &Tensor) -> Result<Tensor> {
+    // CUDA multiplies no matrix whose rows stand apart.
+    let y = rows.matmul(&linear.weight().contiguous()?.t()?)?;
+    match linear.bias() {
+        None => Ok(y),
+        // For the gradient of the bias candle sums f16 in f16 on CUDA, number by number. (bf16 it sums in f32.)
+        Some(bias) if y.dtype() == DType::F16 && y.elem_count() > 0 => {
+            y.to_dtype(DType::F32)?.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(DType::F16)
+        }
+        Some(bias) => y.broadcast_add(bias),
     }
 }
 

@@ -12,22 +12,31 @@
 //! Each step is a candle tensor operation with a gradient, so it runs on any device and candle differentiates it.
 //! Source: Vaswani et al., "Attention Is All You Need" (NIPS 2017), section 3.2.1.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
+use crate::error::AttentionError;
 use crate::mask::{Mask, ScoreShape};
 use crate::options::{AttentionOptions, AttentionOutput};
-use crate::philox::dropout_factors;
+use crate::philox::kept_by_dropout;
 use crate::range::may_overflow;
+
+/// The most entries of a tensor on CUDA: candle's kernels count them in 32 bits, in blocks of 1024, and of more would never
+/// come to an end.
+const MOST_ON_CUDA: usize = (1 << 32) - 1024;
 
 /// Attention over inputs that have been checked.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
-    let dtype = q.dtype();
-    let (q, k, v) = (widened(q)?, widened(k)?, widened(v)?);
-    if k.dim(2)? == 0 {
-        return nothing_to_attend_to(&q, &k, &v, options, dtype);
+    if q.elem_count() == 0 {
+        return nothing_that_attends(q, k, v, options);
     }
-    let (w, lse) = weigh(&q, &k, options)?;
-    let context = weighted_sum(&dropout(&w, options)?, &v)?;
+    if k.dim(2)? == 0 {
+        return nothing_to_attend_to(q, k, v, options);
+    }
+    let dtype = q.dtype();
+    let (w, lse) = weigh(&widened(q)?, &widened(k)?, options)?;
+    // Not even a cast is done on CUDA to values without entries.
+    let v = if v.elem_count() == 0 { v.clone() } else { widened(v)? };
+    let context = weighted_sum(&dropout(&w, options)?.to_dtype(v.dtype())?, &v)?;
     Ok(AttentionOutput {
         context: context.to_dtype(dtype)?,
         weights: options.return_weights.then(|| w.to_dtype(dtype)).transpose()?,
@@ -42,11 +51,16 @@ pub(crate) fn weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Res
 
 /// Half types accumulate in f32.
 fn widened(x: &Tensor) -> Result<Tensor> {
-    x.to_dtype(if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 })?.contiguous()
+    x.to_dtype(wide(x.dtype()))?.contiguous()
 }
 
-/// The weights, and ln Σ exp(s), of at least one key.
+fn wide(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// The weights, and ln Σ exp(s), of at least one query and key.
 fn weigh(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<(Tensor, Tensor)> {
+    check_countable(q, k)?;
     let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
     let mut s = scaled_scores(q, k, scale)?;
     if let Some(cap) = options.softcap {
@@ -66,14 +80,30 @@ fn weigh(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<(Tensor, 
     softmax(&s, sinks.as_ref())
 }
 
+fn check_countable(q: &Tensor, k: &Tensor) -> std::result::Result<(), AttentionError> {
+    let shape = vec![q.dims()[0], q.dims()[1], q.dims()[2], k.dims()[2]];
+    if q.device().is_cuda() && shape.iter().product::<usize>() > MOST_ON_CUDA {
+        let expected = format!("one of at most {MOST_ON_CUDA} entries in the memory of a CUDA device");
+        return Err(AttentionError::Shape { tensor: "scores", expected, shape });
+    }
+    Ok(())
+}
+
+/// No queries at all, or no heads or sequences: products of nothing. On CUDA candle does little else with nothing, neither
+/// a sum nor a cast.
+fn nothing_that_attends(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
+    let (batch, heads, q_len, _) = q.dims4()?;
+    let w = dot_products(q, k)?;
+    let logsumexp = || Tensor::zeros((batch, heads, q_len), wide(q.dtype()), q.device());
+    Ok(AttentionOutput {
+        context: weighted_sum(&w, v)?,
+        weights: options.return_weights.then_some(w),
+        logsumexp: options.return_logsumexp.then(logsumexp).transpose()?,
+    })
+}
+
 /// No keys at all: as if there were one, hidden from every query. All results stay connected to their inputs.
-fn nothing_to_attend_to(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    options: &AttentionOptions,
-    dtype: DType,
-) -> Result<AttentionOutput> {
+fn nothing_to_attend_to(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
     let one_row = |x: &Tensor| {
         let (batch, heads, _, dim) = x.dims4()?;
         Tensor::cat(&[x, &Tensor::zeros((batch, heads, 1, dim), x.dtype(), x.device())?], 2)
@@ -85,8 +115,7 @@ fn nothing_to_attend_to(
         ..options.clone()
     };
     let output = attention(q, &one_row(k)?, &one_row(v)?, &options)?;
-    let weights = output.weights.map(|w| w.narrow(3, 0, 0)?.to_dtype(dtype)).transpose()?;
-    Ok(AttentionOutput { context: output.context.to_dtype(dtype)?, weights, ..output })
+    Ok(AttentionOutput { weights: output.weights.map(|w| w.narrow(3, 0, 0)).transpose()?, ..output })
 }
 
 /// q·kᵀ · scale. The query heads that share a key head stand side by side as rows of one product, so that no key is
@@ -128,17 +157,33 @@ fn scaled_scores_of_huge_inputs(q: &Tensor, k: &Tensor, scale: f64) -> Result<Te
     let k_size = k_size.t()?.contiguous()?;
     let s = s.reshape((batch, kv_heads, heads / kv_heads * q_len, kv_len))?.broadcast_mul(&k_size)?;
     let limit = if q.dtype() == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
-    s.clamp(-limit, limit)?.reshape((batch, heads, q_len, kv_len))
+    hold_inside(&s, limit)?.reshape((batch, heads, q_len, kv_len))
+}
+
+/// As `clamp`, which makes a number of NaN on CUDA.
+fn hold_inside(s: &Tensor, limit: f64) -> Result<Tensor> {
+    let most = (s.ones_like()? * limit)?;
+    let least = most.neg()?;
+    let s = s.gt(&most)?.where_cond(&most, s)?;
+    s.lt(&least)?.where_cond(&least, &s)
 }
 
 /// slope · |position of the query - position of the key|, the last query standing at the last key.
 fn alibi(slopes: &Tensor, q_len: usize, kv_len: usize) -> Result<Tensor> {
-    let first = kv_len as f64 - q_len as f64;
-    let distances = (0..q_len).flat_map(|i| (0..kv_len).map(move |j| (first + i as f64 - j as f64).abs()));
-    let distances = Tensor::from_iter(distances, slopes.device())?.to_dtype(slopes.dtype())?;
+    let queries = (0..q_len).map(|i| kv_len as f64 - q_len as f64 + i as f64);
+    let distances = distances(queries, kv_len, slopes)?;
     let heads = slopes.dim(D::Minus1)?;
     let batch = if slopes.rank() == 2 { slopes.dim(0)? } else { 1 };
-    slopes.reshape((batch, heads, 1, 1))?.broadcast_mul(&distances.reshape((1, 1, q_len, kv_len))?)
+    slopes.reshape((batch, heads, 1, 1))?.broadcast_mul(&distances)
+}
+
+/// |position of the query - position of the key|, (queries, kv_len), in the dtype and on the device of `like`.
+pub(crate) fn distances(queries: impl Iterator<Item = f64>, kv_len: usize, like: &Tensor) -> Result<Tensor> {
+    let keys = Tensor::from_iter((0..kv_len).map(|j| j as f64), &Device::Cpu)?;
+    let queries = Tensor::from_iter(queries, &Device::Cpu)?.unsqueeze(1)?;
+    // Two short lists go to the device, not the table of all pairs.
+    let there = |x: Tensor| x.to_dtype(like.dtype())?.to_device(like.device());
+    there(queries)?.broadcast_sub(&there(keys)?)?.abs()
 }
 
 /// Minus infinity where a query may not attend.
@@ -156,25 +201,21 @@ fn mask_scores(s: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
 /// Both are computed relative to the row's largest score, so that no exponential overflows. The largest score is a
 /// constant here: the results don't depend on it, so neither do their gradients.
 fn softmax(s: &Tensor, sinks: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
-    // candle has no maximum of an empty tensor; its sum has the same shape.
-    let mut largest = match s.elem_count() {
-        0 => s.detach().sum_keepdim(D::Minus1)?,
-        _ => s.detach().max_keepdim(D::Minus1)?,
-    };
+    let mut largest = s.detach().max_keepdim(D::Minus1)?;
     if let Some(sinks) = sinks {
         largest = largest.broadcast_maximum(&sinks.detach())?;
     }
-    // A row with nothing to attend to has no largest score. Its sum is 0, and so are all its exponentials; a sum of 1
-    // instead gives it weights of zero and gradients of zero.
     let minus_infinity = (largest.zeros_like()? + f64::NEG_INFINITY)?;
-    let empty = largest.eq(&minus_infinity)?;
-    let largest = empty.where_cond(&largest.zeros_like()?, &largest)?;
+    let largest = largest.eq(&minus_infinity)?.where_cond(&largest.zeros_like()?, &largest)?;
 
     let exponentials = s.broadcast_sub(&largest)?.exp()?;
     let mut sum = exponentials.sum_keepdim(D::Minus1)?;
     if let Some(sinks) = sinks {
         sum = (sum + sinks.broadcast_sub(&largest)?.exp()?)?;
     }
+    // A row with nothing to attend to has exponentials of 0 alone; a sum of 1 instead gives it weights of zero and gradients
+    // of zero. (Its largest score is minus infinity, but on CUDA so is that of a row of NaN.)
+    let empty = sum.eq(&sum.zeros_like()?)?;
     let sum = empty.where_cond(&sum.ones_like()?, &sum)?;
     let weights = exponentials.broadcast_div(&sum)?;
     let logsumexp = empty.where_cond(&minus_infinity, &(sum.log()? + largest)?)?;
@@ -187,8 +228,9 @@ fn dropout(w: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     if options.dropout_p == 0.0 {
         return Ok(w.clone());
     }
-    let factors = dropout_factors(options.dropout_seed, options.dropout_p, w.dims4()?);
-    w * Tensor::from_vec(factors, w.shape(), w.device())?.to_dtype(w.dtype())?
+    let kept = kept_by_dropout(options.dropout_seed, options.dropout_p, w.dims4()?);
+    let kept = Tensor::from_vec(kept, w.shape(), w.device())?.to_dtype(w.dtype())?;
+    w * (kept * (1.0 / (1.0 - options.dropout_p)))?
 }
 
 /// w·v, with the heads of a group side by side as in [`scaled_scores`].

@@ -119,6 +119,10 @@ impl RotaryEmbedding {
 
     /// With an offset for each sequence, or one for all.
     fn turn(&self, x: &Tensor, offsets: &[usize]) -> Result<Tensor> {
+        // candle can't cast nothing on CUDA.
+        if x.elem_count() == 0 {
+            return Ok(x.clone());
+        }
         let dtype = x.dtype();
         // Half types rotate in f32.
         let x = x.to_dtype(if dtype == DType::F64 { DType::F64 } else { DType::F32 })?;

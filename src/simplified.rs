@@ -89,6 +89,10 @@ pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Re
 /// ```
 pub fn normalize(scores: &Tensor, normalization: Normalization) -> Result<Tensor> {
     check_float("scores", scores)?;
+    // candle has no maximum of nothing, and on CUDA no sum.
+    if scores.elem_count() == 0 {
+        return Ok(scores.clone());
+    }
     let share_of_sum = |x: &Tensor| x.broadcast_div(&x.sum_keepdim(D::Minus1)?);
     match normalization {
         Normalization::Softmax => softmax(scores, D::Minus1),

@@ -242,6 +242,18 @@ fn inputs_of_another_rank_are_refused() -> Result<()> {
 }
 
 #[test]
+fn no_tokens_have_no_context() -> Result<()> {
+    for normalization in [Normalization::Softmax, Normalization::NaiveSoftmax, Normalization::SumNormalized] {
+        for (dims, scores) in [(&[0, 4][..], &[0, 0][..]), (&[2, 0, 4], &[2, 0, 0]), (&[0, 3, 4], &[0, 3, 3])] {
+            let attention = simplified_attention(&Tensor::zeros(dims, DType::F32, &Device::Cpu)?, normalization)?;
+            assert_eq!((attention.scores.dims(), attention.weights.dims()), (scores, scores));
+            assert_eq!(attention.context.dims(), dims);
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn scores_of_integers_are_refused() -> Result<()> {
     for normalization in [Normalization::Softmax, Normalization::NaiveSoftmax, Normalization::SumNormalized] {
         let scores = Tensor::new(&[1u32, 2], &Device::Cpu)?;

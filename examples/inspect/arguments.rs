@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 
+use crate::device::DeviceName;
+
 /// Shows what the words of a sentence look at, in every layer and head of a model or of a saved layer.
 #[derive(Parser, Debug)]
 #[command(name = "inspect")]
@@ -21,6 +23,9 @@ pub struct Arguments {
     /// each word, as warm_attends_to_mat has them]
     #[arg(long, value_name = "FILE", requires = "layer_file", conflicts_with = "model")]
     pub tokens: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    pub device: DeviceName,
     /// Show the pieces of words that the model reads, not words
     #[arg(long, conflicts_with = "layer_file")]
     pub pieces: bool,

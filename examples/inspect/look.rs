@@ -21,14 +21,15 @@ pub struct Look {
 
 impl Look {
     pub fn new(arguments: &Arguments) -> Result<Self> {
+        let device = arguments.device.open()?;
         match &arguments.layer_file {
-            Some(file) => Self::of_layer(file, arguments.tokens.as_deref(), &arguments.sentence),
-            None => Self::of_model(&arguments.model, &arguments.sentence, arguments.pieces),
+            Some(file) => Self::of_layer(file, arguments.tokens.as_deref(), &arguments.sentence, &device),
+            None => Self::of_model(&arguments.model, &arguments.sentence, arguments.pieces, &device),
         }
     }
 
-    fn of_model(folder: &Path, text: &str, pieces: bool) -> Result<Self> {
-        let model = Model::open(folder, &Device::Cpu)?;
+    fn of_model(folder: &Path, text: &str, pieces: bool, device: &Device) -> Result<Self> {
+        let model = Model::open(folder, device)?;
         let sentence = model.read(text)?;
         if let Some(note) = sentence.cut_note() {
             eprintln!("note: {note}");
@@ -42,14 +43,14 @@ impl Look {
         Ok(Self { title, words: sentence.words, weights })
     }
 
-    fn of_layer(file: &Path, tokens: Option<&Path>, text: &str) -> Result<Self> {
+    fn of_layer(file: &Path, tokens: Option<&Path>, text: &str, device: &Device) -> Result<Self> {
         let words = text.split_whitespace().map(str::to_string).collect::<Vec<_>>();
         ensure!(!words.is_empty(), "the sentence has no words");
-        let layer = SelfAttention::load(file, &Device::Cpu)?;
+        let layer = SelfAttention::load(file, device)?;
         let dim = layer.config().embed_dim;
         let tokens = match tokens {
-            Some(path) => read_tokens(path, words.len(), dim)?,
-            None => embeddings(&words, dim, &Device::Cpu)?,
+            Some(path) => read_tokens(path, words.len(), dim, device)?,
+            None => embeddings(&words, dim, device)?,
         };
         let (_, weights) = layer.forward_with_weights(&tokens.to_dtype(layer.q_proj().weight().dtype())?)?;
         let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy();
@@ -99,8 +100,8 @@ fn count(number: usize, name: &str) -> String {
 }
 
 /// A row for each word, from a file of one tensor.
-fn read_tokens(path: &Path, words: usize, dim: usize) -> Result<Tensor> {
-    let tensors = candle_core::safetensors::load(path, &Device::Cpu);
+fn read_tokens(path: &Path, words: usize, dim: usize, device: &Device) -> Result<Tensor> {
+    let tensors = candle_core::safetensors::load(path, device);
     let tensors = tensors.with_context(|| format!("can't read {}", path.display()))?;
     ensure!(tensors.len() == 1, "{}: expected one tensor, got {}", path.display(), tensors.len());
     let tokens = tensors.into_values().next().context("no tensor")?;

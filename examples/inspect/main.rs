@@ -11,6 +11,8 @@
 //! `--layer-file` it is a single layer that this crate saved.
 
 mod arguments;
+#[path = "../common/device.rs"]
+mod device;
 #[path = "../common/embeddings.rs"]
 mod embeddings;
 mod look;

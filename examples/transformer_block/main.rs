@@ -13,6 +13,8 @@
 //! `model.rs` is the transformer, `data.rs` its task.
 
 mod data;
+#[path = "../common/device.rs"]
+mod device;
 mod model;
 
 use std::io::{self, Write};
@@ -23,10 +25,11 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::loss::cross_entropy;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use data::{Batch, Data, Task};
+use device::DeviceName;
 use model::Transformer;
 
 /// Train a transformer block to reverse or copy digits, save it, load it, and check that nothing changed.
@@ -55,12 +58,6 @@ struct Flags {
     json: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum DeviceName {
-    Cpu,
-    Cuda,
-}
-
 fn learning_rate(text: &str) -> Result<f64> {
     match text.parse() {
         Ok(lr) if lr > 0.0 && f64::is_finite(lr) => Ok(lr),
@@ -71,7 +68,7 @@ fn learning_rate(text: &str) -> Result<f64> {
 fn main() -> Result<()> {
     let flags = Flags::parse();
     let mut out: Box<dyn Write> = if flags.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
-    let device = device(flags.device)?;
+    let device = flags.device.open()?;
     prepare(&flags.out)?;
 
     let varmap = VarMap::new();
@@ -98,17 +95,6 @@ fn main() -> Result<()> {
     ensure!(reload_identical, "the logits of the loaded model differ from those of the saved one");
     writeln!(out, "Its logits are the same, to the last bit.")?;
     Ok(())
-}
-
-fn device(name: DeviceName) -> Result<Device> {
-    match name {
-        DeviceName::Cpu => Ok(Device::Cpu),
-        DeviceName::Cuda if cfg!(feature = "cuda") => Device::new_cuda(0).context("no CUDA device can be used"),
-        DeviceName::Cuda => bail!(
-            "this program was built without CUDA; build it with: cargo run --release --features cuda --example \
-             transformer_block -- --device cuda"
-        ),
-    }
 }
 
 /// Finds out before the training, not after it, that the model can't be saved.

@@ -58,8 +58,11 @@ impl Layout {
         let zeros = |dim: usize| {
             let shape = [batch, self.num_kv_heads, capacity, dim];
             let bytes = shape.iter().try_fold(self.dtype.size_in_bytes(), |bytes, &size| bytes.checked_mul(size));
-            // candle's own way aborts the process where there is no memory.
-            room::<u8>("key-value cache", bytes.ok_or(AttentionError::TooLarge { shape })?)?;
+            let bytes = bytes.ok_or(AttentionError::TooLarge { shape })?;
+            // On the CPU candle's own way aborts the process where there is no memory; elsewhere it is an error.
+            if self.device.is_cpu() {
+                room::<u8>("key-value cache", bytes)?;
+            }
             Tensor::zeros(&shape, self.dtype, &self.device)
         };
         Ok(Store { key: zeros(self.head_dim)?, value: zeros(self.value_dim)? })

@@ -3,9 +3,11 @@
 use candle_core::{Result, Tensor};
 
 use super::{ForwardOptions, ForwardOutput, MultiHead};
+use crate::attention::check_device;
 use crate::error::AttentionError;
 use crate::kv_cache::{KvCache, Staged, check_sequences};
 use crate::options::AttentionOptions;
+use crate::reference;
 
 /// The keys and values that a [`CrossAttention`](crate::CrossAttention) layer makes of a memory, computed once by
 /// [`project`](crate::CrossAttention::project) and attended to as often as wanted.
@@ -30,7 +32,11 @@ impl ProjectedMemory {
         check_sequences(sequences, self.key.dim(0)?)?;
         let places: Vec<_> = sequences.iter().map(|&b| b as u32).collect();
         let places = Tensor::from_vec(places, sequences.len(), self.key.device())?;
-        let select = |x: &Tensor| x.contiguous()?.index_select(&places, 0);
+        let select = |x: &Tensor| match x.elem_count() * sequences.len() {
+            // candle can't select nothing on CUDA; an empty tensor of any number of sequences is as good as another.
+            0 => Tensor::zeros([&[sequences.len()], &x.dims()[1..]].concat(), x.dtype(), x.device()),
+            _ => x.contiguous()?.index_select(&places, 0),
+        };
         Ok(Self { key: select(&self.key)?, value: select(&self.value)?, has_batch: true })
     }
 }
@@ -82,7 +88,10 @@ impl MultiHead {
             // ALiBi of its own accord lets the last query of every sequence stand at the last key.
             let bias = slopes.reshape((1, (), 1, 1))?.broadcast_mul(&distances(staged, &slopes)?)?.neg()?;
             options.attn_bias = Some(match &options.attn_bias {
-                Some(own) => own.to_dtype(bias.dtype())?.broadcast_add(&bias)?,
+                Some(own) => {
+                    check_device("attn_bias", own, &bias)?;
+                    own.to_dtype(bias.dtype())?.broadcast_add(&bias)?
+                }
                 None => bias,
             });
         }
@@ -137,6 +146,7 @@ impl MultiHead {
                 let expected = format!("{:?}, that of the layer's parameters", weight.dtype());
                 return Err(AttentionError::DType { tensor, expected, got: x.dtype() }.into());
             }
+            check_device(tensor, x, weight)?;
         }
         Ok(())
     }
@@ -164,8 +174,7 @@ fn check_options(options: &ForwardOptions, cache: &KvCache) -> std::result::Resu
 /// How far each key lies behind each query, (batch, 1, q_len, kv_len).
 fn distances(staged: &Staged, like: &Tensor) -> Result<Tensor> {
     let (q_len, kv_len) = (staged.q_len(), staged.kv_len());
-    let rows = staged.offsets().iter().flat_map(|&offset| offset..offset + q_len);
-    let distances = rows.flat_map(|query| (0..kv_len).map(move |key| (query as f64 - key as f64).abs()));
-    let distances = Tensor::from_iter(distances, like.device())?.to_dtype(like.dtype())?;
+    let queries = staged.offsets().iter().flat_map(|&offset| offset..offset + q_len);
+    let distances = reference::distances(queries.map(|query| query as f64), kv_len, like)?;
     distances.reshape((staged.offsets().len(), 1, q_len, kv_len))
 }

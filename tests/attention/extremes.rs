@@ -1,6 +1,6 @@
 //! Large, small and special numbers.
 
-use candle_attention::{AttentionOptions, AttentionOutput, Mask};
+use candle_attention::{AttentionOptions, AttentionOutput, Backend, Mask};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 use crate::common::{assert_close, assert_finite, assert_same_bits, gradients, numbers};
@@ -203,6 +203,25 @@ fn check_hurt_query(dtype: DType, special: f64) -> Result<()> {
 #[test]
 fn nan_in_one_query_leaves_the_others_alone() -> Result<()> {
     [DType::BF16, DType::F32, DType::F64].into_iter().try_for_each(|dtype| check_hurt_query(dtype, f64::NAN))
+}
+
+/// Also where its first key is hidden, and where numbers are so huge that scores would overflow.
+#[test]
+fn nan_in_a_query_is_in_its_results() -> Result<()> {
+    let first_hidden = Mask::from_blocked(&Tensor::new(&[[1u8, 0, 0]], &Device::Cpu)?)?;
+    for (size, attn_mask) in
+        [(1f32, Mask::full()), (1., first_hidden.clone()), (1e20, Mask::full()), (1e20, first_hidden)]
+    {
+        let query = Tensor::new(&[[1., 1.], [size, f32::NAN]], &Device::Cpu)?;
+        let key = Tensor::new(&[[1., 2.], [1., 3.], [size, 1.]], &Device::Cpu)?;
+        for backend in [Backend::Reference, Backend::Auto] {
+            let options = AttentionOptions { attn_mask: attn_mask.clone(), backend, ..all_results() };
+            let output = attend(&[query.clone(), key.clone(), key.clone()], &options)?;
+            let results = [numbers(&output.context.get(1)?)?, numbers(&logsumexp(&output).get(1)?)?].concat();
+            assert!(results.iter().all(|x| x.is_nan()), "{results:?} of {size}, {backend:?}");
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -59,7 +59,7 @@ pub fn var(seed: u64, shape: impl Into<Shape>, dtype: DType) -> Result<Var> {
 
 /// All elements in row-major order, as f64.
 pub fn numbers(x: &Tensor) -> Result<Vec<f64>> {
-    x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+    x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
 /// max |a - b| of two tensors of one shape. Equal infinities differ by 0; a NaN on either side makes the result NaN,
