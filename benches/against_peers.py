@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent / "against_peers"))
-from peers import OnnxRuntime, Ours, Torch, build, median_ms  # noqa: E402
+from ort import OnnxRuntime  # noqa: E402
+from peers import Ours, Torch, build, median_ms, rotate  # noqa: E402
 
 SHAPES = [
     (1, 8, 512, 64),
@@ -47,6 +47,8 @@ LONG = (1, 8, 16384, 64)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Rows and columns of the matrices whose product is the yardstick.
 MATMUL = 1536
+# Seconds before each turn.
+PAUSE = 0.08
 # Of the largest difference, as a part of the largest number. Gradients are sums of many rounded
 # numbers; that of a layer's k_proj.bias is a sum that cancels.
 TOLERANCE = {"f32": 2e-4, "bf16": 6e-2, "f16": 1e-2}
@@ -134,18 +136,6 @@ def cases():
     yield attention("memory", LONG, causal=True, backward=True)
 
 
-def rotate(timers, rounds):
-    """The median over the rounds for each contender; a slow one gets fewer rounds."""
-    times = {name: [] for name in timers}
-    for turn in range(rounds):
-        for name, timer in timers.items():
-            if turn >= 3 and times[name][0] > 1000:
-                continue
-            time.sleep(0.08)
-            times[name].append(timer(30, 30))
-    return {name: median(of) for name, of in times.items()}
-
-
 def check(case, name, got, expected):
     for key, tensor in expected.items():
         exact = tensor.double()
@@ -164,7 +154,7 @@ class Bench:
         self.folder = tempfile.TemporaryDirectory()
         torch.set_num_threads(self.threads)
         matmuls = self.matmuls()
-        self.best_matmul, _ = min(rotate(matmuls, 3).items(), key=lambda item: item[1])
+        self.best_matmul, _ = min(rotate(matmuls, 3, PAUSE).items(), key=lambda item: item[1])
         self.matmul = matmuls[self.best_matmul]
 
     def close(self):
@@ -196,11 +186,11 @@ class Bench:
 
             return server.timer(job, contender), answer
 
-        all = {"ours": served(self.ours, job, "ours")}
+        all = {"ours": served(self.ours, job, "ours_fused")}
         if case.name == "threads":
             inputs_path = Path(self.folder.name) / "inputs.safetensors"
             job = self.one_thread.load(inputs_path, self.description(case))
-            return all | {"one_thread": served(self.one_thread, job, "ours")}
+            return all | {"one_thread": served(self.one_thread, job, "ours_fused")}
         peer = Torch(case, inputs)
         all["torch"] = (peer.time, peer.answer)
         if case.dtype == "f32" and not case.backward and case.name != "layer":
@@ -234,7 +224,7 @@ class Bench:
         timers = {name: timer for name, (timer, _) in contenders.items()} | {"sgemm": self.matmul}
         if case.name == "decode":
             timers["read"] = self.reading(case.cache_bytes())
-        times = rotate(timers, self.rounds)
+        times = rotate(timers, self.rounds, PAUSE)
         row["sgemm_gflops"] = 2 * MATMUL**3 / times.pop("sgemm") / 1e6
         self.ours.ask(do="forget", id=job)
         if case.name == "threads":
@@ -253,7 +243,7 @@ class Bench:
         server = Ours(self.program, self.threads)
         before = server.ask(do="memory")["now"]
         job = server.load(path, self.description(case))
-        server.timer(job, "ours")(0, 0)
+        server.timer(job, "ours_fused")(0, 0)
         held = server.ask(do="memory")["peak"] - before
         server.close()
         own = 8 * 4 * case.batch * case.heads * case.q_len * case.dim

@@ -1,12 +1,14 @@
 //! What is computed and timed.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
 use candle_attention::{
     AttentionOptions, Backend, Mask, SelfAttention, SelfAttentionConfig, scaled_dot_product_attention,
 };
-use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, Var};
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, Var};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops::{softmax, softmax_last_dim};
 use candle_nn::{VarBuilder, VarMap};
@@ -17,6 +19,8 @@ use serde::Deserialize;
 pub enum Contender {
     /// This crate.
     Ours,
+    /// Its fused path; an error where there is none.
+    OursFused,
     /// Plain candle: matmul, softmax, matmul.
     Candle,
     /// candle's fused attention, which has no gradient.
@@ -48,6 +52,10 @@ impl CustomOp1 for GradOutput {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
     }
 
+    fn cuda_fwd(&self, storage: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((storage.device().zeros_impl(&Shape::from(()), DType::F32)?, Shape::from(())))
+    }
+
     fn bwd(&self, output: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(self.0.broadcast_as(output.shape())?))
     }
@@ -62,19 +70,26 @@ pub struct Job {
     grad_output: Option<Tensor>,
     description: Description,
     trained: Trained,
+    /// candle's causal mask, once there is one: a model would not make it anew for every layer either.
+    causal_mask: OnceCell<Tensor>,
+    device: Device,
 }
 
 impl Job {
     /// Attention over `query`, `key` and `value`, with `bias` or `key_mask` (batch, kv_len) if they are there; or a layer over
     /// `x` with the parameters that are there.
-    pub fn load(path: PathBuf, description: Description) -> Result<Self> {
-        let mut inputs = candle_core::safetensors::load(path, &Device::Cpu)?;
+    pub fn load(path: PathBuf, description: Description, device: Device) -> Result<Self> {
+        let mut inputs = candle_core::safetensors::load(path, &device)?;
         let grad_output = inputs.remove("grad_output").filter(|_| description.backward);
         let (kind, trained) = match description.num_heads {
             Some(num_heads) => layer(inputs, num_heads, description)?,
             None => attention(&inputs, description)?,
         };
-        Ok(Self { kind, grad_output, description, trained })
+        Ok(Self { kind, grad_output, description, trained, causal_mask: OnceCell::new(), device })
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// The output, and with a backward pass the gradients of the trained inputs, given `grad_output`.
@@ -94,23 +109,24 @@ impl Job {
 
     fn output(&self, contender: Contender) -> Result<Tensor> {
         let (query, key, value, options) = match (&self.kind, contender) {
-            (Kind::Layer { layer, x }, Contender::Ours) => return layer.forward(x),
+            (Kind::Layer { layer, x }, Contender::Ours | Contender::OursFused) => return layer.forward(x),
             (Kind::Layer { .. }, _) => candle_core::bail!("expected this crate: candle has no attention layer"),
             (Kind::Attention { query, key, value, options }, _) => (query, key, value, options),
         };
         let scale = 1.0 / (query.dim(3)? as f64).sqrt();
         match contender {
-            Contender::Ours => {
-                let options = AttentionOptions { backend: Backend::Fused, ..options.clone() };
+            Contender::Ours | Contender::OursFused => {
+                let fused = matches!(contender, Contender::OursFused);
+                let backend = if fused { Backend::Fused } else { Backend::Auto };
+                let options = AttentionOptions { backend, ..options.clone() };
                 Ok(scaled_dot_product_attention(query, key, value, &options)?.context)
             }
             Contender::Candle => {
                 let mut scores = (query.matmul(&key.t()?)? * scale)?;
                 if self.description.causal {
-                    let allowed =
-                        Tensor::tril2(query.dim(2)?, DType::U8, query.device())?.broadcast_as(scores.shape())?;
-                    let never = Tensor::new(f32::NEG_INFINITY, query.device())?.broadcast_as(scores.shape())?;
-                    scores = allowed.where_cond(&scores, &never)?;
+                    let allowed = self.causal_mask(query.dim(2)?)?.broadcast_as(scores.shape())?;
+                    let never = Tensor::new(f32::NEG_INFINITY, &self.device)?.to_dtype(scores.dtype())?;
+                    scores = allowed.where_cond(&scores, &never.broadcast_as(scores.shape())?)?;
                 }
                 // The fast one has no gradient.
                 let weights =
@@ -123,6 +139,13 @@ impl Job {
                 flash_attn::<f32>(&query?, &key?, &value?, scale as f32, mask, None, None)
             }
         }
+    }
+
+    fn causal_mask(&self, len: usize) -> Result<&Tensor> {
+        if self.causal_mask.get().is_none() {
+            let _ = self.causal_mask.set(Tensor::tril2(len, DType::U8, &self.device)?);
+        }
+        Ok(self.causal_mask.get().expect("a mask that has just been made"))
     }
 }
 
@@ -159,9 +182,9 @@ fn layer(mut inputs: HashMap<String, Tensor>, num_heads: usize, description: Des
             variables.data().lock().expect("a lock").insert(name.clone(), var.clone());
             trained.push((name.clone(), var));
         }
-        VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)
+        VarBuilder::from_varmap(&variables, DType::F32, x.device())
     } else {
-        VarBuilder::from_tensors(inputs, DType::F32, &Device::Cpu)
+        VarBuilder::from_tensors(inputs, DType::F32, x.device())
     };
     Ok((Kind::Layer { layer: Box::new(SelfAttention::new(&config, vb)?), x }, trained))
 }

@@ -24,6 +24,25 @@ pub fn median_ms(warm_up_ms: u64, time_ms: u64, mut f: impl FnMut() -> Result<()
     Ok(times[times.len() / 2].as_secs_f64() * 1e3)
 }
 
+/// The mean time of runs that are queued one after another for about `time_ms`, as a training loop queues its layers: the
+/// device is waited for at their end alone. To wait after each would also time the launch of kernels, and the driver,
+/// which takes back candle's free memory whenever a stream has been waited for.
+pub fn queued_ms(device: &Device, warm_up_ms: u64, time_ms: u64, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut time = |runs: usize| {
+        let start = Instant::now();
+        let done = (0..runs).try_for_each(|_| f());
+        device.synchronize()?;
+        done.map(|()| start.elapsed().as_secs_f64() * 1e3)
+    };
+    let (mut runs, mut ms) = (1, time(1)?);
+    while ms < warm_up_ms as f64 {
+        runs *= 2;
+        ms = time(runs)?;
+    }
+    let runs = (runs as f64 * time_ms as f64 / ms).ceil().max(1.0) as usize;
+    Ok(time(runs)? / runs as f64)
+}
+
 /// Reads as many bytes, by all threads.
 pub fn read_ms(bytes: usize, warm_up_ms: u64, time_ms: u64) -> Result<f64> {
     let numbers = vec![1f32; bytes / size_of::<f32>()];

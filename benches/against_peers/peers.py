@@ -1,17 +1,15 @@
-"""The contenders: this crate and candle in a process of their own, PyTorch and ONNX Runtime in this one."""
+"""The contenders and how they take turns: this crate and candle in a process of their own, PyTorch in this one."""
 
 import json
+import math
 import os
 import subprocess
 import time
 from pathlib import Path
+from statistics import median
 
-import numpy as np
-import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -30,9 +28,40 @@ def median_ms(warm_up_ms, time_ms, run):
     return sorted(times)[len(times) // 2] * 1e3
 
 
-def build():
-    """The path of the program that `main.rs` makes."""
+def queued_ms(synchronize, warm_up_ms, time_ms, run):
+    """As the Rust side's `queued_ms`: the mean time of runs that are queued one after another for about `time_ms`."""
+
+    def time_of(runs):
+        start = time.perf_counter()
+        for _ in range(runs):
+            run()
+        synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+    runs, ms = 1, time_of(1)
+    while ms < warm_up_ms:
+        runs *= 2
+        ms = time_of(runs)
+    runs = max(1, math.ceil(runs * time_ms / ms))
+    return time_of(runs) / runs
+
+
+def rotate(timers, rounds, pause):
+    """The median over the rounds for each contender, with a pause in seconds before each turn; a slow one gets fewer."""
+    times = {name: [] for name in timers}
+    for turn in range(rounds):
+        for name, timer in timers.items():
+            if turn >= 3 and times[name][0] > 1000:
+                continue
+            time.sleep(pause)
+            times[name].append(timer(30, 30))
+    return {name: median(of) for name, of in times.items()}
+
+
+def build(*options):
+    """The path of the program that `main.rs` makes; the options are cargo's."""
     command = ["cargo", "build", "--release", "--bench", "against_peers", "--message-format=json-render-diagnostics"]
+    command += options
     lines = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     programs = [json.loads(line).get("executable") for line in lines]
     return [program for program in programs if program][-1]
@@ -51,20 +80,30 @@ class Ours:
     def ask(self, **request):
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        reply = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"expected a reply from {self.process.args[0]}, which ended with {self.process.wait()}")
+        reply = json.loads(line)
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return reply
 
-    def load(self, inputs, job):
+    def load(self, inputs, job, device="cpu"):
         self.jobs += 1
-        self.ask(do="load", id=self.jobs, inputs=str(inputs), job=job)
+        self.ask(do="load", id=self.jobs, inputs=str(inputs), job=job, device=device)
         return self.jobs
 
     def timer(self, job, contender):
         def time_it(warm_up_ms, time_ms):
             request = {"id": job, "contender": contender, "warm_up_ms": warm_up_ms, "time_ms": time_ms}
             return self.ask(do="time", **request)["median_ms"]
+
+        return time_it
+
+    def queued_timer(self, job, contender):
+        def time_it(warm_up_ms, time_ms):
+            request = {"id": job, "contender": contender, "warm_up_ms": warm_up_ms, "time_ms": time_ms}
+            return self.ask(do="time_queued", **request)["mean_ms"]
 
         return time_it
 
@@ -137,45 +176,3 @@ class Torch:
 
     def time(self, warm_up_ms, time_ms):
         return median_ms(warm_up_ms, time_ms, self.run)
-
-
-class OnnxRuntime:
-    """Its fused attention, over (batch, len, num_heads * head_dim) as it wants it. f32, forward."""
-
-    def __init__(self, case, inputs, threads):
-        merge = lambda x: np.ascontiguousarray(x.transpose(1, 2).flatten(2).numpy())
-        self.case = case
-        self.feed = {name: merge(inputs[name]) for name in ("query", "key", "value")}
-        if "bias" in inputs:
-            self.feed["bias"] = inputs["bias"][None, None].numpy()
-        if "key_mask" in inputs:
-            self.feed["key_mask"] = inputs["key_mask"].to(torch.int32).numpy()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        model = self.model().SerializeToString()
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-    def model(self):
-        case, feed = self.case, self.feed
-        optional = ["bias" if "bias" in feed else "", "key_mask" if "key_mask" in feed else ""]
-        if case.kv_heads == case.heads:
-            names = ["query", "key", "value", "", optional[1], optional[0]]
-            attributes = {"num_heads": case.heads, "unidirectional": int(case.causal)}
-            node = helper.make_node("MultiHeadAttention", names, ["output"], domain="com.microsoft", **attributes)
-        else:
-            attributes = {"q_num_heads": case.heads, "kv_num_heads": case.kv_heads, "is_causal": int(case.causal)}
-            node = helper.make_node("Attention", ["query", "key", "value"], ["output"], **attributes)
-        types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
-        inputs = [helper.make_tensor_value_info(name, types[x.dtype], x.shape) for name, x in feed.items()]
-        outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, feed["query"].shape)]
-        graph = helper.make_graph([node], "attention", inputs, outputs)
-        imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-        return helper.make_model(graph, opset_imports=imports, ir_version=10)
-
-    def answer(self):
-        (output,) = self.session.run(None, self.feed)
-        batch, q_len, _ = output.shape
-        return {"output": torch.from_numpy(output).reshape(batch, q_len, self.case.heads, -1).transpose(1, 2)}
-
-    def time(self, warm_up_ms, time_ms):
-        return median_ms(warm_up_ms, time_ms, lambda: self.session.run(None, self.feed))
