@@ -15,8 +15,13 @@ mod adamw;
 mod arguments;
 #[path = "../common/device.rs"]
 mod device;
+#[path = "../common/exit.rs"]
+mod exit;
 mod model;
 mod ops;
+#[path = "../common/parameters.rs"]
+mod parameters;
+#[path = "../common/random.rs"]
 mod random;
 mod sampling;
 mod state;
@@ -41,13 +46,7 @@ use training::Progress;
 const PROMPT: usize = 20;
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code(run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {

@@ -5,8 +5,8 @@
 //! where candle's GELU takes longer than the matrix products around it; and no biases, whose gradients candle sums slowly.
 
 use candle_attention::{KvCache, RotaryConfig, SelfAttention, SelfAttentionConfig};
-use candle_core::{D, Device, Result, Tensor, Var};
-use candle_nn::{Embedding, Linear, Module, RmsNorm, VarBuilder, VarMap, embedding, linear_no_bias};
+use candle_core::{Device, Result, Tensor};
+use candle_nn::{Embedding, Linear, Module, RmsNorm, VarBuilder, embedding, linear_no_bias};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +17,7 @@ use crate::random::Random;
 const NORM_EPS: f64 = 1e-5;
 /// Width of the MLP, in widths of the model.
 const MLP_WIDTHS: usize = 4;
-const ATTENTION: &str = "attention";
+pub const ATTENTION: &str = "attention";
 
 /// How the model knows the order of the characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -191,26 +191,4 @@ impl Dropout {
         let factors = (0..x.elem_count()).map(|_| if random.unit() < *p { 0.0 } else { keep }).collect();
         &x * Tensor::from_vec(factors, x.shape(), &Device::Cpu)?.to_device(x.device())?
     }
-}
-
-/// All parameters with their names, in the same order every time.
-pub fn named_vars(varmap: &VarMap) -> Vec<(String, Var)> {
-    let vars = varmap.data().lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let mut vars: Vec<_> = vars.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
-    vars.sort_by(|(a, _), (b, _)| a.cmp(b));
-    vars
-}
-
-/// Makes the initial parameters the same for the same seed. The attention layers have seen to it themselves
-/// (`SelfAttentionConfig::seed`), and norms start at one anyway; what is left are embeddings and linear layers, here uniform
-/// in ±1 / sqrt(inputs).
-pub fn initialise(varmap: &VarMap, seed: u64) -> Result<()> {
-    let is_ours = |name: &str| !name.split('.').any(|part| part == ATTENTION);
-    for (name, var) in named_vars(varmap).into_iter().filter(|(name, var)| var.rank() == 2 && is_ours(name)) {
-        let mut random = Random::new(seed, &name, 0);
-        let bound = 1.0 / (var.dim(D::Minus1)? as f64).sqrt();
-        let numbers: Vec<_> = (0..var.elem_count()).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect();
-        var.set(&Tensor::from_vec(numbers, var.shape(), var.device())?)?;
-    }
-    Ok(())
 }

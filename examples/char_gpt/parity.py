@@ -6,7 +6,7 @@ Two things are compared, in f32 and on two threads each. The loss of every step:
 speed, in turns: one contender trains for ten steps, then the other, and the table has the medians.
 
 Initial parameters come from a run of no steps; batches, learning rates and AdamW's settings follow the rules of text.rs,
-random.rs and training.rs.
+common/random.rs and training.rs.
 """
 
 import argparse

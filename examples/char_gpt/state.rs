@@ -17,7 +17,8 @@ use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
 use crate::adamw::AdamW;
-use crate::model::{self, Gpt, ModelConfig};
+use crate::model::{ATTENTION, Gpt, ModelConfig};
+use crate::parameters::{initialise, named_vars};
 use crate::text::{Corpus, TextId};
 
 /// The metadata entry that holds the [`Header`].
@@ -56,8 +57,8 @@ impl State {
     pub fn new(run: RunConfig, device: &Device) -> Result<Self> {
         let varmap = VarMap::new();
         let model = Gpt::new(&run.model, VarBuilder::from_varmap(&varmap, DType::F32, device))?;
-        model::initialise(&varmap, run.model.seed)?;
-        Ok(Self { model, optimizer: AdamW::new(model::named_vars(&varmap))?, run })
+        initialise(&varmap, run.model.seed, ATTENTION)?;
+        Ok(Self { model, optimizer: AdamW::new(named_vars(&varmap))?, run })
     }
 
     /// Steps taken.

@@ -15,6 +15,8 @@ mod arguments;
 mod device;
 #[path = "../common/embeddings.rs"]
 mod embeddings;
+#[path = "../common/exit.rs"]
+mod exit;
 mod look;
 #[path = "../minilm/model/mod.rs"]
 #[allow(dead_code)] // minilm uses all of it
@@ -35,13 +37,7 @@ use look::Look;
 use ranking::Ranking;
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code(run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {

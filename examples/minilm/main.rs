@@ -16,6 +16,8 @@ mod compare;
 #[path = "../common/device.rs"]
 mod device;
 mod embed;
+#[path = "../common/exit.rs"]
+mod exit;
 mod model;
 mod peer;
 #[path = "../common/words.rs"]
@@ -40,13 +42,7 @@ const MAX_TABLE: usize = 12;
 const PAIRS: usize = 10;
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code(run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {

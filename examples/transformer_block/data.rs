@@ -5,6 +5,8 @@ use std::fmt;
 use candle_core::{Device, Result, Tensor};
 use clap::ValueEnum;
 
+use crate::random::Random;
+
 /// Digits of a sequence.
 pub const DIGITS: usize = 12;
 /// What the model gets to see: the digits, `=`, and the answer without its last digit.
@@ -53,9 +55,9 @@ pub struct Data {
 
 impl Data {
     pub fn new(task: Task, seed: u64) -> Self {
-        let mut random = Random::new(seed, "held out");
-        let held_out = (0..HELD_OUT).map(|_| random.digits()).collect();
-        Self { task, random: Random::new(seed, "training"), held_out }
+        let mut random = Random::new(seed, "held out", 0);
+        let held_out = (0..HELD_OUT).map(|_| digits(&mut random)).collect();
+        Self { task, random: Random::new(seed, "training", 0), held_out }
     }
 
     pub fn held_out(&self, device: &Device) -> Result<Batch> {
@@ -65,7 +67,7 @@ impl Data {
     pub fn batch(&mut self, device: &Device) -> Result<Batch> {
         let mut sequences = Vec::with_capacity(BATCH);
         while sequences.len() < BATCH {
-            let digits = self.random.digits();
+            let digits = digits(&mut self.random);
             if !self.held_out.contains(&digits) {
                 sequences.push(digits);
             }
@@ -98,32 +100,6 @@ pub fn to_text(tokens: &[u32]) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// Random numbers that depend on the seed alone: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
-pub struct Random(u64);
-
-impl Random {
-    /// Each purpose gets numbers of its own.
-    pub fn new(seed: u64, purpose: &str) -> Self {
-        let mut random = Self(seed);
-        for byte in purpose.bytes() {
-            random.0 = random.next() ^ u64::from(byte);
-        }
-        random
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    pub fn between(&mut self, low: f64, high: f64) -> f64 {
-        low + (high - low) * (self.next() >> 11) as f64 / 2f64.powi(53)
-    }
-
-    fn digits(&mut self) -> Digits {
-        std::array::from_fn(|_| (self.next() % 10) as u32)
-    }
+fn digits(random: &mut Random) -> Digits {
+    std::array::from_fn(|_| random.below(10) as u32)
 }

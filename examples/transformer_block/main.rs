@@ -15,10 +15,17 @@
 mod data;
 #[path = "../common/device.rs"]
 mod device;
+#[path = "../common/exit.rs"]
+mod exit;
 mod model;
+#[path = "../common/parameters.rs"]
+mod parameters;
+#[path = "../common/random.rs"]
+mod random;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -30,7 +37,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use data::{Batch, Data, Task};
 use device::DeviceName;
-use model::Transformer;
+use model::{ATTENTION, Transformer};
+use parameters::{initialise, named_vars};
 
 /// Train a transformer block to reverse or copy digits, save it, load it, and check that nothing changed.
 #[derive(Parser)]
@@ -65,15 +73,18 @@ fn learning_rate(text: &str) -> Result<f64> {
     }
 }
 
-fn main() -> Result<()> {
-    let flags = Flags::parse();
+fn main() -> ExitCode {
+    exit::code(run(&Flags::parse()))
+}
+
+fn run(flags: &Flags) -> Result<()> {
     let mut out: Box<dyn Write> = if flags.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
     let device = flags.device.open()?;
     prepare(&flags.out)?;
 
     let varmap = VarMap::new();
     let model = Transformer::new(flags.seed, VarBuilder::from_varmap(&varmap, DType::F32, &device))?;
-    model::initialise(&varmap, flags.seed)?;
+    initialise(&varmap, flags.seed, ATTENTION)?;
     let mut data = Data::new(flags.task, flags.seed);
     let held_out = data.held_out(&device)?;
     check_gradients(&model, &varmap, &held_out)?;
@@ -82,15 +93,15 @@ fn main() -> Result<()> {
 
     let before = evaluate(&model, &held_out)?;
     let start = Instant::now();
-    train(&model, &varmap, &mut data, &flags, &device)?;
+    train(&model, &varmap, &mut data, flags, &device)?;
     let seconds = start.elapsed().as_secs_f64();
     let after = evaluate(&model, &held_out)?;
     report(&mut out, &held_out, [&before, &after], (flags.steps, seconds))?;
 
-    let reload_identical = reload_is_identical(&model, &varmap, &held_out, &flags)?;
+    let reload_identical = reload_is_identical(&model, &varmap, &held_out, flags)?;
     writeln!(out, "\nSaved to {}, loaded into a new model.", flags.out.display())?;
     if flags.json {
-        print_json(&flags, [&before, &after], reload_identical)?;
+        print_json(flags, [&before, &after], reload_identical)?;
     }
     ensure!(reload_identical, "the logits of the loaded model differ from those of the saved one");
     writeln!(out, "Its logits are the same, to the last bit.")?;
@@ -110,7 +121,7 @@ fn prepare(path: &Path) -> Result<()> {
 fn check_gradients(model: &Transformer, varmap: &VarMap, batch: &Batch) -> Result<()> {
     let gradients = loss(model, batch)?.backward()?;
     let mut missing = Vec::new();
-    for (name, var) in model::named_vars(varmap) {
+    for (name, var) in named_vars(varmap) {
         if gradients.get(&var).is_none() {
             missing.push(name);
         }

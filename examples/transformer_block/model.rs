@@ -1,10 +1,10 @@
 //! The transformer: token and position embedding, pre-norm blocks, a last norm, a linear head.
 
 use candle_attention::{SelfAttention, SelfAttentionConfig};
-use candle_core::{D, Result, Tensor, Var};
-use candle_nn::{Embedding, Linear, Module, RmsNorm, VarBuilder, VarMap, embedding, linear_no_bias, rms_norm};
+use candle_core::{Result, Tensor};
+use candle_nn::{Embedding, Linear, Module, RmsNorm, VarBuilder, embedding, linear_no_bias, rms_norm};
 
-use crate::data::{LEN, Random, VOCAB};
+use crate::data::{LEN, VOCAB};
 
 const EMBED_DIM: usize = 64;
 const NUM_HEADS: usize = 4;
@@ -12,7 +12,7 @@ const MLP_DIM: usize = 128;
 const NUM_BLOCKS: usize = 1;
 /// As in Llama.
 const NORM_EPS: f64 = 1e-5;
-const ATTENTION: &str = "attention";
+pub const ATTENTION: &str = "attention";
 
 /// x + attention(norm(x)), then x + MLP(norm(x)). (Xiong et al., "On Layer Normalization in the Transformer
 /// Architecture", ICML 2020, section 3: pre-norm.)
@@ -80,28 +80,4 @@ impl Transformer {
         }
         self.head.forward(&self.norm.forward_diff(&x)?)
     }
-}
-
-/// All parameters with their names, in the same order every time.
-pub fn named_vars(varmap: &VarMap) -> Vec<(String, Var)> {
-    let vars = varmap.data().lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let mut vars: Vec<_> = vars.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
-    vars.sort_by(|(a, _), (b, _)| a.cmp(b));
-    vars
-}
-
-/// Makes the initial parameters the same for the same seed, which candle's CPU generator doesn't allow. The attention
-/// layers have seen to it themselves (`SelfAttentionConfig::seed`), and norms start at one anyway; what is left are
-/// embeddings and linear layers, here uniform in ±1 / sqrt(embed_dim).
-pub fn initialise(varmap: &VarMap, seed: u64) -> Result<()> {
-    let mut random = Random::new(seed, "parameters");
-    for (name, var) in named_vars(varmap) {
-        if var.rank() != 2 || name.contains(ATTENTION) {
-            continue;
-        }
-        let bound = 1.0 / (var.dim(D::Minus1)? as f64).sqrt();
-        let numbers: Vec<_> = (0..var.elem_count()).map(|_| random.between(-bound, bound) as f32).collect();
-        var.set(&Tensor::from_vec(numbers, var.shape(), var.device())?)?;
-    }
-    Ok(())
 }

@@ -15,6 +15,8 @@ mod arguments;
 mod device;
 #[path = "../common/embeddings.rs"]
 mod embeddings;
+#[path = "../common/exit.rs"]
+mod exit;
 mod lesson;
 mod sentence;
 #[path = "../common/words.rs"]
@@ -23,7 +25,7 @@ mod words;
 use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_attention::heatmap::{Colour, Heatmap};
 use candle_attention::{SelfAttention, SelfAttentionConfig};
 use candle_core::{DType, Device, Tensor};
@@ -39,21 +41,10 @@ use sentence::Sentence;
 const DIM: usize = 16;
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => {
-            eprintln!("error: the loaded layer gives other numbers than the one that was saved");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code(run(&Arguments::parse()))
 }
 
-/// Whether the layer came back from its file as it went in.
-fn run(arguments: &Arguments) -> Result<bool> {
+fn run(arguments: &Arguments) -> Result<()> {
     let sentence = Sentence::new(&arguments.sentence, &arguments.query, &arguments.target)?;
     let device = arguments.device.open()?;
     // With --json, stdout is for the one line that a program reads.
@@ -103,7 +94,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
         });
         println!("{line}");
     }
-    Ok(reload_identical)
+    ensure!(reload_identical, "the loaded layer gives other numbers than the one that was saved");
+    Ok(())
 }
 
 fn new_layer(config: &SelfAttentionConfig, device: &Device) -> Result<SelfAttention> {

@@ -25,6 +25,8 @@
 mod arguments;
 #[path = "../common/device.rs"]
 mod device;
+#[path = "../common/exit.rs"]
+mod exit;
 mod file;
 mod grammar;
 mod lesson;
@@ -47,13 +49,7 @@ use model::Model;
 use reader::Reader;
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code(run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
