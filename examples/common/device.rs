@@ -14,7 +14,9 @@ impl DeviceName {
     pub fn open(self) -> Result<Device> {
         match self {
             DeviceName::Cpu => Ok(Device::Cpu),
-            DeviceName::Cuda if cfg!(feature = "cuda") => Device::new_cuda(0).context("no CUDA device can be used"),
+            DeviceName::Cuda if cfg!(feature = "cuda") => {
+                Device::new_cuda(0).context("no CUDA device can be used (does `nvidia-smi` show a GPU?)")
+            }
             DeviceName::Cuda => anyhow::bail!("this program was built without CUDA: build it with `--features cuda`"),
         }
     }
