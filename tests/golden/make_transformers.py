@@ -64,10 +64,11 @@ SMALL = {
 }
 ONE_LAYER = SMALL | {"num_hidden_layers": 1}
 GROUPED = SMALL | {"num_key_value_heads": 2}
+SCALED = GROUPED | {"num_hidden_layers": 1}
 
 
-def rope(theta, **others):
-    return {"rope_type": "default", "rope_theta": theta, **others}
+def rope(theta, rope_type="default", **others):
+    return {"rope_type": rope_type, "rope_theta": theta, **others}
 
 
 def of_two(pattern):
@@ -119,16 +120,54 @@ KINDS = [
     ),
     Kind(
         "gpt_oss", hf.GptOssForCausalLM,
-        # One expert for all tokens, since it is the attention that is tested, and no stretched rotary embedding (YaRN).
+        # One expert for all tokens, since it is the attention that is tested. The rotary embedding is its own: YaRN.
         lambda: hf.GptOssConfig(
             **GROUPED, head_dim=12, sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-            num_local_experts=1, num_experts_per_tok=1, rope_parameters=rope(150000.0),
+            num_local_experts=1, num_experts_per_tok=1,
         ),
         of_two("model.layers.{}.self_attn"), decoder=("",),
     ),
     Kind(
         "phi3", hf.Phi3Model, lambda: hf.Phi3Config(**GROUPED, rope_parameters=rope(300.0, partial_rotary_factor=0.5)),
         of_two("layers.{}.self_attn"),
+    ),
+    # Rotary embeddings that are scaled: for each the original length is so short that some pairs are scaled and some are not.
+    Kind(
+        "llama_linear", hf.LlamaForCausalLM,
+        lambda: hf.LlamaConfig(**SCALED, rope_parameters=rope(500.0, "linear", factor=4.0)),
+        ("model.layers.0.self_attn",),
+    ),
+    Kind(
+        "llama3", hf.LlamaForCausalLM,
+        lambda: hf.LlamaConfig(
+            **SCALED, rope_parameters=rope(
+                500.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        ("model.layers.0.self_attn",), decoder=("",),
+    ),
+    Kind(
+        "qwen3_yarn", hf.Qwen3ForCausalLM,
+        # With the attention factor of DeepSeek-V2.
+        lambda: hf.Qwen3Config(
+            **SCALED, head_dim=16, rope_parameters=rope(
+                100.0, "yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=8.0, beta_slow=1.0,
+                mscale=0.707, mscale_all_dim=1.0,
+            ),
+        ),
+        ("model.layers.0.self_attn",),
+    ),
+    Kind(
+        "phi3_longrope", hf.Phi3Model,
+        # The sequences are longer than the original ones, so that the long factors serve.
+        lambda: hf.Phi3Config(
+            **SCALED, original_max_position_embeddings=8, rope_parameters=rope(
+                300.0, "longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.2],
+                long_factor=[1.05, 2.5, 20.0],
+            ),
+        ),
+        ("layers.0.self_attn",),
     ),
     Kind(
         "modernbert", hf.ModernBertModel,
