@@ -12,6 +12,21 @@ pub fn layer_config(file: &ModelFile, name: &str) -> (Layout, SelfAttentionConfi
         "bert" => (Layout::Bert, SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"))),
         "gpt2" => (Layout::Gpt2, causal(SelfAttentionConfig::new(file.size("n_embd"), file.size("n_head")))),
         "gptj" => (Layout::OutProj, gptj(file)),
+        "gpt_neox" => {
+            let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"));
+            (Layout::GptNeox, causal(SelfAttentionConfig { rotary: Some(partial_rotary(file, &config)), ..config }))
+        }
+        "bloom" => {
+            let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("n_head"));
+            (Layout::GptNeox, causal(SelfAttentionConfig { alibi: true, ..config }))
+        }
+        "falcon" => {
+            assert!(file.flag("new_decoder_architecture") && !file.flag("alibi") && !file.flag("bias"));
+            let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"));
+            let rotary = Some(rotary(file, &file.config["rope_parameters"]));
+            let num_kv_heads = Some(file.size("num_kv_heads"));
+            (Layout::GptNeox, causal(without_biases(SelfAttentionConfig { num_kv_heads, rotary, ..config })))
+        }
         "opt" => {
             let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"));
             (Layout::OutProj, causal(config))
@@ -87,11 +102,9 @@ fn llama(file: &ModelFile, layer: usize) -> SelfAttentionConfig {
 
 fn phi3(file: &ModelFile) -> SelfAttentionConfig {
     let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"));
-    let rope = &file.config["rope_parameters"];
-    let turned = rope["partial_rotary_factor"].as_f64().map(|part| (config.head_dim() as f64 * part) as usize);
     causal(without_biases(SelfAttentionConfig {
         num_kv_heads: Some(file.size("num_key_value_heads")),
-        rotary: Some(RotaryConfig { dim: turned, ..rotary(file, rope) }),
+        rotary: Some(partial_rotary(file, &config)),
         ..config
     }))
 }
@@ -106,6 +119,13 @@ fn modernbert(file: &ModelFile, layer: usize) -> SelfAttentionConfig {
         out_bias: file.flag("attention_bias"),
         ..SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"))
     }
+}
+
+/// Of a part of each head.
+fn partial_rotary(file: &ModelFile, config: &SelfAttentionConfig) -> RotaryConfig {
+    let rope = &file.config["rope_parameters"];
+    let dim = rope["partial_rotary_factor"].as_f64().map(|part| (config.head_dim() as f64 * part) as usize);
+    RotaryConfig { dim, ..rotary(file, rope) }
 }
 
 fn rotary(file: &ModelFile, rope: &Value) -> RotaryConfig {

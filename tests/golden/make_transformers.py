@@ -86,6 +86,25 @@ KINDS = [
         ("transformer.h.0.attn",),
     ),
     Kind(
+        "gpt_neox", hf.GPTNeoXModel,
+        lambda: hf.GPTNeoXConfig(**ONE_LAYER, rope_parameters=rope(300.0, partial_rotary_factor=0.5)),
+        ("layers.0.attention",),
+    ),
+    Kind(
+        "bloom", hf.BloomModel,
+        lambda: hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=24, n_layer=1, n_head=6, pad_token_id=0),
+        ("h.0.self_attention",),
+    ),
+    Kind(
+        "falcon", hf.FalconModel,
+        # Keys and values of fewer heads, as in Falcon 40B; only when asked for it gives its weights.
+        lambda: hf.FalconConfig(
+            **ONE_LAYER, num_kv_heads=2, new_decoder_architecture=True, output_attentions=True,
+            rope_parameters=rope(300.0),
+        ),
+        ("h.0.self_attention",),
+    ),
+    Kind(
         "opt", hf.OPTModel, lambda: hf.OPTConfig(**ONE_LAYER, ffn_dim=48, word_embed_proj_dim=32),
         ("decoder.layers.0.self_attn",),
     ),
@@ -262,7 +281,8 @@ def watch(model, names):
             seen[f"{name}.input"] = args[0] if args else kwargs["hidden_states"]
             if kwargs.get("key_value_states") is not None:
                 seen[f"{name}.memory"] = kwargs["key_value_states"]
-            seen[f"{name}.output"], seen[f"{name}.weights"] = output[0], output[-1]
+            seen.setdefault(f"{name}.output", output[0])
+            seen[f"{name}.weights"] = output[-1]
 
         return hook
 
@@ -278,6 +298,9 @@ def watch(model, names):
             # Its output has the residual and the norm in it; ours ends with the projection, which runs later.
             module.output.dense.register_forward_hook(note_output(name))
             module = module.self
+        if isinstance(module, hf.models.bloom.modeling_bloom.BloomAttention):
+            # Here too the output has the residual in it.
+            module.dense.register_forward_hook(note_output(name))
         module.register_forward_hook(note_attention(name), with_kwargs=True)
     return seen
 

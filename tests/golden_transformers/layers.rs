@@ -122,9 +122,12 @@ macro_rules! agrees_with_transformers {
 
 agrees_with_transformers! {
     bert: 2,
+    bloom: 1,
     clip: 1,
+    falcon: 1,
     gemma2: 2,
     gpt2: 2,
+    gpt_neox: 1,
     gpt_oss: 2,
     gptj: 1,
     llama: 2,
