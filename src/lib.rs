@@ -82,7 +82,7 @@ pub use kv_cache::KvCache;
 pub use mask::{Coverage, Mask, ScoreShape};
 pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead, ProjectedMemory};
 pub use options::{AttentionOptions, AttentionOutput, Backend};
-pub use rotary::{Pairing, RotaryConfig, RotaryEmbedding};
+pub use rotary::{Pairing, RotaryConfig, RotaryEmbedding, RotaryScaling, Yarn};
 pub use self_attention::SelfAttention;
 
 /// The programs in the README are compiled and run as tests.

@@ -46,6 +46,7 @@ fn rotary_embedding_agrees_with_pytorch() -> anyhow::Result<()> {
                 base: case["base"].as_f64().expect("a base"),
                 dim: case["rotary_dim"].as_u64().map(|dim| dim as usize),
                 pairing: serde_json::from_value::<Pairing>(case["pairing"].clone())?,
+                ..RotaryConfig::default()
             };
             let x = Var::from_tensor(golden.expect(name, dtype, "x"))?;
             let rotary = RotaryEmbedding::new(&config, x.dim(D::Minus1)?)?;

@@ -82,7 +82,16 @@ fn numbers_out_of_range_are_refused() -> Result<()> {
     assert_field_refused("softcap", json!(0.0), &["softcap", "above 0", "got 0"])?;
     assert_field_refused("qk_norm_eps", json!(-1e-6), &["qk_norm_eps", "above 0"])?;
     assert_field_refused("rotary", json!({"dim": 3}), &["rotary.dim", "even", "got 3"])?;
-    assert_field_refused("rotary", json!({"base": 0.0}), &["rotary.base", "above 0", "got 0"])
+    assert_field_refused("rotary", json!({"base": 0.0}), &["rotary.base", "above 0", "got 0"])?;
+    let scaling = json!({"rope_type": "linear", "factor": 0.5});
+    assert_field_refused("rotary", json!({ "scaling": scaling }), &["rotary.scaling.factor", "at least 1", "got 0.5"])?;
+    let scaling = json!({"rope_type": "longrope", "factors": vec![1.0; 1000], "factor": 2.0,
+        "original_max_position_embeddings": 64});
+    assert_field_refused(
+        "rotary",
+        json!({ "scaling": scaling }),
+        &["rotary.scaling.factors", "one for each of 1 pairs", "got 1000"],
+    )
 }
 
 /// Parameters of exabytes: nothing of that size may be asked of the system.

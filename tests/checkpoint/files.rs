@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use candle_attention::{Pairing, RotaryConfig, SelfAttention, SelfAttentionConfig};
+use candle_attention::{Pairing, RotaryConfig, RotaryScaling, SelfAttention, SelfAttentionConfig, Yarn};
 use candle_core::{DType, Device, Result, Tensor};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -32,7 +32,21 @@ pub fn odd_config() -> SelfAttentionConfig {
         sliding_window: Some(usize::MAX),
         dropout_p: 0.1 + 0.2,
         qk_norm_eps: Some(1e-6),
-        rotary: Some(RotaryConfig { base: 1e4 / 3.0, dim: Some(2), pairing: Pairing::Interleaved }),
+        rotary: Some(RotaryConfig {
+            base: 1e4 / 3.0,
+            dim: Some(2),
+            pairing: Pairing::Interleaved,
+            scaling: Some(RotaryScaling::Yarn(Yarn {
+                factor: 4.0 / 3.0,
+                original_max_position_embeddings: usize::MAX,
+                beta_fast: 10.0 / 3.0,
+                beta_slow: 0.1 + 0.2,
+                attention_factor: Some(1.1),
+                mscale: Some(0.7),
+                mscale_all_dim: Some(1.0 / 7.0),
+                truncate: false,
+            })),
+        }),
         alibi: true,
         sinks: true,
         // These don't go with ALiBi.

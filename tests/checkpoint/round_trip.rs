@@ -1,12 +1,12 @@
 //! What was saved comes back: config, parameters and outputs, bit for bit, and it trains on.
 
-use candle_attention::{CrossAttention, MultiHead, SelfAttention, SelfAttentionConfig};
+use candle_attention::{CrossAttention, MultiHead, RotaryConfig, SelfAttention, SelfAttentionConfig};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{AdamW, Linear, Module, ModuleT, Optimizer, ParamsAdamW, VarBuilder, VarMap, linear};
 
 use crate::common::{Random, assert_same_bits, max_abs_difference, randn};
 use crate::files::{ENTRY, Parts, load, odd_config, odd_layer, small_file};
-use crate::layers::{assert_error_says, cross_attention, self_attention};
+use crate::layers::{assert_error_says, cross_attention, scalings, self_attention};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 
@@ -64,12 +64,29 @@ fn layers_of_every_make_come_back() -> Result<()> {
         SelfAttentionConfig { qkv_bias: false, sinks: true, ..SelfAttentionConfig::new(8, 2) },
         SelfAttentionConfig { add_bias_kv: true, add_zero_attn: true, ..SelfAttentionConfig::new(8, 2) },
     ];
-    for config in configs {
+    let scaled = scalings(2).into_iter().map(|scaling| {
+        let rotary = Some(RotaryConfig { scaling: Some(scaling), ..Default::default() });
+        SelfAttentionConfig { rotary, ..SelfAttentionConfig::new(8, 2) }
+    });
+    for config in configs.into_iter().chain(scaled) {
         let layer = self_attention(&config, DType::F32)?;
         let loaded = load(&layer.to_bytes()?)?;
         assert_eq!(loaded.config(), &config);
         assert_same_parameters(&loaded, &layer);
     }
+    Ok(())
+}
+
+/// As files were before there was a scaling, and are where there is none.
+#[test]
+fn config_without_a_scaling_loads_and_is_saved_without_one() -> Result<()> {
+    let old = r#"{"layer":"self_attention","config":{"embed_dim":4,"num_heads":2,
+        "rotary":{"base":500.0,"dim":null,"pairing":"half_split"}}}"#;
+    let mut parts = Parts::small()?;
+    parts.metadata.insert(ENTRY.to_string(), old.to_string());
+    let loaded = parts.load()?;
+    assert_eq!(loaded.config().rotary, Some(RotaryConfig { base: 500.0, ..Default::default() }));
+    assert!(!Parts::of(&loaded.to_bytes()?)?.metadata[ENTRY].contains("scaling"));
     Ok(())
 }
 

@@ -2,14 +2,14 @@
 
 use candle_attention::{Pairing, RotaryConfig, SelfAttentionConfig};
 
-use crate::layers::everything;
+use crate::layers::{everything, scalings};
 
 fn multi_head() -> SelfAttentionConfig {
     SelfAttentionConfig::new(8, 4)
 }
 
 pub fn rotary(pairing: Pairing, dim: Option<usize>) -> Option<RotaryConfig> {
-    Some(RotaryConfig { base: 100.0, dim, pairing })
+    Some(RotaryConfig { base: 100.0, dim, pairing, ..RotaryConfig::default() })
 }
 
 /// What the two kinds of layer have in common: a name, a config, and how many parameters it stands for.
@@ -62,6 +62,10 @@ pub fn self_attention() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
         ("rotary, interleaved, partial", with_rotary(rotary(Pairing::Interleaved, Some(2))), 8),
         ("everything", everything(), 11),
     ]);
+    for scaling in scalings(2) {
+        let rotary = RotaryConfig { base: 100.0, scaling: Some(scaling), ..RotaryConfig::default() };
+        grid.push(("rotary, scaled", with_rotary(Some(rotary)), 8));
+    }
     grid
 }
 

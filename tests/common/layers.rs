@@ -4,7 +4,11 @@
 // Each test binary compiles its own copy of this module and uses only a part of it.
 #![allow(dead_code)]
 
-use candle_attention::{CrossAttention, MultiHead, Pairing, RotaryConfig, SelfAttention, SelfAttentionConfig};
+use std::f64::consts::TAU;
+
+use candle_attention::{
+    CrossAttention, MultiHead, Pairing, RotaryConfig, RotaryScaling, SelfAttention, SelfAttentionConfig, Yarn,
+};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 
@@ -51,12 +55,39 @@ pub fn everything() -> SelfAttentionConfig {
         sliding_window: Some(4),
         dropout_p: 0.25,
         qk_norm_eps: Some(1e-3),
-        rotary: Some(RotaryConfig { base: 100.0, dim: Some(4), pairing: Pairing::Interleaved }),
+        rotary: Some(RotaryConfig {
+            base: 100.0,
+            dim: Some(4),
+            pairing: Pairing::Interleaved,
+            scaling: Some(RotaryScaling::Yarn(Yarn::new(4.0, 16))),
+        }),
         alibi: true,
         sinks: true,
         seed: 7,
         ..SelfAttentionConfig::new(10, 4)
     }
+}
+
+/// A scaling of every kind, for a rotary embedding of so many pairs, with an original length of few tokens.
+pub fn scalings(pairs: usize) -> Vec<RotaryScaling> {
+    let original_max_position_embeddings = 5;
+    vec![
+        RotaryScaling::Linear { factor: 2.5 },
+        RotaryScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 0.2,
+            high_freq_factor: 0.7,
+            original_max_position_embeddings,
+        },
+        RotaryScaling::Yarn(Yarn { beta_fast: 0.7, beta_slow: 0.2, truncate: false, ..Yarn::new(4.0, 5) }),
+        RotaryScaling::Yarn(Yarn { mscale: Some(1.5), mscale_all_dim: Some(0.5), ..Yarn::new(32.0, 64) }),
+        RotaryScaling::LongRope {
+            factors: (0..pairs).map(|i| 0.9 + i as f64).collect(),
+            factor: 4.0,
+            original_max_position_embeddings,
+            attention_factor: None,
+        },
+    ]
 }
 
 /// The parameter of this name, if the layer has it.
@@ -187,16 +218,71 @@ impl<'a> Formula<'a> {
     }
 }
 
-/// Turns the pairs of the first `dim` entries by position · base^(-2i / dim).
+/// Turns the pairs of the first `dim` entries by position · frequency, and stretches them.
 fn turn(row: &mut [f64], position: f64, rotary: &RotaryConfig) {
     let dim = rotary.dim.unwrap_or(row.len());
-    for i in 0..dim / 2 {
+    let (frequencies, stretch) = frequencies(rotary, dim);
+    for (i, frequency) in frequencies.into_iter().enumerate() {
         let (a, b) = match rotary.pairing {
             Pairing::HalfSplit => (i, i + dim / 2),
             Pairing::Interleaved => (2 * i, 2 * i + 1),
         };
-        let (sin, cos) = (position * rotary.base.powf(-2.0 * i as f64 / dim as f64)).sin_cos();
-        (row[a], row[b]) = (row[a] * cos - row[b] * sin, row[a] * sin + row[b] * cos);
+        let (sin, cos) = (position * frequency).sin_cos();
+        (row[a], row[b]) = ((row[a] * cos - row[b] * sin) * stretch, (row[a] * sin + row[b] * cos) * stretch);
+    }
+}
+
+/// By how many radians each pair turns a position, and by how much the pairs are stretched.
+pub fn frequencies(rotary: &RotaryConfig, dim: usize) -> (Vec<f64>, f64) {
+    let plain = (0..dim / 2).map(|i| rotary.base.powf(-2.0 * i as f64 / dim as f64));
+    match &rotary.scaling {
+        None => (plain.collect(), 1.0),
+        Some(RotaryScaling::Linear { factor }) => (plain.map(|frequency| frequency / factor).collect(), 1.0),
+        Some(RotaryScaling::Llama3 {
+            factor,
+            low_freq_factor: low,
+            high_freq_factor: high,
+            original_max_position_embeddings,
+        }) => {
+            // By wavelengths, as Meta's code has it.
+            let original = *original_max_position_embeddings as f64;
+            let scale = |frequency: f64| {
+                let wavelength = TAU / frequency;
+                if wavelength < original / high {
+                    frequency
+                } else if wavelength > original / low {
+                    frequency / factor
+                } else {
+                    let smooth = (original / wavelength - low) / (high - low);
+                    (1.0 - smooth) * frequency / factor + smooth * frequency
+                }
+            };
+            (plain.map(scale).collect(), 1.0)
+        }
+        Some(RotaryScaling::Yarn(yarn)) => {
+            // The pair that turns so many times over the original length.
+            let original = yarn.original_max_position_embeddings as f64;
+            let pair = |turns: f64| (original / (TAU * turns)).log(rotary.base) * dim as f64 / 2.0;
+            let (low, high) = (pair(yarn.beta_fast), pair(yarn.beta_slow));
+            let (low, high) = if yarn.truncate { (low.floor(), high.ceil()) } else { (low, high) };
+            let (low, high) = (low.max(0.0), high.min(dim as f64 - 1.0));
+            let scale = |(i, frequency): (usize, f64)| {
+                let interpolated = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                frequency / yarn.factor * interpolated + frequency * (1.0 - interpolated)
+            };
+            let grown = |mscale: f64| 0.1 * mscale * yarn.factor.ln() + 1.0;
+            let stretch = match (yarn.attention_factor, yarn.mscale, yarn.mscale_all_dim) {
+                (Some(given), ..) => given,
+                (None, Some(mscale), Some(all_dim)) => grown(mscale) / grown(all_dim),
+                _ => grown(1.0),
+            };
+            (plain.enumerate().map(scale).collect(), stretch)
+        }
+        Some(RotaryScaling::LongRope { factors, factor, original_max_position_embeddings, attention_factor }) => {
+            let stretch = (1.0 + factor.ln() / (*original_max_position_embeddings as f64).ln()).sqrt();
+            let frequencies = plain.zip(factors).map(|(frequency, factor)| frequency / factor);
+            (frequencies.collect(), attention_factor.unwrap_or(stretch))
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a config of transformers says of an attention layer, in this crate's words.
 
-use candle_attention::{Layout, Pairing, RotaryConfig, SelfAttentionConfig};
+use candle_attention::{Layout, Pairing, RotaryConfig, RotaryScaling, SelfAttentionConfig};
 use serde_json::Value;
 
 use super::ModelFile;
@@ -12,6 +12,21 @@ pub fn layer_config(file: &ModelFile, name: &str) -> (Layout, SelfAttentionConfi
         "bert" => (Layout::Bert, SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"))),
         "gpt2" => (Layout::Gpt2, causal(SelfAttentionConfig::new(file.size("n_embd"), file.size("n_head")))),
         "gptj" => (Layout::OutProj, gptj(file)),
+        "gpt_neox" => {
+            let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"));
+            (Layout::GptNeox, causal(SelfAttentionConfig { rotary: Some(partial_rotary(file, &config)), ..config }))
+        }
+        "bloom" => {
+            let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("n_head"));
+            (Layout::GptNeox, causal(SelfAttentionConfig { alibi: true, ..config }))
+        }
+        "falcon" => {
+            assert!(file.flag("new_decoder_architecture") && !file.flag("alibi") && !file.flag("bias"));
+            let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"));
+            let rotary = Some(rotary(file, &file.config["rope_parameters"]));
+            let num_kv_heads = Some(file.size("num_kv_heads"));
+            (Layout::GptNeox, causal(without_biases(SelfAttentionConfig { num_kv_heads, rotary, ..config })))
+        }
         "opt" => {
             let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"));
             (Layout::OutProj, causal(config))
@@ -79,7 +94,7 @@ fn llama(file: &ModelFile, layer: usize) -> SelfAttentionConfig {
         is_causal: true,
         sliding_window: is_sliding.then(|| file.size("sliding_window")),
         qk_norm_eps: (file.kind() == "qwen3").then(|| file.number("rms_norm_eps")),
-        rotary: Some(rotary(&config["rope_parameters"])),
+        rotary: Some(rotary(file, &config["rope_parameters"])),
         sinks: file.kind() == "gpt_oss",
         ..SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"))
     }
@@ -87,11 +102,9 @@ fn llama(file: &ModelFile, layer: usize) -> SelfAttentionConfig {
 
 fn phi3(file: &ModelFile) -> SelfAttentionConfig {
     let config = SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"));
-    let rope = &file.config["rope_parameters"];
-    let turned = rope["partial_rotary_factor"].as_f64().map(|part| (config.head_dim() as f64 * part) as usize);
     causal(without_biases(SelfAttentionConfig {
         num_kv_heads: Some(file.size("num_key_value_heads")),
-        rotary: Some(RotaryConfig { dim: turned, ..rotary(rope) }),
+        rotary: Some(partial_rotary(file, &config)),
         ..config
     }))
 }
@@ -101,14 +114,44 @@ fn modernbert(file: &ModelFile, layer: usize) -> SelfAttentionConfig {
     SelfAttentionConfig {
         // Half of `local_attention` to either side.
         sliding_window: (kind == "sliding_attention").then(|| file.size("local_attention") / 2 + 1),
-        rotary: Some(rotary(&file.config["rope_parameters"][kind])),
+        rotary: Some(rotary(file, &file.config["rope_parameters"][kind])),
         qkv_bias: file.flag("attention_bias"),
         out_bias: file.flag("attention_bias"),
         ..SelfAttentionConfig::new(file.size("hidden_size"), file.size("num_attention_heads"))
     }
 }
 
-fn rotary(rope: &Value) -> RotaryConfig {
-    assert_eq!(rope["rope_type"], "default", "scaled rotary embeddings aren't supported");
-    RotaryConfig { base: rope["rope_theta"].as_f64().expect("rope_theta"), ..RotaryConfig::default() }
+/// Of a part of each head.
+fn partial_rotary(file: &ModelFile, config: &SelfAttentionConfig) -> RotaryConfig {
+    let rope = &file.config["rope_parameters"];
+    let dim = rope["partial_rotary_factor"].as_f64().map(|part| (config.head_dim() as f64 * part) as usize);
+    RotaryConfig { dim, ..rotary(file, rope) }
+}
+
+fn rotary(file: &ModelFile, rope: &Value) -> RotaryConfig {
+    let base = rope["rope_theta"].as_f64().expect("rope_theta");
+    let scaling = match rope["rope_type"].as_str() {
+        Some("default") => None,
+        Some("longrope") => Some(longrope(file, rope)),
+        _ => {
+            // The rest is as it is there.
+            let mut rope = rope.as_object().expect("rotary parameters").clone();
+            rope.remove("rope_theta");
+            Some(serde_json::from_value(rope.into()).expect("a scaling"))
+        }
+    };
+    RotaryConfig { base, scaling, ..RotaryConfig::default() }
+}
+
+/// The set of factors that is for the sequences of this file.
+fn longrope(file: &ModelFile, rope: &Value) -> RotaryScaling {
+    let original = file.size("original_max_position_embeddings");
+    let is_long = file.expect("golden.attention_mask").dims()[1] > original;
+    let factors = &rope[if is_long { "long_factor" } else { "short_factor" }];
+    RotaryScaling::LongRope {
+        factors: factors.as_array().expect("factors").iter().map(|factor| factor.as_f64().expect("a number")).collect(),
+        factor: file.size("max_position_embeddings") as f64 / original as f64,
+        original_max_position_embeddings: original,
+        attention_factor: rope["attention_factor"].as_f64(),
+    }
 }

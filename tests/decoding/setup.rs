@@ -3,7 +3,7 @@
 use candle_attention::{ForwardOptions, KvCache, Pairing, RotaryConfig, SelfAttention, SelfAttentionConfig};
 use candle_core::{DType, Result, Tensor};
 
-use crate::layers::everything;
+use crate::layers::{everything, scalings};
 
 pub const EMBED_DIM: usize = 24;
 
@@ -12,13 +12,13 @@ fn plain() -> SelfAttentionConfig {
 }
 
 fn rotary(pairing: Pairing) -> Option<RotaryConfig> {
-    Some(RotaryConfig { base: 100.0, dim: Some(4), pairing })
+    Some(RotaryConfig { base: 100.0, dim: Some(4), pairing, ..RotaryConfig::default() })
 }
 
 /// Each feature alone, then several at once.
 pub fn configs() -> Vec<(&'static str, SelfAttentionConfig)> {
     let all = SelfAttentionConfig { dropout_p: 0.0, sliding_window: None, ..everything() };
-    vec![
+    let mut configs = vec![
         ("plain", plain()),
         ("grouped queries", SelfAttentionConfig { num_kv_heads: Some(2), value_dim: Some(5), ..plain() }),
         ("rotary, half split", SelfAttentionConfig { rotary: rotary(Pairing::HalfSplit), ..plain() }),
@@ -41,7 +41,13 @@ pub fn configs() -> Vec<(&'static str, SelfAttentionConfig)> {
         ("window with extra keys", SelfAttentionConfig { sliding_window: Some(5), add_bias_kv: true, ..plain() }),
         ("everything", SelfAttentionConfig { embed_dim: EMBED_DIM, ..all.clone() }),
         ("everything, with a window", SelfAttentionConfig { embed_dim: EMBED_DIM, sliding_window: Some(6), ..all }),
-    ]
+    ];
+    // The sequences grow beyond the original length.
+    for scaling in scalings(3) {
+        let rotary = Some(RotaryConfig { base: 100.0, scaling: Some(scaling), ..RotaryConfig::default() });
+        configs.push(("rotary, scaled", SelfAttentionConfig { rotary, ..plain() }));
+    }
+    configs
 }
 
 pub fn config(name: &str) -> SelfAttentionConfig {

@@ -64,10 +64,11 @@ SMALL = {
 }
 ONE_LAYER = SMALL | {"num_hidden_layers": 1}
 GROUPED = SMALL | {"num_key_value_heads": 2}
+SCALED = GROUPED | {"num_hidden_layers": 1}
 
 
-def rope(theta, **others):
-    return {"rope_type": "default", "rope_theta": theta, **others}
+def rope(theta, rope_type="default", **others):
+    return {"rope_type": rope_type, "rope_theta": theta, **others}
 
 
 def of_two(pattern):
@@ -83,6 +84,25 @@ KINDS = [
     Kind(
         "gptj", hf.GPTJForCausalLM, lambda: hf.GPTJConfig(**ONE_LAYER, n_inner=48, rotary_dim=4),
         ("transformer.h.0.attn",),
+    ),
+    Kind(
+        "gpt_neox", hf.GPTNeoXModel,
+        lambda: hf.GPTNeoXConfig(**ONE_LAYER, rope_parameters=rope(300.0, partial_rotary_factor=0.5)),
+        ("layers.0.attention",),
+    ),
+    Kind(
+        "bloom", hf.BloomModel,
+        lambda: hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=24, n_layer=1, n_head=6, pad_token_id=0),
+        ("h.0.self_attention",),
+    ),
+    Kind(
+        "falcon", hf.FalconModel,
+        # Keys and values of fewer heads, as in Falcon 40B; only when asked for it gives its weights.
+        lambda: hf.FalconConfig(
+            **ONE_LAYER, num_kv_heads=2, new_decoder_architecture=True, output_attentions=True,
+            rope_parameters=rope(300.0),
+        ),
+        ("h.0.self_attention",),
     ),
     Kind(
         "opt", hf.OPTModel, lambda: hf.OPTConfig(**ONE_LAYER, ffn_dim=48, word_embed_proj_dim=32),
@@ -119,16 +139,54 @@ KINDS = [
     ),
     Kind(
         "gpt_oss", hf.GptOssForCausalLM,
-        # One expert for all tokens, since it is the attention that is tested, and no stretched rotary embedding (YaRN).
+        # One expert for all tokens, since it is the attention that is tested. The rotary embedding is its own: YaRN.
         lambda: hf.GptOssConfig(
             **GROUPED, head_dim=12, sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-            num_local_experts=1, num_experts_per_tok=1, rope_parameters=rope(150000.0),
+            num_local_experts=1, num_experts_per_tok=1,
         ),
         of_two("model.layers.{}.self_attn"), decoder=("",),
     ),
     Kind(
         "phi3", hf.Phi3Model, lambda: hf.Phi3Config(**GROUPED, rope_parameters=rope(300.0, partial_rotary_factor=0.5)),
         of_two("layers.{}.self_attn"),
+    ),
+    # Rotary embeddings that are scaled: for each the original length is so short that some pairs are scaled and some are not.
+    Kind(
+        "llama_linear", hf.LlamaForCausalLM,
+        lambda: hf.LlamaConfig(**SCALED, rope_parameters=rope(500.0, "linear", factor=4.0)),
+        ("model.layers.0.self_attn",),
+    ),
+    Kind(
+        "llama3", hf.LlamaForCausalLM,
+        lambda: hf.LlamaConfig(
+            **SCALED, rope_parameters=rope(
+                500.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        ("model.layers.0.self_attn",), decoder=("",),
+    ),
+    Kind(
+        "qwen3_yarn", hf.Qwen3ForCausalLM,
+        # With the attention factor of DeepSeek-V2.
+        lambda: hf.Qwen3Config(
+            **SCALED, head_dim=16, rope_parameters=rope(
+                100.0, "yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=8.0, beta_slow=1.0,
+                mscale=0.707, mscale_all_dim=1.0,
+            ),
+        ),
+        ("model.layers.0.self_attn",),
+    ),
+    Kind(
+        "phi3_longrope", hf.Phi3Model,
+        # The sequences are longer than the original ones, so that the long factors serve.
+        lambda: hf.Phi3Config(
+            **SCALED, original_max_position_embeddings=8, rope_parameters=rope(
+                300.0, "longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.2],
+                long_factor=[1.05, 2.5, 20.0],
+            ),
+        ),
+        ("layers.0.self_attn",),
     ),
     Kind(
         "modernbert", hf.ModernBertModel,
@@ -223,7 +281,8 @@ def watch(model, names):
             seen[f"{name}.input"] = args[0] if args else kwargs["hidden_states"]
             if kwargs.get("key_value_states") is not None:
                 seen[f"{name}.memory"] = kwargs["key_value_states"]
-            seen[f"{name}.output"], seen[f"{name}.weights"] = output[0], output[-1]
+            seen.setdefault(f"{name}.output", output[0])
+            seen[f"{name}.weights"] = output[-1]
 
         return hook
 
@@ -239,6 +298,9 @@ def watch(model, names):
             # Its output has the residual and the norm in it; ours ends with the projection, which runs later.
             module.output.dense.register_forward_hook(note_output(name))
             module = module.self
+        if isinstance(module, hf.models.bloom.modeling_bloom.BloomAttention):
+            # Here too the output has the residual in it.
+            module.dense.register_forward_hook(note_output(name))
         module.register_forward_hook(note_attention(name), with_kwargs=True)
     return seen
 

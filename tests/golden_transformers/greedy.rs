@@ -74,6 +74,7 @@ decodes_as_transformers_does! {
     gpt2,
     gpt_oss,
     llama,
+    llama3,
     qwen3,
     t5,
     whisper,

@@ -6,7 +6,9 @@ use candle_core::{Result, Tensor};
 use crate::common::{assert_same_bits, max_scaled_difference};
 use crate::decoders::{ModelFile, RelativeBias, layer_config};
 
-const TOLERANCE: f64 = 1e-5;
+/// In f32. Sharp attention magnifies its rounding: most in gpt-oss and Phi-3's LongRoPE, whose attention factors make scores up
+/// to 2.7 times as great.
+const TOLERANCE: f64 = 2e-5;
 
 enum Layer {
     OnItself(SelfAttention),
@@ -120,18 +122,25 @@ macro_rules! agrees_with_transformers {
 
 agrees_with_transformers! {
     bert: 2,
+    bloom: 1,
     clip: 1,
+    falcon: 1,
     gemma2: 2,
     gpt2: 2,
+    gpt_neox: 1,
     gpt_oss: 2,
     gptj: 1,
     llama: 2,
+    llama3: 1,
+    llama_linear: 1,
     modernbert: 2,
     mpt: 1,
     opt: 1,
     phi3: 2,
+    phi3_longrope: 1,
     qwen2: 2,
     qwen3: 2,
+    qwen3_yarn: 1,
     t5: 6,
     whisper: 5,
 }

@@ -1,10 +1,12 @@
 //! Configs that no layer can be made of, and their JSON.
 
-use candle_attention::{CrossAttention, Pairing, RotaryConfig, RotaryEmbedding, SelfAttention, SelfAttentionConfig};
-use candle_core::{DType, Device, Result};
+use candle_attention::{
+    CrossAttention, Pairing, RotaryConfig, RotaryEmbedding, RotaryScaling, SelfAttention, SelfAttentionConfig, Yarn,
+};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
-use crate::layers::{assert_error_says, everything};
+use crate::layers::{assert_error_says, everything, scalings};
 
 fn builder(dtype: DType) -> VarBuilder<'static> {
     VarBuilder::from_varmap(&VarMap::new(), dtype, &Device::Cpu)
@@ -107,6 +109,133 @@ fn rotary_base_that_is_not_above_zero_is_refused() {
     }
 }
 
+/// That a rotary embedding of base 100 with this scaling is refused, for four entries.
+#[track_caller]
+fn scaling_refused(scaling: RotaryScaling, parts: &[&str]) {
+    let rotary = RotaryConfig { base: 100.0, scaling: Some(scaling), ..Default::default() };
+    assert_error_says(RotaryEmbedding::new(&rotary, 4), parts);
+    refused(|c| c.rotary = Some(rotary), parts);
+}
+
+fn llama3(factor: f64, low: f64, high: f64, original: usize) -> RotaryScaling {
+    RotaryScaling::Llama3 {
+        factor,
+        low_freq_factor: low,
+        high_freq_factor: high,
+        original_max_position_embeddings: original,
+    }
+}
+
+fn longrope(factors: &[f64], factor: f64, original: usize, attention_factor: Option<f64>) -> RotaryScaling {
+    let (factors, original_max_position_embeddings) = (factors.to_vec(), original);
+    RotaryScaling::LongRope { factors, factor, original_max_position_embeddings, attention_factor }
+}
+
+#[test]
+fn scaling_factor_below_one_is_refused() {
+    for factor in [0.0, -4.0, 0.999].into_iter().chain(NOT_FINITE) {
+        let expected = ["rotary.scaling.factor", "at least 1", &format!("got {factor}")];
+        scaling_refused(RotaryScaling::Linear { factor }, &expected);
+        scaling_refused(llama3(factor, 1.0, 4.0, 8192), &expected);
+        scaling_refused(RotaryScaling::Yarn(Yarn::new(factor, 4096)), &expected);
+        scaling_refused(longrope(&[1.0, 2.0], factor, 4096, Some(1.0)), &expected);
+    }
+}
+
+#[test]
+fn original_length_that_is_none_is_refused() {
+    let field = "rotary.scaling.original_max_position_embeddings";
+    scaling_refused(llama3(8.0, 1.0, 4.0, 0), &[field, "at least 1", "got 0"]);
+    scaling_refused(RotaryScaling::Yarn(Yarn::new(4.0, 0)), &[field, "at least 1", "got 0"]);
+    for original in [0, 1] {
+        let expected = [field, "at least 2", &format!("got {original}")];
+        scaling_refused(longrope(&[1.0, 2.0], 4.0, original, None), &expected);
+    }
+}
+
+#[test]
+fn numbers_of_turns_in_the_wrong_order_are_refused() {
+    for low in [-1.0].into_iter().chain(NOT_FINITE) {
+        scaling_refused(llama3(8.0, low, 4.0, 8192), &["low_freq_factor", "at least 0", &format!("got {low}")]);
+        let yarn = Yarn { beta_slow: low, ..Yarn::new(4.0, 4096) };
+        scaling_refused(RotaryScaling::Yarn(yarn), &["beta_slow", "above 0", &format!("got {low}")]);
+    }
+    for high in [1.0, 0.5, -4.0].into_iter().chain(NOT_FINITE) {
+        let expected = ["high_freq_factor", "above low_freq_factor", &format!("got {high}")];
+        scaling_refused(llama3(8.0, 1.0, high, 8192), &expected);
+        let yarn = Yarn { beta_fast: high, ..Yarn::new(4.0, 4096) };
+        scaling_refused(RotaryScaling::Yarn(yarn), &["beta_fast", "above beta_slow", &format!("got {high}")]);
+    }
+}
+
+#[test]
+fn attention_factor_that_is_not_above_zero_is_refused() {
+    for factor in [0.0, -1.0].into_iter().chain(NOT_FINITE) {
+        let expected = ["rotary.scaling.attention_factor", "above 0", &format!("got {factor}")];
+        scaling_refused(
+            RotaryScaling::Yarn(Yarn { attention_factor: Some(factor), ..Yarn::new(4.0, 4096) }),
+            &expected,
+        );
+        scaling_refused(longrope(&[1.0, 2.0], 4.0, 4096, Some(factor)), &expected);
+    }
+    for mscale in [-1.0].into_iter().chain(NOT_FINITE) {
+        let expected = ["at least 0", &format!("got {mscale}")];
+        let yarn = Yarn { mscale: Some(mscale), mscale_all_dim: Some(1.0), ..Yarn::new(4.0, 4096) };
+        scaling_refused(RotaryScaling::Yarn(yarn), &[&["rotary.scaling.mscale:"], &expected[..]].concat());
+        let yarn = Yarn { mscale: Some(1.0), mscale_all_dim: Some(mscale), ..Yarn::new(4.0, 4096) };
+        scaling_refused(RotaryScaling::Yarn(yarn), &[&["rotary.scaling.mscale_all_dim:"], &expected[..]].concat());
+    }
+    // Both finite, their quotient not.
+    let yarn = Yarn { mscale: Some(f64::MAX), mscale_all_dim: Some(1.0), ..Yarn::new(f64::MAX, 4096) };
+    scaling_refused(RotaryScaling::Yarn(yarn), &["rotary.scaling.attention_factor", "finite", "got inf"]);
+}
+
+#[test]
+fn longrope_factors_that_do_not_fit_the_pairs_are_refused() {
+    for count in [0, 1, 3] {
+        let expected = ["rotary.scaling.factors", "one for each of 2 pairs", &format!("got {count}")];
+        scaling_refused(longrope(&vec![1.0; count], 4.0, 4096, None), &expected);
+    }
+    for factor in [0.0, -1.0].into_iter().chain(NOT_FINITE) {
+        let expected = ["rotary.scaling.factors", "finite numbers above 0", &format!("got {factor}")];
+        scaling_refused(longrope(&[1.0, factor], 4.0, 4096, None), &expected);
+    }
+}
+
+#[test]
+fn yarn_needs_a_base_above_one() {
+    for base in [1.0, 0.5] {
+        let scaling = Some(RotaryScaling::Yarn(Yarn::new(4.0, 4096)));
+        let rotary = RotaryConfig { base, scaling, ..Default::default() };
+        assert_error_says(RotaryEmbedding::new(&rotary, 4), &["rotary.base", "above 1", &format!("got {base}")]);
+    }
+}
+
+/// The greatest and the smallest numbers that are allowed: finite angles, or an error.
+#[test]
+fn extreme_scalings_give_numbers() -> Result<()> {
+    let yarn = |base: f64, yarn: Yarn| (base, RotaryScaling::Yarn(yarn));
+    let cases = [
+        (100.0, RotaryScaling::Linear { factor: f64::MAX }),
+        (100.0, llama3(f64::MAX, 0.0, f64::MAX, usize::MAX)),
+        (100.0, llama3(2.0, 0.0, f64::from_bits(1), 1)),
+        (100.0, longrope(&[f64::MAX, 1.0], f64::MAX, usize::MAX, None)),
+        yarn(1.0 + f64::EPSILON, Yarn::new(2.0, 4096)),
+        yarn(f64::MAX, Yarn::new(f64::MAX, usize::MAX)),
+        yarn(100.0, Yarn { beta_fast: f64::MAX, beta_slow: f64::from_bits(1), ..Yarn::new(2.0, 1) }),
+        yarn(100.0, Yarn { beta_fast: f64::from_bits(2), beta_slow: f64::from_bits(1), ..Yarn::new(2.0, 4096) }),
+        yarn(100.0, Yarn { beta_fast: f64::MAX, beta_slow: f64::MAX / 2.0, truncate: false, ..Yarn::new(2.0, 4096) }),
+    ];
+    for (base, scaling) in cases {
+        let rotary = RotaryConfig { base, scaling: Some(scaling), ..Default::default() };
+        let x = Tensor::ones((1, 1, 3, 4), DType::F64, &Device::Cpu)?;
+        let rotated = RotaryEmbedding::new(&rotary, 4)?.apply(&x, 1000)?;
+        let rotated = rotated.flatten_all()?.to_vec1::<f64>()?;
+        assert!(rotated.iter().all(|x| x.is_finite()), "{rotary:?}: {rotated:?}");
+    }
+    Ok(())
+}
+
 #[test]
 fn self_attention_refuses_a_kv_dim_of_its_own() -> Result<()> {
     let config = SelfAttentionConfig { kv_dim: Some(6), ..SelfAttentionConfig::new(8, 2) };
@@ -179,7 +308,7 @@ fn parameters_of_integers_are_refused() {
 
 #[test]
 fn unknown_fields_of_a_json_config_are_named() {
-    let parse = |json| serde_json::from_str::<SelfAttentionConfig>(json).map_err(candle_core::Error::wrap);
+    let parse = |json: &str| serde_json::from_str::<SelfAttentionConfig>(json).map_err(candle_core::Error::wrap);
     assert_error_says(parse(r#"{"embed_dim": 8, "num_heads": 2, "causal": true}"#), &["unknown field `causal`"]);
     let rotary = r#"{"embed_dim": 8, "num_heads": 2, "rotary": {"theta": 10000}}"#;
     assert_error_says(parse(rotary), &["unknown field `theta`"]);
@@ -188,6 +317,19 @@ fn unknown_fields_of_a_json_config_are_named() {
         parse(r#"{"embed_dim": 8, "num_heads": 2, "rotary": {"pairing": "neox"}}"#),
         &["neox", "half_split"],
     );
+    let scaled = |scaling| format!(r#"{{"embed_dim": 8, "num_heads": 2, "rotary": {{"scaling": {scaling}}}}}"#);
+    let cases = [
+        (r#"{"rope_type": "dynamic", "factor": 2.0}"#, ["dynamic", "linear"]),
+        (r#"{"factor": 2.0}"#, ["missing field", "rope_type"]),
+        (r#"{"rope_type": "linear"}"#, ["missing field", "factor"]),
+        (r#"{"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}"#, ["unknown field", "rope_theta"]),
+        (r#"{"rope_type": "yarn", "factor": 2.0, "beta": 1.0}"#, ["unknown field", "beta"]),
+        (r#"{"rope_type": "yarn", "factor": 2.0}"#, ["missing field", "original_max_position_embeddings"]),
+        (r#"{"rope_type": "longrope", "short_factor": [1.0]}"#, ["unknown field", "short_factor"]),
+    ];
+    for (scaling, parts) in cases {
+        assert_error_says(parse(&scaled(scaling)), &parts);
+    }
 }
 
 #[test]
@@ -203,7 +345,14 @@ fn config_comes_back_from_json_as_it_went_in() -> anyhow::Result<()> {
         seed: u64::MAX,
         ..everything()
     };
-    for config in [SelfAttentionConfig::new(8, 2), SelfAttentionConfig::single_head(5, 3, 2), everything(), odd] {
+    let scaled = scalings(2).into_iter().map(|scaling| {
+        let rotary = Some(RotaryConfig { scaling: Some(scaling), ..Default::default() });
+        SelfAttentionConfig { rotary, ..SelfAttentionConfig::new(8, 2) }
+    });
+    for config in [SelfAttentionConfig::new(8, 2), SelfAttentionConfig::single_head(5, 3, 2), everything(), odd]
+        .into_iter()
+        .chain(scaled)
+    {
         let json = serde_json::to_string(&config)?;
         assert_eq!(serde_json::from_str::<SelfAttentionConfig>(&json)?, config, "{json}");
         assert_eq!(serde_json::from_value::<SelfAttentionConfig>(serde_json::to_value(&config)?)?, config);

@@ -13,3 +13,4 @@ mod masking;
 mod outputs;
 mod parameters;
 mod positions;
+mod rotary_scaling;

@@ -4,14 +4,17 @@ use candle_attention::{ForwardOptions, Pairing, RotaryConfig, RotaryEmbedding, S
 use candle_core::{DType, Result, Tensor};
 
 use crate::common::{assert_close, assert_same_bits, max_abs_difference, numbers, randn};
-use crate::layers::{Formula, cross_attention, self_attention};
+use crate::layers::{Formula, cross_attention, scalings, self_attention};
 
-/// Both pairings, with all entries turned and with some.
+/// Both pairings, with all entries turned and with some, with each scaling and with none.
 fn rotaries() -> Vec<RotaryConfig> {
     let mut configs = Vec::new();
     for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
         for dim in [None, Some(6), Some(4), Some(2)] {
-            configs.push(RotaryConfig { base: 50.0, dim, pairing });
+            let plain = RotaryConfig { base: 50.0, dim, pairing, scaling: None };
+            let scaled = scalings(dim.unwrap_or(6) / 2).into_iter();
+            configs.extend(scaled.map(|scaling| RotaryConfig { scaling: Some(scaling), ..plain.clone() }));
+            configs.push(plain);
         }
     }
     configs

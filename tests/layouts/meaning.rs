@@ -25,6 +25,15 @@ fn split(model: &Model, packed: &Tensor) -> Result<[Tensor; 3]> {
     Ok([packed.narrow(1, 0, q)?, packed.narrow(1, q, k)?, packed.narrow(1, q + k, v)?])
 }
 
+/// Queries, keys and values, as GPT-NeoX and Falcon take them out: for each key head its queries, its key and its value.
+fn split_by_key_heads(model: &Model, packed: &Tensor) -> Result<[Tensor; 3]> {
+    let (config, len) = (&model.config, packed.dim(0)?);
+    let queries = config.num_heads / config.num_kv_heads();
+    let heads = packed.reshape((len, config.num_kv_heads(), queries + 2, config.head_dim()))?;
+    let take = |start, count| heads.narrow(2, start, count)?.reshape((len, ()));
+    Ok([take(0, queries)?, take(queries, 1)?, take(queries + 1, 1)?])
+}
+
 /// W_Q, W_K and W_V of tokens, each of its own size, and W_O of merged heads.
 fn as_published(model: &Model, tensors: &Tensors, [x, key, value, merged]: [&Tensor; 4]) -> Result<[Tensor; 4]> {
     let three = |names: [&str; 3]| -> Result<[Tensor; 3]> {
@@ -39,6 +48,7 @@ fn as_published(model: &Model, tensors: &Tensors, [x, key, value, merged]: [&Ten
         Layout::T5 => (three(["q", "k", "v"])?, "o"),
         Layout::QkvProj => (packed("qkv_proj")?, "o_proj"),
         Layout::Wqkv => (packed("Wqkv")?, "out_proj"),
+        Layout::GptNeox => (split_by_key_heads(model, &linear(tensors, "query_key_value", x)?)?, "dense"),
         Layout::ModernBert => (packed("Wqkv")?, "Wo"),
         Layout::Torch => return as_pytorch(model, tensors, [x, key, value, merged]),
         // Conv1D: x·W + b.

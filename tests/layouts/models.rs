@@ -194,6 +194,29 @@ pub fn models() -> Vec<Model> {
                 ],
             ),
             model(
+                "GPT-NeoX",
+                Layout::GptNeox,
+                causal(),
+                &[
+                    ("query_key_value.weight", &[24, 8]),
+                    ("query_key_value.bias", &[24]),
+                    ("dense.weight", &[8, 8]),
+                    ("dense.bias", &[8]),
+                ],
+            ),
+            model(
+                "Falcon 7B",
+                Layout::GptNeox,
+                no_bias(SelfAttentionConfig { num_kv_heads: Some(1), ..SelfAttentionConfig::new(12, 4) }),
+                &[("query_key_value.weight", &[18, 12]), ("dense.weight", &[12, 12])],
+            ),
+            model(
+                "Falcon 40B",
+                Layout::GptNeox,
+                grouped(),
+                &[("query_key_value.weight", &[24, 12]), ("dense.weight", &[12, 12])],
+            ),
+            model(
                 "OPT",
                 Layout::OutProj,
                 causal(),

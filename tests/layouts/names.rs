@@ -11,7 +11,7 @@ fn every_layout_comes_back_from_its_name() -> anyhow::Result<()> {
         assert_eq!(serde_json::from_value::<Layout>(layout.to_string().into())?, layout);
     }
     let names: Vec<String> = Layout::ALL.iter().map(Layout::to_string).collect();
-    for name in ["own", "torch", "bert", "gpt2", "llama", "out_proj", "qkv_proj", "wqkv"] {
+    for name in ["own", "torch", "bert", "gpt2", "gpt_neox", "llama", "out_proj", "qkv_proj", "wqkv"] {
         assert!(names.contains(&name.to_string()), "{name}");
     }
     Ok(())

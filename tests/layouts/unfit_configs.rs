@@ -30,11 +30,11 @@ fn refused(layout: Layout, change: impl FnOnce(&mut SelfAttentionConfig), parts:
 #[test]
 fn parameters_without_a_place_are_refused() {
     use Layout::*;
-    for layout in [Torch, Bert, Vit, Gpt2, OutProj, QkvProj, Wqkv, ModernBert] {
+    for layout in [Torch, Bert, Vit, Gpt2, GptNeox, OutProj, QkvProj, Wqkv, ModernBert] {
         refused(layout, |c| c.sinks = true, &["sinks", &format!("the layout {layout} has no place")]);
         refused(layout, |c| c.qk_norm_eps = Some(1e-6), &["qk_norm_eps", "no `q_norm.weight`"]);
     }
-    for layout in [Bert, Vit, Gpt2, Llama, OutProj, QkvProj, Wqkv, ModernBert] {
+    for layout in [Bert, Vit, Gpt2, GptNeox, Llama, OutProj, QkvProj, Wqkv, ModernBert] {
         refused(layout, |c| c.add_bias_kv = true, &["add_bias_kv", "no `bias_k`"]);
     }
 }
@@ -42,9 +42,13 @@ fn parameters_without_a_place_are_refused() {
 #[test]
 fn packed_biases_are_all_there_or_none() {
     use Layout::*;
-    for (layout, packed) in
-        [(Torch, "in_proj_bias"), (Gpt2, "c_attn.bias"), (QkvProj, "qkv_proj.bias"), (Wqkv, "Wqkv.bias")]
-    {
+    for (layout, packed) in [
+        (Torch, "in_proj_bias"),
+        (Gpt2, "c_attn.bias"),
+        (GptNeox, "query_key_value.bias"),
+        (QkvProj, "qkv_proj.bias"),
+        (Wqkv, "Wqkv.bias"),
+    ] {
         refused(layout, |c| c.k_bias = false, &["k_bias", "a `k_proj.bias`", packed]);
     }
     refused(Torch, |c| c.out_bias = false, &["out_bias", "qkv_bias true", "got false"]);
@@ -54,7 +58,12 @@ fn packed_biases_are_all_there_or_none() {
 #[test]
 fn packed_weights_come_from_tokens_of_one_size() {
     use Layout::*;
-    for (layout, packed) in [(Gpt2, "c_attn.weight"), (QkvProj, "qkv_proj.weight"), (ModernBert, "Wqkv.weight")] {
+    for (layout, packed) in [
+        (Gpt2, "c_attn.weight"),
+        (GptNeox, "query_key_value.weight"),
+        (QkvProj, "qkv_proj.weight"),
+        (ModernBert, "Wqkv.weight"),
+    ] {
         refused(layout, |c| c.kv_dim = Some(6), &["kv_dim", packed, "got 6"]);
         refused(layout, |c| c.value_input_dim = Some(3), &["value_input_dim", packed, "got 3"]);
     }

@@ -5,6 +5,7 @@
 
 mod bert;
 mod gpt2;
+mod gpt_neox;
 mod llama;
 mod out_proj;
 mod own;
@@ -53,6 +54,9 @@ pub enum Layout {
     Vit,
     /// GPT-2 at `attn`: `c_attn` (queries, keys and values side by side) and `c_proj`, transposed to (in, out).
     Gpt2,
+    /// GPT-NeoX, Pythia at `attention`, BLOOM, Falcon at `self_attention`: `query_key_value` (for each key head its queries,
+    /// its key and its value, one after the other) and `dense`. Falcon 7B has one key head: `num_kv_heads: Some(1)`.
+    GptNeox,
     /// Llama, Mistral, Qwen, Gemma 1, gpt-oss at `self_attn`: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`,
     /// `sinks`.
     Llama,
@@ -79,6 +83,7 @@ impl Layout {
         Layout::Bert,
         Layout::Vit,
         Layout::Gpt2,
+        Layout::GptNeox,
         Layout::Llama,
         Layout::OutProj,
         Layout::QkvProj,
@@ -94,6 +99,7 @@ impl Layout {
             Layout::Bert => "bert",
             Layout::Vit => "vit",
             Layout::Gpt2 => "gpt2",
+            Layout::GptNeox => "gpt_neox",
             Layout::Llama => "llama",
             Layout::OutProj => "out_proj",
             Layout::QkvProj => "qkv_proj",
@@ -111,6 +117,7 @@ impl Layout {
             Layout::Bert => &bert::BERT,
             Layout::Vit => &bert::VIT,
             Layout::Gpt2 => &gpt2::TABLE,
+            Layout::GptNeox => &gpt_neox::TABLE,
             Layout::Llama => &llama::TABLE,
             Layout::OutProj => &out_proj::TABLE,
             Layout::QkvProj => &qkv_proj::TABLE,

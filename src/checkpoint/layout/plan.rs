@@ -16,7 +16,8 @@ pub(super) struct Table {
     pub(super) check: fn(&SelfAttentionConfig) -> Result<(), AttentionError>,
 }
 
-/// A tensor of the layout, and the parameters of this crate whose rows it holds, one after the other.
+/// A tensor of the layout, and the parameters of this crate whose rows it holds, one after the other unless the form says
+/// otherwise.
 #[derive(Clone, Copy)]
 pub(super) struct Entry {
     pub(super) name: &'static str,
@@ -33,6 +34,8 @@ pub(super) enum Form {
     Transposed,
     /// (1, 1, out)
     WithLeadingAxes,
+    /// (out, in) or (out), where the rows of all parameters for the first key head stand before those for the second.
+    ByKeyHeads,
 }
 
 impl Entry {
@@ -42,6 +45,10 @@ impl Entry {
 
     pub(super) const fn transposed(self) -> Self {
         Self { form: Form::Transposed, ..self }
+    }
+
+    pub(super) const fn by_key_heads(self) -> Self {
+        Self { form: Form::ByKeyHeads, ..self }
     }
 
     pub(super) const fn with_leading_axes(self) -> Self {
@@ -54,6 +61,8 @@ pub(super) struct Piece {
     pub(super) name: &'static str,
     pub(super) form: Form,
     pub(super) parts: Vec<Parameter>,
+    /// How many times rows of every part follow one another: as many as key heads, or once.
+    pub(super) groups: usize,
 }
 
 impl Piece {
@@ -105,7 +114,8 @@ impl Plan {
                 let expected = format!("embed_dim, since `{name}` of the layout {layout} is one matrix");
                 return Err(AttentionError::Config { field, expected, got: odd.shape[1].to_string() });
             }
-            plan.pieces.push(Piece { name, form, parts });
+            let groups = if form == Form::ByKeyHeads { config.num_kv_heads() } else { 1 };
+            plan.pieces.push(Piece { name, form, parts, groups });
         }
         Ok(plan)
     }

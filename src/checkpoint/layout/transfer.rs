@@ -9,7 +9,7 @@ use super::Layout;
 use super::plan::{Form, Piece, Plan};
 use crate::checkpoint::weights::Weights;
 use crate::checkpoint::{is_served, serialise};
-use crate::config::SelfAttentionConfig;
+use crate::config::{Parameter, SelfAttentionConfig};
 use crate::error::AttentionError;
 
 type Parameters = Vec<(&'static str, Tensor)>;
@@ -106,15 +106,17 @@ fn finite(tensor: &Tensor, dtype: DType, device: &Device) -> std::result::Result
 fn take_apart(piece: &Piece, tensor: &Tensor) -> Result<Parameters> {
     let tensor = tensor.detach();
     let rows = match piece.form {
-        Form::AsHere => tensor,
+        Form::AsHere | Form::ByKeyHeads => tensor,
         Form::Transposed => tensor.t()?,
         Form::WithLeadingAxes => tensor.flatten_all()?,
     };
+    let groups = rows.chunk(piece.groups, 0)?;
     let mut start = 0;
-    let part = |part: &crate::config::Parameter| {
-        let var = Var::from_tensor(&rows.narrow(0, start, part.shape[0])?)?;
-        start += part.shape[0];
-        Ok((part.name, var.into_inner()))
+    let part = |part: &Parameter| {
+        let count = part.shape[0] / piece.groups;
+        let rows = groups.iter().map(|group| group.narrow(0, start, count)).collect::<Result<Vec<_>>>()?;
+        start += count;
+        Ok((part.name, Var::from_tensor(&Tensor::cat(&rows, 0)?)?.into_inner()))
     };
     piece.parts.iter().map(part).collect()
 }
@@ -131,7 +133,9 @@ pub(crate) fn to_tensors(
     };
     let put_together = |piece: &Piece| {
         let parts = piece.parts.iter().map(|part| tensor_of(part.name)).collect::<Result<Vec<_>>>()?;
-        let rows = Tensor::cat(&parts, 0)?;
+        let groups = parts.iter().map(|part| part.chunk(piece.groups, 0)).collect::<Result<Vec<_>>>()?;
+        let rows = (0..piece.groups).flat_map(|group| groups.iter().map(move |chunks| &chunks[group]));
+        let rows = Tensor::cat(&rows.collect::<Vec<_>>(), 0)?;
         let tensor = match piece.form {
             Form::Transposed => rows.t()?,
             _ => rows.reshape(piece.shape())?,

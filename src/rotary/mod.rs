@@ -1,11 +1,14 @@
 //! Rotary position embedding, with its gradient.
 
+mod scaling;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{D, DType, Device, DeviceLocation, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::error::AttentionError;
+pub use scaling::{RotaryScaling, Yarn};
 
 /// Which entries of a head are rotated together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,17 +25,20 @@ pub enum Pairing {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RotaryConfig {
-    /// Pair `i` turns by base^(-2i / dim) radians a position. Finite and positive.
+    /// Pair `i` turns by base^(-2i / dim) radians a position, if nothing scales that. Finite and positive.
     pub base: f64,
     /// How many entries of a head are rotated, the others being left as they are; all of them if not given. Even.
     pub dim: Option<usize>,
     /// Which entries are rotated together.
     pub pairing: Pairing,
+    /// How the frequencies are scaled, for longer sequences than a model was first trained on; not at all if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scaling: Option<RotaryScaling>,
 }
 
 impl Default for RotaryConfig {
     fn default() -> Self {
-        Self { base: 10_000.0, dim: None, pairing: Pairing::HalfSplit }
+        Self { base: 10_000.0, dim: None, pairing: Pairing::HalfSplit, scaling: None }
     }
 }
 
@@ -57,16 +63,16 @@ impl Default for RotaryConfig {
 /// Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), section 3.2.2.
 #[derive(Clone, Debug)]
 pub struct RotaryEmbedding {
-    base: f64,
+    config: RotaryConfig,
     /// How many entries are rotated.
     dim: usize,
     head_dim: usize,
-    pairing: Pairing,
     /// The angles of the last call: in training, every call is alike.
     last: Arc<Mutex<Option<Angles>>>,
 }
 
-/// Cosine and sine of the angles of positions `offset..offset + len` for each offset, (offsets, 1, len, dim / 2).
+/// Cosine and sine, times the scaling's attention factor, of the angles of positions `offset..offset + len` for each
+/// offset, (offsets, 1, len, dim / 2).
 #[derive(Clone, Debug)]
 struct Angles {
     offsets: Vec<usize>,
@@ -79,11 +85,12 @@ impl RotaryEmbedding {
     ///
     /// # Errors
     ///
-    /// An odd number of entries to rotate, or more than head_dim; a base that isn't finite and positive.
+    /// An odd number of entries to rotate, or more than head_dim; a base that isn't finite and positive; a scaling
+    /// that can't serve.
     pub fn new(config: &RotaryConfig, head_dim: usize) -> Result<Self> {
         config.validate(head_dim)?;
         let dim = config.dim.unwrap_or(head_dim);
-        Ok(Self { base: config.base, dim, head_dim, pairing: config.pairing, last: Arc::default() })
+        Ok(Self { config: config.clone(), dim, head_dim, last: Arc::default() })
     }
 
     /// Rotates x (batch, num_heads, len, head_dim), whose first token stands at position `offset`.
@@ -128,7 +135,7 @@ impl RotaryEmbedding {
         let x = x.to_dtype(if dtype == DType::F64 { DType::F64 } else { DType::F32 })?;
         let Angles { cos, sin, .. } = self.angles(&x, offsets)?;
         let rotated = x.narrow(D::Minus1, 0, self.dim)?;
-        let rotated = match self.pairing {
+        let rotated = match self.config.pairing {
             Pairing::HalfSplit => {
                 let first = rotated.narrow(D::Minus1, 0, self.dim / 2)?;
                 let second = rotated.narrow(D::Minus1, self.dim / 2, self.dim / 2)?;
@@ -172,16 +179,16 @@ impl RotaryEmbedding {
             return Ok(angles.clone());
         }
         // In f64 whatever the dtype: at position 100,000 an f32 angle is off by 0.004.
-        let frequencies: Vec<_> =
-            (0..self.dim / 2).map(|i| self.base.powf(-2.0 * i as f64 / self.dim as f64)).collect();
+        let frequencies = self.config.frequencies(self.dim);
         let mut radians = Vec::with_capacity(offsets.len() * len * self.dim / 2);
         for &offset in offsets {
             for position in offset..offset.checked_add(len).ok_or(too_far(offset))? {
                 radians.extend(frequencies.iter().map(|frequency| position as f64 * frequency));
             }
         }
+        let attention_factor = self.config.scaling.as_ref().map_or(1.0, RotaryScaling::attention_factor);
         let table = |f: fn(f64) -> f64| {
-            let values = radians.iter().map(|&x| f(x)).collect::<Vec<_>>();
+            let values = radians.iter().map(|&x| attention_factor * f(x)).collect::<Vec<_>>();
             let table = Tensor::from_vec(values, (offsets.len(), 1, len, self.dim / 2), &Device::Cpu)?;
             table.to_dtype(x.dtype())?.to_device(x.device())
         };
@@ -213,7 +220,16 @@ impl RotaryConfig {
             let expected = "a finite number above 0";
             return Err(AttentionError::Number { name: "rotary.base", expected, got: self.base });
         }
-        Ok(())
+        self.scaling.as_ref().map_or(Ok(()), |scaling| scaling.validate(self.base, dim))
+    }
+
+    /// By how many radians each of dim / 2 pairs turns a position.
+    fn frequencies(&self, dim: usize) -> Vec<f64> {
+        let mut frequencies: Vec<_> = (0..dim / 2).map(|i| self.base.powf(-2.0 * i as f64 / dim as f64)).collect();
+        if let Some(scaling) = &self.scaling {
+            scaling.scale(&mut frequencies, self.base);
+        }
+        frequencies
     }
 }
 
