@@ -6,9 +6,11 @@ use candle_core::{Result, Tensor};
 use crate::common::{assert_same_bits, max_scaled_difference};
 use crate::decoders::{ModelFile, RelativeBias, layer_config};
 
-/// In f32. Sharp attention magnifies its rounding: most in gpt-oss and Phi-3's LongRoPE, whose attention factors make scores up
-/// to 2.7 times as great.
-const TOLERANCE: f64 = 2e-5;
+/// In f32. The attention factors of gpt-oss's YaRN and Phi-3's LongRoPE make scores up to 2.7 times as great, and so what
+/// rounding does to them.
+fn tolerance(kind: &str) -> f64 {
+    if ["gpt_oss", "phi3_longrope"].contains(&kind) { 2e-5 } else { 1e-5 }
+}
 
 enum Layer {
     OnItself(SelfAttention),
@@ -62,8 +64,8 @@ impl Case<'_> {
         }
     }
 
-    /// The largest difference of output and weights, on both backends.
-    fn difference(&self) -> Result<f64> {
+    /// The largest difference of output and weights, on both backends, which must be below the tolerance.
+    fn difference(&self, tolerance: f64) -> Result<f64> {
         let layer = self.layer()?;
         let mut worst: f64 = 0.0;
         for backend in [Backend::Auto, Backend::Reference] {
@@ -71,7 +73,7 @@ impl Case<'_> {
             for (part, tensor) in [("output", &result.output), ("weights", &result.weights.expect("weights"))] {
                 let difference = max_scaled_difference(tensor, self.golden(part))?;
                 let what = format!("{}, {}, {part}, {backend:?}", self.file.kind(), self.name);
-                assert!(difference < TOLERANCE, "{what}: differs by {difference:e}");
+                assert!(difference < tolerance, "{what}: differs by {difference:e}");
                 worst = worst.max(difference);
             }
         }
@@ -100,7 +102,7 @@ fn check(kind: &str, count: usize) -> anyhow::Result<()> {
     let mut worst: f64 = 0.0;
     for name in &file.layers {
         let case = Case { file: &file, name };
-        worst = worst.max(case.difference()?);
+        worst = worst.max(case.difference(tolerance(kind))?);
         case.check_way_back()?;
     }
     println!("{kind}: largest difference {worst:e}");

@@ -12,12 +12,13 @@ use candle_core::DType;
 use pulp::Simd;
 
 use super::element::Element;
+use super::micro::Rows;
 #[cfg(target_arch = "x86_64")]
-use super::micro::in_blocks;
-use super::micro::{Rows, VECTORS};
+use super::micro::{VECTORS, in_blocks};
 
 /// Numbers in a vector, and queries in a panel.
 const LANES: usize = 16;
+#[cfg(target_arch = "x86_64")]
 const WIDTH: usize = VECTORS * LANES;
 
 /// Says that the processor has the instructions: every kernel asks for one.
