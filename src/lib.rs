@@ -41,11 +41,12 @@
 //! | 1 | `rotary` | rotary position embedding |
 //! | 1 | `simplified` | attention without trainable weights |
 //! | 1 | `file` | files read as a whole, and written as a whole or not at all |
+//! | 1 | `projection` | x·Wᵀ + b as one operation |
 //! | 0 | `error` | every way an input can be wrong |
 //! | 0 | `philox` | random numbers that depend on their place alone |
 //! | 0 | `axes` | in what order tensors have theirs |
 //! | 0 | `range` | whether scores can overflow |
-//! | 0 | `projection` | x·Wᵀ + b as one operation |
+//! | 0 | `empty` | results without entries |
 
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
@@ -55,6 +56,7 @@ mod axes;
 pub mod checkpoint;
 mod config;
 mod cross_attention;
+mod empty;
 mod error;
 mod extra_keys;
 mod file;

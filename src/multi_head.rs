@@ -13,6 +13,7 @@ use crate::attention::attention;
 use crate::axes::Axes;
 use crate::checkpoint::{self, Header, LayerKind, Layout};
 use crate::config::SelfAttentionConfig;
+use crate::empty::connected;
 use crate::error::AttentionError;
 use crate::extra_keys::ExtraKeys;
 use crate::file;
@@ -313,9 +314,11 @@ impl MultiHead {
 
     fn normalise_and_rotate(&self, x: Tensor, norm: Option<&RmsNorm>, positions: &[usize]) -> Result<Tensor> {
         let x = match norm {
-            // The differentiable form: RmsNorm::forward drops the gradient in silence. Of nothing it panics on CUDA.
-            Some(norm) if x.elem_count() > 0 => norm.forward_diff(&x)?,
-            _ => x,
+            // On CUDA candle panics.
+            Some(norm) if x.elem_count() == 0 => connected(x, norm.weight())?,
+            // The differentiable form: RmsNorm::forward drops the gradient in silence.
+            Some(norm) => norm.forward_diff(&x)?,
+            None => x,
         };
         match &self.rotary {
             Some(rotary) => rotary.apply_each(&x.transpose(1, 2)?, positions)?.transpose(1, 2),

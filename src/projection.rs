@@ -9,6 +9,8 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape
 use candle_nn::Linear;
 use half::{bf16, f16};
 
+use crate::empty::connected;
+
 /// The projection of x, whose last axes together are the layer's inputs, to a tensor of this shape, whose last axes
 /// together are its outputs.
 pub(crate) fn project(linear: &Linear, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
@@ -31,8 +33,10 @@ fn project_elsewhere(linear: &Linear, rows: &Tensor) -> Result<Tensor> {
     let y = rows.matmul(&linear.weight().contiguous()?.t()?)?;
     match linear.bias() {
         None => Ok(y),
+        // candle adds nothing to nothing, and forgets the bias.
+        Some(bias) if y.elem_count() == 0 => connected(y, bias),
         // For the gradient of the bias candle sums f16 in f16 on CUDA, number by number. (bf16 it sums in f32.)
-        Some(bias) if y.dtype() == DType::F16 && y.elem_count() > 0 => {
+        Some(bias) if y.dtype() == DType::F16 => {
             y.to_dtype(DType::F32)?.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(DType::F16)
         }
         Some(bias) => y.broadcast_add(bias),

@@ -14,6 +14,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
+use crate::empty::connected;
 use crate::error::AttentionError;
 use crate::mask::{Mask, ScoreShape};
 use crate::options::{AttentionOptions, AttentionOutput};
@@ -93,8 +94,15 @@ fn check_countable(q: &Tensor, k: &Tensor) -> std::result::Result<(), AttentionE
 /// a sum nor a cast.
 fn nothing_that_attends(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
     let (batch, heads, q_len, _) = q.dims4()?;
-    let w = dot_products(q, k)?;
-    let logsumexp = || Tensor::zeros((batch, heads, q_len), wide(q.dtype()), q.device());
+    let connect = |x: Tensor| {
+        let others = [&options.attn_bias, &options.alibi_slopes, &options.sinks];
+        others.into_iter().flatten().try_fold(x, |x, other| connected(x, other))
+    };
+    let logsumexp = || {
+        let lse = Tensor::zeros((batch, heads, q_len), wide(q.dtype()), q.device())?;
+        connect(connected(connected(lse, q)?, k)?)
+    };
+    let w = connect(dot_products(q, k)?)?;
     Ok(AttentionOutput {
         context: weighted_sum(&w, v)?,
         weights: options.return_weights.then_some(w),

@@ -210,3 +210,29 @@ fn check_empty(sizes: &Sizes, dtype: DType, all: bool) -> Result<()> {
     }
     Ok(())
 }
+
+/// Of whichever result the loss is made, its gradients are zero, not missing: of query and key, and of what the scores get
+/// besides.
+#[test]
+fn nothing_that_attends_has_gradients_of_zero() -> Result<()> {
+    for dtype in [DType::F16, DType::F32, DType::F64] {
+        for sizes in [Sizes { batch: 0, ..SIZES }, Sizes { q_len: 0, ..SIZES }] {
+            let vars = sizes.vars(1, dtype);
+            let extra = |seed, shape: &[usize]| Var::from_tensor(&randn(seed, shape, DType::F32)?);
+            let others = [extra(5, &[1, 1, 1, sizes.kv_len])?, extra(6, &[sizes.heads])?, extra(7, &[sizes.heads])?];
+            let [bias, slopes, sinks] = others.each_ref().map(|var| Some(var.as_tensor().clone()));
+            let options = AttentionOptions { attn_bias: bias, alibi_slopes: slopes, sinks, ..all_results() };
+            let output = attend_vars(&vars, &options)?;
+            for (what, result) in
+                [("context", &output.context), ("weights", weights(&output)), ("lse", logsumexp(&output))]
+            {
+                let loss = result.sum_all()?;
+                let wanted = vars[..2].iter().chain(&others).collect::<Vec<_>>();
+                for gradient in gradients(&loss, &wanted)? {
+                    assert_zeros(&gradient, what);
+                }
+            }
+        }
+    }
+    Ok(())
+}
