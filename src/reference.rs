@@ -84,7 +84,7 @@ fn weigh(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<(Tensor, 
 fn check_countable(q: &Tensor, k: &Tensor) -> std::result::Result<(), AttentionError> {
     let shape = vec![q.dims()[0], q.dims()[1], q.dims()[2], k.dims()[2]];
     if q.device().is_cuda() && shape.iter().product::<usize>() > MOST_ON_CUDA {
-        let expected = format!("one of at most {MOST_ON_CUDA} entries in the memory of a CUDA device");
+        let expected = format!("one of at most {MOST_ON_CUDA} entries on a CUDA device");
         return Err(AttentionError::Shape { tensor: "scores", expected, shape });
     }
     Ok(())
@@ -96,7 +96,7 @@ fn nothing_that_attends(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionO
     let (batch, heads, q_len, _) = q.dims4()?;
     let connect = |x: Tensor| {
         let others = [&options.attn_bias, &options.alibi_slopes, &options.sinks];
-        others.into_iter().flatten().try_fold(x, |x, other| connected(x, other))
+        others.into_iter().flatten().try_fold(x, connected)
     };
     let logsumexp = || {
         let lse = Tensor::zeros((batch, heads, q_len), wide(q.dtype()), q.device())?;
