@@ -61,6 +61,6 @@ fn too_many_scores_are_an_error_and_no_end() -> Result<()> {
 /// Built without CUDA, or on a machine with fewer GPUs.
 #[test]
 fn a_missing_gpu_is_an_error() {
-    let error = Device::new_cuda(99).err().expect("a machine with less than a hundred GPUs").to_string();
+    let error = Device::new_cuda(99).expect_err("a machine with less than a hundred GPUs").to_string();
     assert!(!error.is_empty());
 }
