@@ -7,15 +7,18 @@ use serde_json::Value;
 
 /// An example, built with the profile and for the devices of the test that asks for it.
 pub fn build(example: &str) -> PathBuf {
-    let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
-    let features: &[&str] = if cfg!(feature = "cuda") { &["--features", "cuda"] } else { &[] };
-    let build = ["build", "--quiet", "--example", example];
-    let status = Command::new(env!("CARGO")).args(build).args(profile).args(features).status().expect("cargo runs");
-    assert!(status.success());
     // This test is PROFILE/deps/NAME, the example PROFILE/examples/NAME.
     let test = std::env::current_exe().expect("a test knows its own file");
-    let profile = test.parent().and_then(Path::parent).expect("a test lies in PROFILE/deps");
-    profile.join("examples").join(example)
+    let folder = test.parent().and_then(Path::parent).expect("a test lies in PROFILE/deps");
+    let profile = match folder.file_name().and_then(|name| name.to_str()).expect("a folder with a name") {
+        "debug" => "dev",
+        other => other,
+    };
+    let features: &[&str] = if cfg!(feature = "cuda") { &["--features", "cuda"] } else { &[] };
+    let build = ["build", "--quiet", "--profile", profile, "--example", example];
+    let status = Command::new(env!("CARGO")).args(build).args(features).status().expect("cargo runs");
+    assert!(status.success());
+    folder.join("examples").join(example)
 }
 
 /// A run, without the backtraces that the environment may ask for.
