@@ -68,7 +68,7 @@ fn every_pair_of_properties_equals_the_cpu() -> Result<()> {
             ..Case::plain(sizes)
         };
         let dtype = DTYPES[at[0]];
-        check(&case, dtype, (Backend::Auto, &gpu), tolerance(dtype))?;
+        check(&case, dtype, (Backend::Auto, &gpu), |_| tolerance(dtype))?;
     }
     Ok(())
 }

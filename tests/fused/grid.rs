@@ -43,7 +43,7 @@ fn check_all(cases: &[(DType, Case)]) -> Result<()> {
     let mut worst = [0.0f64; DTYPES.len()];
     for (dtype, case) in cases {
         let worst = &mut worst[DTYPES.iter().position(|x| x == dtype).expect("one of them")];
-        *worst = worst.max(check(case, *dtype, FUSED, tolerance(*dtype))?);
+        *worst = worst.max(check(case, *dtype, FUSED, |_| tolerance(*dtype))?);
     }
     println!("{} cases; the worst errors, as parts of the tolerance: {DTYPES:?} {worst:.3?}", cases.len());
     Ok(())
@@ -138,9 +138,13 @@ fn bf16_by_pairs_equals_the_reference() -> Result<()> {
             ..Case::plain(sizes)
         }
     });
-    // Far below what an element left out or counted twice does, and above what rounding the context does to gradients of keys
-    // that many queries look at, with pairs or without. How precise it is: tests/golden_precision.rs.
-    let worst = cases.map(|case| check(&case, DType::BF16, FUSED, 2f64.powi(-4))).collect::<Result<Vec<_>>>()?;
+    // Where many queries look at a key that few others stand beside, what rounding the context does to its gradient adds up, and to
+    // that of its bias, with pairs or without. How precise they are: tests/golden_precision.rs.
+    let allowed = |name: &str| match name {
+        "key" | "bias" => 2f64.powi(-4),
+        _ => tolerance(DType::BF16),
+    };
+    let worst = cases.map(|case| check(&case, DType::BF16, FUSED, allowed)).collect::<Result<Vec<_>>>()?;
     let largest = worst.iter().fold(0.0, |largest: f64, worst| largest.max(*worst));
     println!("{} cases; the worst error, as part of the tolerance: {largest:.3}", worst.len());
     Ok(())
