@@ -1,14 +1,14 @@
-"""Time this crate against PyTorch, ONNX Runtime and candle, and print one table.
+"""Time candle-attention against PyTorch, ONNX Runtime and candle, and print one table.
 
     pip install -r benches/requirements.txt && python benches/against_peers.py
 
-Every row is checked before it is timed: all contenders must give the same numbers. They are timed in rotation: ONNX
-Runtime's threads spin for 40 ms after a call and PyTorch's for 8, which would take a core from whoever comes next, so
-each turn waits for 80 ms, warms up for 30 and counts for 30. A time is the median over the rounds of a turn's median.
+Every row is checked before it is timed: all contenders must give the same numbers. They are timed in rotation. After a call
+ONNX Runtime's threads spin for 40 ms and PyTorch's for 8 ms, which would take a core from the next contender. So each turn
+waits for 80 ms, warms up for 30 ms and measures for 30 ms. A time is the median over the rounds of a turn's median.
 
-GFLOP/s count the multiplications and additions of the scores and the context that the mask lets through, and 3.5 times
-as many for forward and backward together. `of sgemm` is their share of a matmul's (PyTorch's or candle's, whichever is
-faster) in the same rotation; for decode, the time that merely reading as many bytes as the keys and values takes, over ours.
+GFLOP/s count the multiplications and additions of the scores and the context that the mask allows, and 3.5 times as many for
+forward and backward together. `of sgemm` is their share of a matmul's GFLOP/s (PyTorch's or candle's, the faster one) in the
+same rotation. For decode it is the time of reading as many bytes as the keys and values have, divided by our time.
 """
 
 import argparse
@@ -45,12 +45,12 @@ DECODES = [(1, 32, 32, 4096, 128), (1, 32, 8, 4096, 128), (1, 32, 32, 16384, 128
 LAYERS = [(8, 128, 384, 12), (4, 512, 768, 12), (1, 2048, 512, 8)]
 LONG = (1, 8, 16384, 64)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-# Rows and columns of the matrices whose product is the yardstick.
+# Rows and columns of the matrices of that matmul.
 MATMUL = 1536
 # Seconds before each turn.
 PAUSE = 0.08
-# Of the largest difference, as a part of the largest number. Gradients are sums of many rounded
-# numbers; that of a layer's k_proj.bias is a sum that cancels.
+# The largest difference, relative to the largest number. Gradients are sums of many rounded numbers, and those of a layer's
+# k_proj.bias cancel.
 TOLERANCE = {"f32": 2e-4, "bf16": 6e-2, "f16": 1e-2}
 
 
@@ -105,14 +105,14 @@ class Case:
             "value": normal(self.batch, self.kv_heads, self.kv_len, self.dim),
         }
         if self.backward:
-            # One number for the memory's sake: candle makes its own copy, and no other shall count.
+            # For the memory case a single number: candle expands it, and the measurement counts only that copy.
             one = self.name == "memory"
             inputs["grad_output"] = normal(*([1] * 4 if one else [self.batch, self.heads, self.q_len, self.dim]))
         inputs = {name: x.to(DTYPES[self.dtype]) for name, x in inputs.items()}
         if self.name == "bias":
             inputs["bias"] = normal(self.q_len, self.kv_len)
         if self.name == "padding":
-            # The shorter sequences of a batch end in padding; every one but the first keeps half to all of its keys.
+            # The shorter sequences of a batch end in padding. All but the first keep at least half of their keys.
             lengths = [self.kv_len * (4 - b % 3) // 4 - b % 2 for b in range(1, self.batch + 1)]
             inputs["key_mask"] = (torch.arange(self.kv_len) < torch.tensor(lengths)[:, None]).to(torch.uint8)
         return inputs

@@ -1,4 +1,4 @@
-//! The fused path against the reference, forward and in training: `cargo bench`.
+//! The fused path against the reference, forward and in training: `cargo bench -p attention-benches`.
 //!
 //! Each case checks that both give the same numbers before it times them.
 
@@ -47,7 +47,7 @@ fn compare(criterion: &mut Criterion, shape: (usize, usize, usize, usize), causa
     let scores = (batch * heads * len * len / if causal { 2 } else { 1 }) as u64;
     let name = format!("{batch}x{heads}x{len}x{dim}{}", if causal { " causal" } else { "" });
     let mut group = criterion.benchmark_group(name);
-    // Of the forward pass; two operations each for score and context.
+    // The operations of the forward pass: two each for score and context.
     group.throughput(Throughput::Elements(4 * scores * dim as u64)).sample_size(10);
     for (backend, options) in [("fused", &fused), ("reference", &reference)] {
         group.bench_function(BenchmarkId::new("forward", backend), |b| {

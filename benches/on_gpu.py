@@ -2,16 +2,16 @@
 
     pip install -r benches/requirements.txt && python benches/on_gpu.py
 
-`ours` is this crate as it chooses by itself (`Backend::Auto`), `candle` matmul, softmax and matmul, the others the backends
-of PyTorch's scaled_dot_product_attention. Every answer is held against attention in f64 before it is timed.
+`ours` is candle-attention with `Backend::Auto`, `candle` is matmul, softmax and matmul, and the others are the backends of
+PyTorch's scaled_dot_product_attention. Every answer is compared with attention in f64 before it is timed.
 
-The contenders take turns on one GPU. Time is wall-clock time, for all alike: a turn queues runs one after another, as a
-training loop does, waits for the GPU at their end, and counts the mean run; a time is the median of the turns. (CUDA's
-events would leave out what candle's process waits for on the CPU.) TFLOP/s count the multiplications and additions of the
-scores and the context that the mask lets through, and 3.5 times as many for forward and backward together.
+The contenders take turns on one GPU. All times are wall-clock times. A turn queues runs one after another, as a training loop
+does, waits for the GPU at their end, and takes the mean time of a run. A time in the table is the median of the turns. (CUDA's
+events would leave out the time that candle's process spends on the CPU.) TFLOP/s count the multiplications and additions of
+the scores and the context that the mask allows, and 3.5 times as many for forward and backward together.
 
-Peak memory is that of inputs, output, gradients and all that is held between: for PyTorch as its allocator counts it, for
-this crate and candle, alone in a fresh process, as the driver's free memory shrinks.
+Peak memory counts inputs, output, gradients and everything between. For PyTorch it comes from its allocator. For
+candle-attention and candle it is the driver's free memory, in a fresh process for each.
 """
 
 import argparse
@@ -43,8 +43,8 @@ CANDLE_ENTRIES = 2**32
 
 
 @dataclass(frozen=True)
-class Place:
-    """What is timed where: as many tokens in all for every length, as many features for every head_dim."""
+class Plan:
+    """What is timed on one device: the same number of tokens for every length, the same number of features for every head_dim."""
 
     tokens: int
     lengths: tuple
@@ -62,8 +62,8 @@ class Place:
                             yield Case(self.tokens // length, heads, length, dim, dtype, causal, backward)
 
 
-PLACES = {
-    "cuda": Place(
+PLANS = {
+    "cuda": Plan(
         tokens=16384,
         lengths=(1024, 2048, 4096, 8192, 16384),
         heads={64: 32, 128: 16},
@@ -73,8 +73,8 @@ PLACES = {
             "cudnn": SDPBackend.CUDNN_ATTENTION,
         },
     ),
-    # To try the bench itself.
-    "cpu": Place(
+    # A test of this program itself.
+    "cpu": Plan(
         tokens=512,
         lengths=(64, 128, 256, 512),
         heads={64: 4, 128: 2},
@@ -112,7 +112,7 @@ class Case:
         return 4 * self.batch * self.heads * pairs * self.dim * (3.5 if self.backward else 1)
 
     def bytes(self):
-        """Of query, or of any other tensor of its shape."""
+        """The size of the query, or of another tensor of its shape."""
         return self.batch * self.heads * self.length * self.dim * DTYPES[self.dtype].itemsize
 
 
@@ -217,7 +217,7 @@ def least_free():
 class Bench:
     def __init__(self, device, rounds):
         self.device, self.rounds, self.gpu = device, rounds, device == "cuda"
-        self.backends = PLACES[device].backends
+        self.backends = PLANS[device].backends
         self.program = build(*["--features", "cuda"] if self.gpu else [])
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name)
@@ -409,7 +409,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     words = "a dtype, pass, `full`, `causal` or `memory`"
-    add("--device", choices=PLACES, default="cuda", help="cpu: tiny shapes without a GPU, to try the bench itself")
+    add("--device", choices=PLANS, default="cuda", help="cpu: tiny shapes without a GPU, to test this program itself")
     add("--quick", action="store_true", help="a few of the rows, three rounds")
     add("--json", type=Path, metavar="FILE", help="write the rows to a file, too")
     add("--shape", action="append", metavar="1x16x16384x128", help="only this shape, as in the table's first column")
@@ -431,7 +431,7 @@ def wanted(case, arguments):
 
 def main():
     arguments = parse()
-    chosen = [case for case in PLACES[arguments.device].cases(arguments.quick) if wanted(case, arguments)]
+    chosen = [case for case in PLANS[arguments.device].cases(arguments.quick) if wanted(case, arguments)]
     with_memory = not arguments.shape and set(arguments.only or []) <= {"memory"}
     if not chosen and not with_memory:
         raise SystemExit("expected --shape and --only to leave something to time, got nothing")

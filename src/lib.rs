@@ -2,7 +2,8 @@
 //!
 //! [`SelfAttention`] and [`CrossAttention`] are layers to plug into a model: trainable projections, heads, masks,
 //! grouped-query attention, rotary embedding, with a gradient for every parameter, and self-describing checkpoints.
-//! [`scaled_dot_product_attention`] is the function inside them. [`simplified`] is where the idea begins.
+//! [`scaled_dot_product_attention`] is the function inside them. [`simplified`] explains the idea without trainable
+//! weights.
 //!
 //! ```
 //! use candle_attention::{SelfAttention, SelfAttentionConfig};
@@ -16,76 +17,67 @@
 //!
 //! let x = Tensor::randn(0f32, 1.0, (2, 10, 64), &Device::Cpu)?; // (batch, len, embed_dim)
 //! assert_eq!(attention.forward(&x)?.dims(), [2, 10, 64]);
-//! # Ok::<(), candle_core::Error>(())
+//! # Ok::<(), candle_attention::Error>(())
 //! ```
 //!
 //! # The map
 //!
-//! A file imports only from floors below its own.
+//! A file imports only from files on lower floors. A folder's `mod.rs` is on the folder's own floor.
 //!
 //! | floor | file | what |
 //! |---|---|---|
-//! | 6 | `self_attention`, `cross_attention` | the layers' faces |
-//! | 5 | `multi_head` | what both share: parameters, projections, heads |
-//! | 4 | `attention` | checks its input, then computes |
-//! | 4 | `kv_cache` | keys and values of the tokens so far |
-//! | 4 | `parameters` | a layer's tensors: checked for, made, initialised |
-//! | 3 | `reference` | attention with every score in memory: read this first |
-//! | 3 | `fused` | the same without a q_len x kv_len matrix: the fast path |
-//! | 3 | `extra_keys` | keys and values that a layer adds to those it is given |
-//! | 3 | `checkpoint` | safetensors that carry their config, and the layouts of other programs |
-//! | 2 | `options` | what attention can be asked for, and what it gives back |
-//! | 2 | `config` | what a layer is made of, checked in one place |
-//! | 2 | `heatmap` | attention weights to look at |
-//! | 1 | `mask` | which keys each query may attend to |
-//! | 1 | `rotary` | rotary position embedding |
-//! | 1 | `simplified` | attention without trainable weights |
-//! | 1 | `file` | files read as a whole, and written as a whole or not at all |
-//! | 1 | `projection` | x·Wᵀ + b as one operation |
+//! | 11 | `layer` | the layers, with their configs, options and caches |
+//! | 10 | `layer/self_attention`, `layer/cross_attention` | the two layers |
+//! | 9 | `layer/shared` | the methods that both layers share: parameters and files |
+//! | 9 | `layer/cached` | attention over keys and values that were computed earlier |
+//! | 8 | `layer/core` | projections, heads, attention, output |
+//! | 8 | `layer/kv_cache` | keys and values of the tokens so far |
+//! | 7 | `layer/init` | a layer's parameters: checked, created, initialised |
+//! | 7 | `layer/options` | the options and the output of one call of a layer |
+//! | 7 | `layer/projection` | x·Wᵀ + b as one operation |
+//! | 7 | `layer/bias_kv` | keys and values that a layer appends to the given ones |
+//! | 6 | `checkpoint` | safetensors files with their config, and the layouts of other programs |
+//! | 6 | `sdpa` | `scaled_dot_product_attention`: checks its input, then chooses the backend |
+//! | 5 | `sdpa/reference` | attention with every score in memory: read this first |
+//! | 5 | `sdpa/fused` | attention without a q_len x kv_len matrix: the interface to the kernels; sinks are added after them |
+//! | 4 | `layer/config` | the config of a layer, and its checks |
+//! | 4 | `sdpa/checks` | the inputs of one call, checked once |
+//! | 3 | `sdpa/options` | the options and the output of attention |
+//! | 3 | `sdpa/head_layout` | the order of the axes: heads first or tokens first |
+//! | 3 | `sdpa/overflow` | whether scores can overflow |
+//! | 3 | `sdpa/grad_connect` | gradients of empty results |
+//! | 2 | `mask` | which keys each query may attend to |
+//! | 2 | `rotary` | rotary position embedding |
+//! | 2 | `simplified` | attention without trainable weights |
+//! | 1 | `check` | checks that several files share |
 //! | 0 | `error` | every way an input can be wrong |
-//! | 0 | `philox` | random numbers that depend on their place alone |
-//! | 0 | `axes` | in what order tensors have theirs |
-//! | 0 | `range` | whether scores can overflow |
-//! | 0 | `empty` | results without entries |
+//!
+//! These files use the package `attention-kernels`: the fused computation on slices, masks as rules, dropout, random
+//! numbers. Code that works with raw memory is only there. `attention-files` replaces files as a whole or not at all, and
+//! `attention-heatmap` draws weights.
 
 #![deny(missing_docs)]
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
-mod attention;
-mod axes;
+mod check;
 pub mod checkpoint;
-mod config;
-mod cross_attention;
-mod empty;
 mod error;
-mod extra_keys;
-mod file;
-mod fused;
-pub mod heatmap;
-mod kv_cache;
+mod layer;
 mod mask;
-mod multi_head;
-mod options;
-mod parameters;
-mod philox;
-mod projection;
-mod range;
-mod reference;
-mod rotary;
-mod self_attention;
+pub mod rotary;
+mod sdpa;
 pub mod simplified;
 
-pub use attention::scaled_dot_product_attention;
-pub use checkpoint::Layout;
-pub use config::SelfAttentionConfig;
-pub use cross_attention::CrossAttention;
-pub use error::AttentionError;
-pub use kv_cache::KvCache;
-pub use mask::{Coverage, Mask, ScoreShape};
-pub use multi_head::{ForwardOptions, ForwardOutput, MultiHead, ProjectedMemory};
-pub use options::{AttentionOptions, AttentionOutput, Backend};
-pub use rotary::{Pairing, RotaryConfig, RotaryEmbedding, RotaryScaling, Yarn};
-pub use self_attention::SelfAttention;
+pub use attention_files::FileError;
+pub use attention_kernels::mask::MaskError;
+pub use checkpoint::{Layout, LayoutFile};
+pub use error::{AttentionError, Error, Result};
+pub use layer::{
+    CrossAttention, ForwardOptions, ForwardOutput, KvCache, ProjectedMemory, SelfAttention, SelfAttentionConfig,
+    cross_attention, self_attention,
+};
+pub use mask::Mask;
+pub use sdpa::{AttentionOptions, AttentionOutput, Backend, scaled_dot_product_attention};
 
 /// The programs in the README are compiled and run as tests.
 #[cfg(doctest)]

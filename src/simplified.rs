@@ -1,24 +1,25 @@
-//! Attention without trainable weights, every step returned: where the lecture notes begin.
+//! Attention without trainable weights, as the lecture notes introduce it. Every step is returned.
 //!
-//! Each token is its own query, key and value. What a token attends to is then decided by how alike the embeddings are,
-//! and nothing can be learned; that is what [`SelfAttention`](crate::SelfAttention) adds.
+//! Each token is its own query, key and value. What a token attends to then depends only on how similar the embeddings
+//! are, and nothing can be learned. [`SelfAttention`](crate::SelfAttention) adds the trainable weights.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, Tensor};
 use candle_nn::ops::softmax;
 
-use crate::error::AttentionError;
+use crate::check::check_dtype;
+use crate::error::{AttentionError, Result};
 
 /// How scores become weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Normalization {
-    /// exp(sᵢ - max s) / Σ exp(sⱼ - max s): what everyone uses.
+    /// exp(sᵢ - max s) / Σ exp(sⱼ - max s): the usual softmax.
     #[default]
     Softmax,
-    /// exp(sᵢ) / Σ exp(sⱼ): the same on paper, but exp overflows above scores of 88 (f32), and the result is NaN. Here to
-    /// be compared.
+    /// exp(sᵢ) / Σ exp(sⱼ): mathematically the same, but exp overflows for scores above 88 (in f32), and the result is
+    /// NaN. For comparison only.
     NaiveSoftmax,
-    /// sᵢ / Σ sⱼ: leaves some weight to scores that should have none, and isn't defined where the scores cancel out. Here
-    /// to be compared.
+    /// sᵢ / Σ sⱼ: gives noticeable weight even to low scores, and is undefined if the scores sum to zero. For
+    /// comparison only.
     SumNormalized,
 }
 
@@ -61,7 +62,7 @@ pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Re
         let expected = "2 axes (len, dim) or 3 (batch, len, dim)";
         return Err(AttentionError::Rank { tensor: "inputs", expected, shape: inputs.dims().to_vec() }.into());
     }
-    check_float("inputs", inputs)?;
+    check_dtype("inputs", inputs.dtype())?;
     let inputs = inputs.contiguous()?;
     let scores = inputs.matmul(&inputs.t()?)?;
     let weights = normalize(&scores, normalization)?;
@@ -88,23 +89,15 @@ pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Re
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn normalize(scores: &Tensor, normalization: Normalization) -> Result<Tensor> {
-    check_float("scores", scores)?;
-    // candle has no maximum of nothing, and on CUDA no sum.
+    check_dtype("scores", scores.dtype())?;
+    // candle can't take the maximum of an empty tensor, and on CUDA not the sum either.
     if scores.elem_count() == 0 {
         return Ok(scores.clone());
     }
     let share_of_sum = |x: &Tensor| x.broadcast_div(&x.sum_keepdim(D::Minus1)?);
-    match normalization {
-        Normalization::Softmax => softmax(scores, D::Minus1),
-        Normalization::NaiveSoftmax => share_of_sum(&scores.exp()?),
-        Normalization::SumNormalized => share_of_sum(scores),
-    }
-}
-
-fn check_float(tensor: &'static str, x: &Tensor) -> std::result::Result<(), AttentionError> {
-    if x.dtype().is_float() {
-        return Ok(());
-    }
-    let expected = "F16, BF16, F32 or F64".into();
-    Err(AttentionError::DType { tensor, expected, got: x.dtype() })
+    Ok(match normalization {
+        Normalization::Softmax => softmax(scores, D::Minus1)?,
+        Normalization::NaiveSoftmax => share_of_sum(&scores.exp()?)?,
+        Normalization::SumNormalized => share_of_sum(scores)?,
+    })
 }

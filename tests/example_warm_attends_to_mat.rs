@@ -7,16 +7,19 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::OnceLock;
 
+use attention_examples::program::assert_refused;
 use serde_json::Value;
+
+use program::{json, run};
 
 fn example(arguments: &[&str]) -> Output {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    program::run(PROGRAM.get_or_init(|| program::build("warm_attends_to_mat")), arguments)
+    run(PROGRAM.get_or_init(|| program::build("warm_attends_to_mat")), arguments)
 }
 
-/// What it prints for another program.
+/// The one line on stdout, as JSON.
 fn result(arguments: &[&str]) -> Value {
-    program::json(&example(&[arguments, &["--json"]].concat()))
+    json(&example(&[arguments, &["--json"]].concat()))
 }
 
 fn number(result: &Value, field: &str) -> f64 {
@@ -100,6 +103,6 @@ fn bad_input_is_refused_with_a_reason() {
         (&["--steps", "1", "--out", &nowhere], 1, &["can't write", "missing"]),
     ];
     for (arguments, code, expected) in cases {
-        program::assert_refused(&example(arguments), code, expected);
+        assert_refused(&example(arguments), code, expected);
     }
 }

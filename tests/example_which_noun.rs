@@ -8,10 +8,9 @@ use std::sync::OnceLock;
 use serde_json::Value;
 
 #[path = "common/program.rs"]
-#[allow(dead_code)]
 mod program;
 
-// The example's own files. What only its main uses would count as unused here.
+// The example's own files. Items that only its main uses would count as unused here.
 #[path = "../examples/which_noun/grammar.rs"]
 #[allow(dead_code)]
 mod grammar;
@@ -26,6 +25,7 @@ mod model;
 mod reader;
 
 use grammar::{Sentence, Sentences};
+use program::{json, run};
 
 /// The example, built with the profile of this test.
 fn built() -> &'static Path {
@@ -34,12 +34,12 @@ fn built() -> &'static Path {
 }
 
 fn example(arguments: &[&str]) -> Output {
-    program::run(built(), arguments)
+    run(built(), arguments)
 }
 
 /// The one line on stdout, as JSON.
 fn result(arguments: &[&str]) -> Value {
-    program::json(&example(&[arguments, &["--json"]].concat()))
+    json(&example(&[arguments, &["--json"]].concat()))
 }
 
 fn number(result: &Value, field: &str) -> f64 {

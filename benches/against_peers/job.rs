@@ -1,11 +1,11 @@
-//! What is computed and timed.
+//! The computations that are timed.
 
 use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
 use candle_attention::{
-    AttentionOptions, Backend, Mask, SelfAttention, SelfAttentionConfig, scaled_dot_product_attention,
+    AttentionOptions, Backend, Mask, SelfAttention, SelfAttentionConfig, scaled_dot_product_attention, self_attention,
 };
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, Var};
@@ -17,9 +17,9 @@ use serde::Deserialize;
 #[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Contender {
-    /// This crate.
+    /// candle-attention.
     Ours,
-    /// Its fused path; an error where there is none.
+    /// candle-attention's fused path. An error where it can't serve.
     OursFused,
     /// Plain candle: matmul, softmax, matmul.
     Candle,
@@ -31,7 +31,7 @@ pub enum Contender {
 pub struct Description {
     causal: bool,
     backward: bool,
-    /// Of a layer.
+    /// The heads of a layer; none for attention alone.
     num_heads: Option<usize>,
 }
 
@@ -40,7 +40,8 @@ enum Kind {
     Layer { layer: Box<SelfAttention>, x: Tensor },
 }
 
-/// A loss whose gradient is given, as in PyTorch's `output.backward(gradient)`. candle's own losses would be timed too.
+/// A loss with a given gradient, as in PyTorch's `output.backward(gradient)`. With one of candle's own losses, the time would
+/// include that loss.
 struct GradOutput(Tensor);
 
 impl CustomOp1 for GradOutput {
@@ -61,16 +62,16 @@ impl CustomOp1 for GradOutput {
     }
 }
 
-/// What gets a gradient, with names.
+/// The variables that get a gradient, with their names.
 type Trained = Vec<(String, Var)>;
 
 pub struct Job {
     kind: Kind,
-    /// Where there is a backward pass.
+    /// The gradient of the output, if there is a backward pass.
     grad_output: Option<Tensor>,
     description: Description,
     trained: Trained,
-    /// candle's causal mask, once there is one: a model would not make it anew for every layer either.
+    /// candle's causal mask, made once, as a model makes it once for all layers.
     causal_mask: OnceCell<Tensor>,
     device: Device,
 }
@@ -109,8 +110,8 @@ impl Job {
 
     fn output(&self, contender: Contender) -> Result<Tensor> {
         let (query, key, value, options) = match (&self.kind, contender) {
-            (Kind::Layer { layer, x }, Contender::Ours | Contender::OursFused) => return layer.forward(x),
-            (Kind::Layer { .. }, _) => candle_core::bail!("expected this crate: candle has no attention layer"),
+            (Kind::Layer { layer, x }, Contender::Ours | Contender::OursFused) => return Ok(layer.forward(x)?),
+            (Kind::Layer { .. }, _) => candle_core::bail!("expected candle-attention: candle has no attention layer"),
             (Kind::Attention { query, key, value, options }, _) => (query, key, value, options),
         };
         let scale = 1.0 / (query.dim(3)? as f64).sqrt();
@@ -128,7 +129,7 @@ impl Job {
                     let never = Tensor::new(f32::NEG_INFINITY, &self.device)?.to_dtype(scores.dtype())?;
                     scores = allowed.where_cond(&scores, &never.broadcast_as(scores.shape())?)?;
                 }
-                // The fast one has no gradient.
+                // The fast softmax has no gradient.
                 let weights =
                     if self.description.backward { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
                 weights.matmul(value)
@@ -186,5 +187,5 @@ fn layer(mut inputs: HashMap<String, Tensor>, num_heads: usize, description: Des
     } else {
         VarBuilder::from_tensors(inputs, DType::F32, x.device())
     };
-    Ok((Kind::Layer { layer: Box::new(SelfAttention::new(&config, vb)?), x }, trained))
+    Ok((Kind::Layer { layer: Box::new(self_attention(&config, vb)?), x }, trained))
 }

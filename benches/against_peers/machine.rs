@@ -1,4 +1,4 @@
-//! Timing, and what the machine itself can do.
+//! Timing, and the speed of the machine itself.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -24,9 +24,9 @@ pub fn median_ms(warm_up_ms: u64, time_ms: u64, mut f: impl FnMut() -> Result<()
     Ok(times[times.len() / 2].as_secs_f64() * 1e3)
 }
 
-/// The mean time of runs that are queued one after another for about `time_ms`, as a training loop queues its layers: the
-/// device is waited for at their end alone. To wait after each would also time the launch of kernels, and the driver,
-/// which takes back candle's free memory whenever a stream has been waited for.
+/// The mean time of runs that are queued one after another for about `time_ms`, as a training loop queues its layers, with
+/// one synchronisation at their end. A synchronisation after each run would also count the launch of kernels, and the time
+/// in which the driver takes back candle's free memory.
 pub fn queued_ms(device: &Device, warm_up_ms: u64, time_ms: u64, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut time = |runs: usize| {
         let start = Instant::now();
@@ -43,12 +43,12 @@ pub fn queued_ms(device: &Device, warm_up_ms: u64, time_ms: u64, mut f: impl FnM
     Ok(time(runs)? / runs as f64)
 }
 
-/// Reads as many bytes, by all threads.
+/// The median time of reading so many bytes with all threads.
 pub fn read_ms(bytes: usize, warm_up_ms: u64, time_ms: u64) -> Result<f64> {
     let numbers = vec![1f32; bytes / size_of::<f32>()];
     median_ms(warm_up_ms, time_ms, || {
         let sum_of = |chunk: &[f32]| {
-            // Enough sums side by side that memory is what they wait for.
+            // With so many independent sums, memory is the bottleneck.
             let mut sums = [0f32; 64];
             for numbers in chunk.chunks_exact(64) {
                 for (sum, x) in sums.iter_mut().zip(numbers) {
@@ -62,12 +62,13 @@ pub fn read_ms(bytes: usize, warm_up_ms: u64, time_ms: u64) -> Result<f64> {
     })
 }
 
+/// The median time of the product of two square matrices.
 pub fn matmul_ms(size: usize, warm_up_ms: u64, time_ms: u64) -> Result<f64> {
     let matrix = Tensor::randn(0f32, 1.0, (size, size), &Device::Cpu)?;
     median_ms(warm_up_ms, time_ms, || matrix.matmul(&matrix).map(drop))
 }
 
-/// In bytes; as Linux says it.
+/// The peak and the present memory in bytes, from Linux.
 pub fn memory() -> Result<Value> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let bytes = |key: &str| {

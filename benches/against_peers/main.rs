@@ -1,5 +1,5 @@
-//! This crate's and candle's side of `against_peers.py` and `on_gpu.py`, which start this program and tell it, a line of
-//! JSON at a time, what to compute and when to time it. The answers are JSON too.
+//! candle-attention's and candle's side of `against_peers.py` and `on_gpu.py`. They start this program and send it requests on
+//! stdin, one line of JSON each. It answers each on stdout with one line of JSON.
 
 mod job;
 mod machine;
@@ -16,7 +16,7 @@ use job::{Contender, Job};
 
 #[derive(Clone, Copy, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Place {
+enum DeviceName {
     #[default]
     Cpu,
     Cuda,
@@ -31,37 +31,37 @@ enum Request {
         inputs: PathBuf,
         job: job::Description,
         #[serde(default)]
-        device: Place,
+        device: DeviceName,
     },
-    /// Writes what the job gives to a safetensors file.
+    /// Writes the results of the job to a safetensors file.
     Answer { id: u32, contender: Contender, to: PathBuf },
-    /// Repeats the job and says the median time of a run.
+    /// Repeats the job and answers with the median time of a run.
     Time { id: u32, contender: Contender, warm_up_ms: u64, time_ms: u64 },
-    /// Queues the job again and again and says the mean time of a run.
+    /// Queues the job again and again and answers with the mean time of a run.
     TimeQueued { id: u32, contender: Contender, warm_up_ms: u64, time_ms: u64 },
     /// Drops the job.
     Forget { id: u32 },
-    /// Reads memory with all threads and says how fast.
+    /// Reads memory with all threads and answers with the median time.
     Read { bytes: usize, warm_up_ms: u64, time_ms: u64 },
-    /// Repeats the product of two square matrices and says the median time.
+    /// Repeats the product of two square matrices and answers with the median time.
     Matmul { size: usize, warm_up_ms: u64, time_ms: u64 },
-    /// The most memory that this process has held so far, and holds now.
+    /// The peak and the present memory of this process.
     Memory,
 }
 
 #[derive(Default)]
 struct Server {
     jobs: HashMap<u32, Job>,
-    /// One for all jobs, from the first that asks for it.
+    /// One GPU for all jobs, opened by the first that asks for it.
     cuda: Option<Device>,
 }
 
 impl Server {
-    fn device(&mut self, place: Place) -> Result<Device> {
-        match (place, &self.cuda) {
-            (Place::Cpu, _) => Ok(Device::Cpu),
-            (Place::Cuda, Some(device)) => Ok(device.clone()),
-            (Place::Cuda, None) => Ok(self.cuda.insert(Device::new_cuda(0)?).clone()),
+    fn device(&mut self, name: DeviceName) -> Result<Device> {
+        match (name, &self.cuda) {
+            (DeviceName::Cpu, _) => Ok(Device::Cpu),
+            (DeviceName::Cuda, Some(device)) => Ok(device.clone()),
+            (DeviceName::Cuda, None) => Ok(self.cuda.insert(Device::new_cuda(0)?).clone()),
         }
     }
 
@@ -81,7 +81,7 @@ impl Server {
                 let saved = job.run(contender).and_then(|answer| {
                     candle_core::safetensors::save(&answer.into_iter().collect::<HashMap<_, _>>(), to)
                 });
-                // After an error too: only now does the driver take back the memory.
+                // After an error too: the driver takes back the memory only now.
                 job.device().synchronize()?;
                 saved.map(|()| json!({}))?
             }
@@ -117,10 +117,6 @@ fn unknown(id: u32) -> candle_core::Error {
 }
 
 fn main() -> std::io::Result<()> {
-    if !std::env::args().any(|argument| argument == "--serve") {
-        println!("skipped: python benches/against_peers.py and benches/on_gpu.py run this");
-        return Ok(());
-    }
     let mut server = Server::default();
     for line in stdin().lock().lines() {
         let reply = match serde_json::from_str(&line?) {

@@ -1,4 +1,4 @@
-"""The contenders and how they take turns: this crate and candle in a process of their own, PyTorch in this one."""
+"""The contenders and how they take turns: candle-attention and candle in one process, PyTorch in this one."""
 
 import json
 import math
@@ -59,22 +59,22 @@ def rotate(timers, rounds, pause):
 
 
 def build(*options):
-    """The path of the program that `main.rs` makes; the options are cargo's."""
-    command = ["cargo", "build", "--release", "--bench", "against_peers", "--message-format=json-render-diagnostics"]
+    """Build `main.rs` with these options of cargo and return the path of the program."""
+    command = ["cargo", "build", "--release", "-p", "attention-benches", "--message-format=json-render-diagnostics"]
     command += options
     lines = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     programs = [json.loads(line).get("executable") for line in lines]
-    return [program for program in programs if program][-1]
+    return next(program for program in programs if program)
 
 
 class Ours:
-    """The process that serves this crate's and candle's jobs."""
+    """The process that runs candle-attention's and candle's jobs."""
 
     def __init__(self, program, threads):
-        # This crate's tasks and candle's matmul both count their threads by it.
+        # It sets the number of threads of candle-attention's tasks and of candle's matmul.
         environment = os.environ | {"RAYON_NUM_THREADS": str(threads)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([program, "--serve"], env=environment, text=True, **pipes)
+        self.process = subprocess.Popen([program], env=environment, text=True, **pipes)
         self.jobs = 0
 
     def ask(self, **request):

@@ -1,12 +1,12 @@
-"""Train the example's model with PyTorch, from the same initial parameters and on the same batches, and compare.
+"""Train char_gpt's model with PyTorch, from the same initial parameters and on the same batches, and compare.
 
     pip install safetensors torch tqdm && python examples/char_gpt/parity.py
 
-Two things are compared, in f32 and on two threads each. The loss of every step: 200 steps must agree within 1e-3. And the
-speed, in turns: one contender trains for ten steps, then the other, and the table has the medians.
+Two things are compared, in f32 and on two threads each. The first is the loss of every step: 200 steps must agree within
+1e-3. The second is the speed: the contenders train for ten steps in turns, and the table has the medians.
 
-Initial parameters come from a run of no steps; batches, learning rates and AdamW's settings follow the rules of text.rs,
-common/random.rs and training.rs.
+Initial parameters come from a run of zero steps. Batches, learning rates and AdamW's settings follow the rules of
+src/text.rs, ../common/src/random.rs and src/training.rs.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MASK = 2**64 - 1
 
 
 class Random:
-    """SplitMix64, as in random.rs."""
+    """SplitMix64, as in ../common/src/random.rs."""
 
     def __init__(self, seed, purpose, step):
         self.state = seed
@@ -48,7 +48,7 @@ class Random:
 
 
 class Gpt:
-    """The model of model.rs, written as one writes it in PyTorch."""
+    """The model of src/model.rs, in PyTorch."""
 
     def __init__(self, config, parameters):
         self.config = config
@@ -93,8 +93,8 @@ class Peer:
     def __init__(self, header, parameters, steps):
         self.run, self.steps, self.step = header["run"], steps, 0
         text = TEXT.read_text(encoding="utf-8")
-        places = {character: place for place, character in enumerate(header["vocabulary"])}
-        tokens = torch.tensor([places[character] for character in text])
+        ids = {character: token for token, character in enumerate(header["vocabulary"])}
+        tokens = torch.tensor([ids[character] for character in text])
         self.tokens = tokens[: len(tokens) - len(tokens) // 10]
         self.model = Gpt(self.run["model"], parameters)
         trained = self.model.parameters.values()
@@ -131,7 +131,7 @@ class Peer:
 
 
 def build():
-    command = ["cargo", "build", "--quiet", "--release", "--example", "char_gpt", "--message-format", "json"]
+    command = ["cargo", "build", "--quiet", "--release", "-p", "char_gpt", "--message-format", "json"]
     lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     messages = [json.loads(line) for line in lines]
     return next(m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == "char_gpt")
@@ -139,14 +139,14 @@ def build():
 
 def ours(program, flags, *more):
     command = [program, "--json", "--sample", "0", *flags, *more]
-    # candle asks the operating system for the number of threads at every matrix product unless it is given.
+    # Without it candle asks the operating system for the number of threads at every matrix product.
     environment = {**os.environ, "RAYON_NUM_THREADS": "2"}
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     return json.loads(result.stdout)
 
 
 def start(program, flags, file):
-    """What a run of no steps leaves: its header and its initial parameters."""
+    """The header and the initial parameters that a run of zero steps saves."""
     ours(program, flags, "--steps", "0", "--out", file)
     with safe_open(file, "pt") as saved:
         header = json.loads(saved.metadata()["char_gpt"])

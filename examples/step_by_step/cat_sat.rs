@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::Write;
 
 use anyhow::Result;
-use candle_attention::{SelfAttention, SelfAttentionConfig};
+use candle_attention::{SelfAttention, SelfAttentionConfig, self_attention};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder};
 
@@ -13,7 +13,7 @@ use crate::page::{heading, row, vector};
 const WORDS: [&str; 3] = ["The", "cat", "sat"];
 /// The embeddings of the notes.
 const INPUTS: [[f32; 4]; 3] = [[1., 0., 1., 0.], [0., 1., 0., 1.], [1., 1., 1., 1.]];
-/// What the notes give as the context of "The".
+/// The context of "The" in the notes.
 const NOTES_CONTEXT: [f32; 4] = [1.2669, 0.9999, 1.2669, 0.9999];
 
 /// The single-head layer of the notes, W_Q = W_K = W_V = I.
@@ -22,12 +22,12 @@ fn identity_layer() -> Result<SelfAttention> {
     let identity = Tensor::eye(4, DType::F32, &Device::Cpu)?;
     let parameters = HashMap::from(names.map(|name| (name.to_string(), identity.clone())));
     let vb = VarBuilder::from_tensors(parameters, DType::F32, &Device::Cpu);
-    Ok(SelfAttention::new(&SelfAttentionConfig::single_head(4, 4, 4), vb)?)
+    Ok(self_attention(&SelfAttentionConfig::single_head(4, 4, 4), vb)?)
 }
 
 type Rows = Vec<Vec<f32>>;
 
-/// What each word attends to, and its context.
+/// The weights of each word, and its context.
 fn attend() -> Result<(Rows, Rows)> {
     let (context, weights) = identity_layer()?.forward_with_weights(&Tensor::new(&INPUTS, &Device::Cpu)?)?;
     // (heads, queries, keys), with one head.
@@ -74,7 +74,7 @@ fn columns(width: usize) -> String {
 pub fn impossible_context(out: &mut impl Write) -> Result<()> {
     heading(out, "8. A context that cannot be")?;
     let (weights, context) = attend()?;
-    // The slip that leads to the numbers of the notes: "sat" taken twice, with weights cut off after four digits.
+    // The mistake that leads to the numbers of the notes: "sat" is counted twice, and weights are cut off after four digits.
     let cut: Vec<_> = weights[0].iter().map(|weight| (weight * 1e4).floor() / 1e4).collect();
     let sat_twice: Vec<_> = (0..4).map(|i| cut[0] * INPUTS[0][i] + cut[1] * INPUTS[1][i] + cut[2] * 2.0).collect();
     writeln!(

@@ -138,7 +138,7 @@ the light of its sentence."
 pub fn wrong_z2(out: &mut impl Write) -> Result<()> {
     heading(out, "5. A slip in the notes: z2 = 0.4371, six times")?;
     let SimplifiedAttention { weights, context, .. } = attention()?;
-    // What the loop of the notes does: index and entry of the query, where index and row of the inputs were meant.
+    // The loop of the notes: it takes index and entry of the query, where index and row of the inputs were meant.
     let terms: Vec<_> = INPUTS[QUERY].iter().zip(of_query(&weights)?).map(|(x_j, weight)| weight * x_j).collect();
     let slip = [terms.iter().sum::<f32>(); 6];
     writeln!(

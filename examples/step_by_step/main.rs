@@ -20,7 +20,7 @@ use anyhow::Result;
 
 fn main() -> Result<()> {
     match tell(&mut io::stdout().lock()) {
-        // The reader has seen enough: `step_by_step | head`.
+        // As in `step_by_step | head`, which closes the pipe early.
         Err(error) if error.downcast_ref().map(io::Error::kind) == Some(ErrorKind::BrokenPipe) => Ok(()),
         result => result,
     }

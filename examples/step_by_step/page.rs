@@ -1,4 +1,4 @@
-//! How things look on the page.
+//! Headings, vectors, rows and bars as text.
 
 use std::io::Write;
 
@@ -15,7 +15,7 @@ pub fn vector(numbers: &[f32], decimals: usize) -> String {
     format!("[{}]", numbers.join(", "))
 }
 
-/// A row of a table: every number as wide as the others, so that columns stand one below the other.
+/// A row of a table: all numbers have the same width, so that the columns are aligned.
 pub fn row(numbers: &[f32], width: usize, decimals: usize) -> String {
     numbers.iter().map(|x| format!("{x:width$.decimals$}")).collect()
 }

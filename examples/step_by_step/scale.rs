@@ -13,8 +13,9 @@ const QUERY: [[f32; 4]; 1] = [[2., 3., 4., 1.]];
 const KEYS: [[f32; 4]; 2] = [[1., 0., 1., 0.], [0., 1., 0., 1.]];
 
 const HEAD_DIMS: [usize; 5] = [4, 16, 64, 256, 1024];
-/// Enough queries for steady averages, and few enough keys for a softmax that one can imagine.
+/// Enough queries for stable averages.
 const NUM_QUERIES: usize = 2000;
+/// Few keys, so that the weights are easy to interpret.
 const NUM_KEYS: usize = 16;
 
 pub fn six_and_four(out: &mut impl Write) -> Result<()> {
@@ -40,7 +41,7 @@ pub fn six_and_four(out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-/// What scores are like for random queries and keys, and what becomes of them.
+/// Statistics of the scores of random queries and keys, and of their weights and gradients.
 struct Statistics {
     /// Of the dot products q·k.
     variance: f64,

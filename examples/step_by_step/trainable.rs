@@ -5,14 +5,14 @@ use std::io::Write;
 
 use anyhow::Result;
 use candle_attention::simplified::{Normalization, simplified_attention};
-use candle_attention::{SelfAttention, SelfAttentionConfig};
+use candle_attention::{SelfAttention, SelfAttentionConfig, self_attention};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder, VarMap};
 
 use crate::page::{bar, heading, row};
 
 const WORDS: [&str; 10] = ["The", "cat", "sat", "on", "the", "mat", "because", "it", "is", "warm"];
-/// The notes give this sentence no embeddings. In these, every entry has a meaning: animal, thing, action, quality and
+/// The notes give no embeddings for this sentence. In these, every entry has a meaning: animal, thing, action, quality and
 /// function word. "warm" has nothing in common with "mat".
 const INPUTS: [[f32; 5]; 10] = [
     [0.0, 0.0, 0.0, 0.0, 1.0],
@@ -68,14 +68,14 @@ they are symmetric: whichever of two words asks, the score is the same.",
     Ok(())
 }
 
-/// A layer as it is before training, drawn from a seed.
+/// An untrained layer, drawn from a seed.
 fn untrained(seed: u64) -> Result<SelfAttention> {
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
     let config = SelfAttentionConfig { seed, ..SelfAttentionConfig::single_head(DIM, DIM, DIM) };
-    Ok(SelfAttention::new(&config, vb)?)
+    Ok(self_attention(&config, vb)?)
 }
 
-/// A layer whose W_Q makes of a quality a question for a thing. W_K and W_V are the identity.
+/// A layer whose W_Q turns a quality into a query for a thing. W_K and W_V are the identity.
 fn by_hand() -> Result<SelfAttention> {
     let identity = Tensor::eye(DIM, DType::F32, &Device::Cpu)?;
     let mut w_q = [[0f32; DIM]; DIM];
@@ -86,7 +86,7 @@ fn by_hand() -> Result<SelfAttention> {
         ("v_proj.weight".to_string(), identity),
     ]);
     let vb = VarBuilder::from_tensors(parameters, DType::F32, &Device::Cpu);
-    Ok(SelfAttention::new(&SelfAttentionConfig::single_head(DIM, DIM, DIM), vb)?)
+    Ok(self_attention(&SelfAttentionConfig::single_head(DIM, DIM, DIM), vb)?)
 }
 
 pub fn with(out: &mut impl Write) -> Result<()> {

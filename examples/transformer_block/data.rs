@@ -1,24 +1,23 @@
-//! The task: digits, `=`, and the digits once more, backwards or as they were.
+//! The task: digits, `=`, and the digits again, in reverse or in the same order.
 
 use std::fmt;
 
+use attention_examples::random::Random;
 use candle_core::{Device, Result, Tensor};
 use clap::ValueEnum;
 
-use crate::random::Random;
-
-/// Digits of a sequence.
+/// Digits in a sequence.
 pub const DIGITS: usize = 12;
-/// What the model gets to see: the digits, `=`, and the answer without its last digit.
+/// The input of the model: the digits, `=`, and the answer without its last digit.
 pub const LEN: usize = 2 * DIGITS;
 /// The digits 0 to 9 and `=`.
 pub const VOCAB: usize = 11;
 const EQUALS: u32 = 10;
 
-/// Sequences that are kept back from training.
+/// Sequences that are held out of training.
 pub const HELD_OUT: usize = 256;
-/// Sequences of a training step: enough to learn from, and few enough that candle's element-wise operations stay on one
-/// thread (up to 64K elements). Where other programs run as well, its spinning threads wait for each other.
+/// Sequences in a training step. With so few, candle's element-wise operations stay on one thread (up to 64K elements). On a
+/// machine that also runs other programs, several threads would wait for each other.
 const BATCH: usize = 16;
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -40,13 +39,13 @@ type Digits = [u32; DIGITS];
 
 /// Questions and answers.
 pub struct Batch {
-    /// What the model sees, (batch, [`LEN`]).
+    /// The input, (batch, [`LEN`]).
     pub tokens: Tensor,
-    /// What it should say at the last [`DIGITS`] places, (batch, [`DIGITS`]).
+    /// The right answers at the last [`DIGITS`] positions, (batch, [`DIGITS`]).
     pub answers: Tensor,
 }
 
-/// Sequences without end, none of them among those held out.
+/// An endless supply of training sequences, none of which is held out.
 pub struct Data {
     task: Task,
     random: Random,
@@ -94,7 +93,7 @@ impl Data {
     }
 }
 
-/// Tokens as one reads them.
+/// Tokens as text.
 pub fn to_text(tokens: &[u32]) -> String {
     let words = tokens.iter().map(|&token| if token == EQUALS { "=".into() } else { token.to_string() });
     words.collect::<Vec<_>>().join(" ")

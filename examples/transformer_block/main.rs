@@ -1,8 +1,8 @@
-//! A small transformer with this crate's `SelfAttention` inside, trained, saved and loaded with candle's own tools.
+//! A small transformer with candle-attention's `SelfAttention`, trained, saved and loaded with candle's own tools.
 //!
 //! The model reads random digits and writes them backwards (`3 1 4 1 5 = 5 1 4 1 3`) or, with `--task copy`, once more.
-//! All of it stands on one `VarMap`: it is trained with `AdamW`, saved with `VarMap::save` and loaded into a new model,
-//! which must then give the very same logits.
+//! All parameters are in one `VarMap`. The model is trained with `AdamW`, saved with `VarMap::save` and loaded into a new
+//! model, which must give the same logits to the last bit.
 //!
 //! ```text
 //! cargo run --release --example transformer_block
@@ -13,15 +13,7 @@
 //! `model.rs` is the transformer, `data.rs` its task.
 
 mod data;
-#[path = "../common/device.rs"]
-mod device;
-#[path = "../common/exit.rs"]
-mod exit;
 mod model;
-#[path = "../common/parameters.rs"]
-mod parameters;
-#[path = "../common/random.rs"]
-mod random;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -29,6 +21,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use attention_examples::device::DeviceName;
+use attention_examples::exit;
+use attention_examples::parameters::{initialise, named_vars};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::loss::cross_entropy;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
@@ -36,9 +31,7 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use data::{Batch, Data, Task};
-use device::DeviceName;
 use model::{ATTENTION, Transformer};
-use parameters::{initialise, named_vars};
 
 /// Train a transformer block to reverse or copy digits, save it, load it, and check that nothing changed.
 #[derive(Parser)]
@@ -52,7 +45,7 @@ struct Flags {
     /// Learning rate
     #[arg(long, default_value_t = 3e-3, value_parser = learning_rate, allow_negative_numbers = true)]
     lr: f64,
-    /// Where initial parameters and data are drawn from
+    /// The seed of initial parameters and data
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     /// Where to compute
@@ -108,7 +101,7 @@ fn run(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-/// Finds out before the training, not after it, that the model can't be saved.
+/// Checks before the training, not after it, that the model can be saved.
 fn prepare(path: &Path) -> Result<()> {
     ensure!(!path.is_dir(), "--out {}: expected a file, got a folder", path.display());
     match path.parent() {
@@ -117,7 +110,7 @@ fn prepare(path: &Path) -> Result<()> {
     }
 }
 
-/// That every parameter learns: some candle operations drop the gradient in silence.
+/// Checks that every parameter gets a gradient. Some of candle's operations drop it without an error.
 fn check_gradients(model: &Transformer, varmap: &VarMap, batch: &Batch) -> Result<()> {
     let gradients = loss(model, batch)?.backward()?;
     let mut missing = Vec::new();
@@ -130,7 +123,7 @@ fn check_gradients(model: &Transformer, varmap: &VarMap, batch: &Batch) -> Resul
     Ok(())
 }
 
-/// Cross-entropy of the answer's digits, all of them predicted at once from the right ones before them.
+/// The cross-entropy of the answer's digits, each predicted from the right digits before it.
 fn loss(model: &Transformer, batch: &Batch) -> Result<Tensor> {
     let logits = model.forward(&batch.tokens)?.narrow(1, data::DIGITS, data::DIGITS)?;
     Ok(cross_entropy(&logits.flatten_to(1)?, &batch.answers.flatten_all()?)?)
@@ -145,7 +138,7 @@ fn finite(loss: &Tensor) -> Result<f32> {
 fn train(model: &Transformer, varmap: &VarMap, data: &mut Data, flags: &Flags, device: &Device) -> Result<()> {
     let parameters = ParamsAdamW { lr: flags.lr, ..Default::default() };
     let mut optimizer = AdamW::new(varmap.all_vars(), parameters)?;
-    // Not drawn where stderr is no terminal.
+    // Drawn on stderr, and only if that is a terminal.
     let style = ProgressStyle::with_template("training {bar:40} {pos}/{len} steps, {msg}")?;
     let progress = ProgressBar::new(flags.steps as u64).with_style(style);
     for _ in 0..flags.steps {
@@ -158,12 +151,12 @@ fn train(model: &Transformer, varmap: &VarMap, data: &mut Data, flags: &Flags, d
     Ok(())
 }
 
-/// How well the model does.
+/// The evaluation of a model.
 struct Evaluation {
     loss: f32,
-    /// The share of digits that are right, where the model goes on from its own answer.
+    /// The share of right digits, where the model continues its own answer.
     accuracy: f32,
-    /// What it writes, (batch, digits).
+    /// Its answers, (batch, digits).
     answers: Tensor,
 }
 
@@ -216,7 +209,8 @@ fn print_json(flags: &Flags, [before, after]: [&Evaluation; 2], reload_identical
     Ok(writeln!(io::stdout(), "{results}")?)
 }
 
-/// Saves the model and loads it into a new one that started elsewhere: are the logits the same to the last bit?
+/// Saves the model and loads it into a new one with other initial parameters. Returns whether the logits are the same to
+/// the last bit.
 fn reload_is_identical(model: &Transformer, varmap: &VarMap, batch: &Batch, flags: &Flags) -> Result<bool> {
     let path = &flags.out;
     varmap.save(path).with_context(|| format!("can't save {}", path.display()))?;

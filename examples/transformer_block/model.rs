@@ -1,6 +1,6 @@
 //! The transformer: token and position embedding, pre-norm blocks, a last norm, a linear head.
 
-use candle_attention::{SelfAttention, SelfAttentionConfig};
+use candle_attention::{SelfAttention, SelfAttentionConfig, self_attention};
 use candle_core::{Result, Tensor};
 use candle_nn::{Embedding, Linear, Module, RmsNorm, VarBuilder, embedding, linear_no_bias, rms_norm};
 
@@ -12,6 +12,7 @@ const MLP_DIM: usize = 128;
 const NUM_BLOCKS: usize = 1;
 /// As in Llama.
 const NORM_EPS: f64 = 1e-5;
+/// The name of the attention layers' parameters.
 pub const ATTENTION: &str = "attention";
 
 /// x + attention(norm(x)), then x + MLP(norm(x)). (Xiong et al., "On Layer Normalization in the Transformer
@@ -35,14 +36,14 @@ impl Block {
         };
         Ok(Self {
             attention_norm: rms_norm(EMBED_DIM, NORM_EPS, vb.pp("attention_norm"))?,
-            attention: SelfAttention::new(&config, vb.pp(ATTENTION))?,
+            attention: self_attention(&config, vb.pp(ATTENTION))?,
             mlp_norm: rms_norm(EMBED_DIM, NORM_EPS, vb.pp("mlp_norm"))?,
             up: linear_no_bias(EMBED_DIM, MLP_DIM, vb.pp("up"))?,
             down: linear_no_bias(MLP_DIM, EMBED_DIM, vb.pp("down"))?,
         })
     }
 
-    /// `forward_diff`, because candle's `RmsNorm::forward` drops the gradient in silence, as does `LayerNorm::forward`.
+    /// With `forward_diff`, because candle's `RmsNorm::forward` and `LayerNorm::forward` drop the gradient without an error.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let x = (x + self.attention.forward(&self.attention_norm.forward_diff(x)?)?)?;
         let hidden = self.up.forward(&self.mlp_norm.forward_diff(&x)?)?.silu()?;

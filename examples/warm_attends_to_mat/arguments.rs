@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use attention_examples::device::DeviceName;
 use clap::Parser;
 
-use crate::device::DeviceName;
-
-/// Teaches one attention head that a word should look at another, and shows what it looks at.
+/// Teaches one attention head that a word should attend to another, and shows its weights.
 #[derive(Parser, Debug)]
 #[command(name = "warm_attends_to_mat")]
 pub struct Arguments {
@@ -17,7 +16,7 @@ pub struct Arguments {
     /// Learning rate of AdamW
     #[arg(long, default_value_t = 0.02, value_parser = positive_number, allow_negative_numbers = true, conflicts_with = "load")]
     pub lr: f64,
-    /// What the initial weights are drawn from
+    /// The seed of the initial weights
     #[arg(long, default_value_t = 1, conflicts_with = "load")]
     pub seed: u64,
     /// Where to compute
@@ -26,7 +25,7 @@ pub struct Arguments {
     /// Where to save the layer [default: target/warm_attends_to_mat.safetensors]
     #[arg(long, value_name = "FILE", conflicts_with = "load")]
     pub out: Option<PathBuf>,
-    /// Show a saved layer, and train nothing
+    /// Show a saved layer, without training
     #[arg(long, value_name = "FILE")]
     pub load: Option<PathBuf>,
     /// The sentence; words are separated by spaces
@@ -47,7 +46,7 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Where to save. The folder of the default is made if need be; one that was asked for must be there.
+    /// The file to save to. The folder of the default is made if it is missing; the folder of `--out` must exist.
     pub fn output_file(&self) -> Result<PathBuf> {
         match &self.out {
             Some(file) => Ok(file.clone()),

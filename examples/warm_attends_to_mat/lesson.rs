@@ -1,27 +1,28 @@
-//! What is taught: that the query looks at the target, and every other word where it looked before.
+//! The lesson: the query should attend to the target, and every other word to what it attended to before.
 
 use anyhow::Result;
+use attention_examples::embeddings::embeddings;
 use candle_attention::SelfAttention;
 use candle_attention::simplified::{Normalization, simplified_attention};
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::embeddings::embeddings;
 use crate::sentence::Sentence;
 
-/// A sentence as tensors, and what its words should attend to.
+/// A sentence as tensors, and the weights that a layer should learn.
 pub struct Lesson {
     /// (len, dim)
     embeddings: Tensor,
     query: usize,
     target: usize,
     target_word: String,
-    /// The weights to learn, (len, len): those of the untrained layer, but for the query's row, which is all target.
+    /// The weights to learn, (len, len): those of the untrained layer, except that the query gives all of its attention to
+    /// the target.
     goal: Tensor,
 }
 
-/// What a layer does with the sentence.
+/// What a layer computes from the sentence.
 pub struct Look {
     /// (len, output_dim)
     pub output: Tensor,
@@ -30,7 +31,7 @@ pub struct Look {
 }
 
 impl Lesson {
-    /// The lesson for a layer that knows nothing yet.
+    /// The lesson for an untrained layer.
     pub fn new(sentence: &Sentence, untrained: &SelfAttention, device: &Device) -> Result<Self> {
         let embeddings = embeddings(&sentence.words, untrained.config().embed_dim, device)?;
         let mut goal = look(untrained, &embeddings)?.weights.to_vec2::<f32>()?;
@@ -46,7 +47,7 @@ impl Lesson {
         })
     }
 
-    /// The weight of the target in the query's row where nothing can be trained.
+    /// The weight of the target in the query's row, in attention without trainable weights.
     pub fn without_parameters(&self) -> Result<f32> {
         self.on_target(&simplified_attention(&self.embeddings, Normalization::Softmax)?.weights)
     }
@@ -68,14 +69,14 @@ impl Lesson {
         Ok(weights.get(self.query)?.get(self.target)?.to_scalar()?)
     }
 
-    /// How far the weights are from the goal: the Kullback-Leibler divergence, Σ goal · ln(goal / weight).
+    /// The Kullback-Leibler divergence of the weights from the goal, Σ goal · ln(goal / weight).
     pub fn loss(&self, weights: &Tensor) -> Result<Tensor> {
-        // Held above the smallest number, whose logarithm is finite.
+        // At least the smallest normal number, so that the logarithm is finite.
         let logarithm = |x: &Tensor| x.maximum(f64::from(f32::MIN_POSITIVE))?.log();
         Ok((&self.goal * (logarithm(&self.goal)? - logarithm(weights)?)?)?.sum_all()?)
     }
 
-    /// Trains W_Q and W_K. W_V has no part in where a word looks, and stays as it is.
+    /// Trains W_Q and W_K. W_V has no influence on the weights, and stays as it is.
     pub fn teach(&self, layer: &SelfAttention, steps: usize, learning_rate: f64) -> Result<()> {
         let trained = [layer.q_proj().weight(), layer.k_proj().weight()];
         let vars = trained.map(Var::from_tensor).into_iter().collect::<candle_core::Result<Vec<_>>>()?;

@@ -6,28 +6,21 @@
 //! cargo run --release --example warm_attends_to_mat -- --load weights/warm_attends_to_mat.safetensors
 //! ```
 //!
-//! Without trainable weights a word attends to words with embeddings like its own, and the embeddings of "warm" and "mat"
-//! aren't alike. With them, W_Q and W_K learn a space in which they are. The layer is then saved, loaded back, and shown
-//! to give the same numbers.
+//! Without trainable weights a word attends to words with similar embeddings, and the embeddings of "warm" and "mat" aren't
+//! similar. W_Q and W_K learn a space in which they are. The program then saves the layer, loads it back, and checks that it
+//! gives the same numbers.
 
 mod arguments;
-#[path = "../common/device.rs"]
-mod device;
-#[path = "../common/embeddings.rs"]
-mod embeddings;
-#[path = "../common/exit.rs"]
-mod exit;
 mod lesson;
 mod sentence;
-#[path = "../common/words.rs"]
-mod words;
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use candle_attention::heatmap::{Colour, Heatmap};
-use candle_attention::{SelfAttention, SelfAttentionConfig};
+use attention_examples::exit;
+use attention_heatmap::{Colour, Heatmap};
+use candle_attention::{SelfAttention, SelfAttentionConfig, self_attention};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use clap::Parser;
@@ -47,7 +40,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let sentence = Sentence::new(&arguments.sentence, &arguments.query, &arguments.target)?;
     let device = arguments.device.open()?;
-    // With --json, stdout is for the one line that a program reads.
+    // With --json, stdout holds only the one line for another program.
     let (mut screen, colour): (Box<dyn Write>, Colour) = if arguments.json {
         (Box::new(std::io::stderr()), Colour::for_stream(&std::io::stderr()))
     } else {
@@ -63,7 +56,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let lesson = Lesson::new(&sentence, &untrained, &device)?;
     let before = lesson.look(&untrained)?.weights;
     introduce(&mut screen, &sentence, &lesson)?;
-    let before_text = Heatmap::new(&before, &sentence.words)?.to_text(colour)?;
+    let before_text = heatmap(&before, &sentence)?.to_text(colour)?;
     writeln!(screen, "With W_Q, W_K and W_V as they start, untrained:\n\n{before_text}")?;
 
     let steps = if loaded.is_some() { 0 } else { arguments.steps };
@@ -76,10 +69,10 @@ fn run(arguments: &Arguments) -> Result<()> {
         Some(file) => writeln!(screen, "With the layer from {}:\n", file.display())?,
         None => writeln!(screen, "After {steps} steps of training W_Q and W_K:\n")?,
     }
-    writeln!(screen, "{}", Heatmap::new(&after, &sentence.words)?.to_text(colour)?)?;
+    writeln!(screen, "{}", heatmap(&after, &sentence)?.to_text(colour)?)?;
 
     if let Some(file) = &arguments.picture {
-        let both = Heatmap::new(&Tensor::stack(&[&before, &after], 0)?, &sentence.words)?;
+        let both = heatmap(&Tensor::stack(&[&before, &after], 0)?, &sentence)?;
         both.titled(&["before training", "after training"])?.save_svg(file)?;
     }
     let reload_identical = save_and_reload(arguments, &lesson, &layer, &device, &mut screen)?;
@@ -100,7 +93,12 @@ fn run(arguments: &Arguments) -> Result<()> {
 
 fn new_layer(config: &SelfAttentionConfig, device: &Device) -> Result<SelfAttention> {
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, device);
-    Ok(SelfAttention::new(config, vb)?)
+    Ok(self_attention(config, vb)?)
+}
+
+/// Of weights (len, len), or of several (.., len, len).
+fn heatmap(weights: &Tensor, sentence: &Sentence) -> Result<Heatmap> {
+    Ok(Heatmap::new(&weights.flatten_all()?.to_vec1::<f32>()?, &sentence.words)?)
 }
 
 fn introduce(screen: &mut impl Write, sentence: &Sentence, lesson: &Lesson) -> Result<()> {
@@ -116,7 +114,7 @@ fn introduce(screen: &mut impl Write, sentence: &Sentence, lesson: &Lesson) -> R
     Ok(())
 }
 
-/// Saves the layer, loads it back, and compares what both make of the sentence, bit by bit. A layer that came from a
+/// Saves the layer, loads it back, and compares the outputs of both for the sentence, bit by bit. A layer that came from a
 /// file is saved to memory only.
 fn save_and_reload(
     arguments: &Arguments,

@@ -1,10 +1,9 @@
-//! A sentence and the two words that matter.
+//! A sentence with its query and its target.
 
 use anyhow::{Result, ensure};
+use attention_examples::words::find;
 
-use crate::words::find;
-
-/// A sentence, and which of its words should attend to which.
+/// A sentence, the index of the word that should attend, and that of the word that it should attend to.
 pub struct Sentence {
     pub words: Vec<String>,
     pub query: usize,

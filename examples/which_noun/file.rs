@@ -1,7 +1,6 @@
-//! The model as a file: safetensors that carry what the model is made of, so that the file alone is enough.
+//! The model as a file: safetensors whose metadata describe the model, so that the file alone is enough to load it.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -18,7 +17,7 @@ use crate::reader::Reader;
 /// The metadata entry that holds the [`Header`] as JSON.
 const METADATA_KEY: &str = "which_noun";
 
-/// What a file says of itself.
+/// The JSON in the metadata of a file.
 #[derive(Serialize, Deserialize)]
 struct Header {
     attention: SelfAttentionConfig,
@@ -28,17 +27,20 @@ struct Header {
     nouns: Vec<String>,
 }
 
+/// Saves the model. The file is replaced as a whole or not at all.
 pub fn save(model: &Model, reader: &Reader, path: &Path) -> Result<()> {
     let nouns = grammar::nouns().into_iter().map(String::from).collect();
     let header = Header { attention: model.config().clone(), words: reader.vocabulary.clone(), nouns };
     let metadata = HashMap::from([(METADATA_KEY.to_string(), serde_json::to_string(&header)?)]);
     let parameters = model.parameters().into_iter();
     let on_cpu = parameters.map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?)));
-    write(path, &safetensors::serialize(on_cpu.collect::<Result<Vec<_>>>()?, Some(metadata))?)
+    let bytes = safetensors::serialize(on_cpu.collect::<Result<Vec<_>>>()?, Some(metadata))?;
+    Ok(attention_files::write(path, &bytes)?)
 }
 
+/// Loads a model that [`save`] wrote.
 pub fn load(path: &Path, reader: &Reader) -> Result<Model> {
-    let bytes = std::fs::read(path).with_context(|| format!("{}: can't read", path.display()))?;
+    let bytes = attention_files::read(path)?;
     from_bytes(&bytes, reader).with_context(|| format!("{}: expected a model that --out saved", path.display()))
 }
 
@@ -52,23 +54,4 @@ fn from_bytes(bytes: &[u8], reader: &Reader) -> Result<Model> {
     let tensors = candle_core::safetensors::load_buffer(bytes, &reader.device)?;
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &reader.device);
     Ok(Model::build(&header.attention, header.words.len(), header.nouns.len(), vb)?)
-}
-
-/// Writes the whole file or nothing.
-pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    replace(path, bytes).with_context(|| format!("{}: can't write", path.display()))
-}
-
-/// A new file in the same folder takes the place of the old one.
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    // Readable by others, as a file made in the ordinary way.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.prefix(".which-noun-").tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
 }

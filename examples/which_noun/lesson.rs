@@ -1,34 +1,32 @@
-//! Training, and how well it went.
+//! Training and evaluation.
 
 use anyhow::{Result, ensure};
+use attention_examples::random::Seeded;
 use candle_core::{D, Tensor};
 use candle_nn::loss::cross_entropy;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use indicatif::{ProgressBar, ProgressStyle};
-use rand::SeedableRng;
-use rand::rngs::StdRng;
-use rand::seq::SliceRandom;
 
 use crate::grammar::Sentence;
 use crate::model::Model;
 use crate::reader::Reader;
 
-/// Sentences of a training step.
+/// Sentences in a training step.
 const BATCH: usize = 64;
 const LEARNING_RATE: f64 = 0.01;
 
-/// The sentences with each other's labels: as many of each noun as before, but of the sentence they say nothing.
+/// The sentences with each other's labels. Each label is as frequent as before, but doesn't depend on the sentence.
 pub fn with_shuffled_labels(sentences: &[Sentence], seed: u64) -> Vec<Sentence> {
     let mut labels = sentences.iter().map(|sentence| sentence.label).collect::<Vec<_>>();
-    labels.shuffle(&mut StdRng::seed_from_u64(seed));
+    Seeded::new(seed).shuffle(&mut labels);
     sentences.iter().zip(labels).map(|(sentence, label)| Sentence { label, ..sentence.clone() }).collect()
 }
 
-/// Teaches the model the labels of the sentences, and nothing else: no attention weight is computed here. `title` stands
-/// before the progress bar.
+/// Trains the model on the labels of the sentences. No attention weight is computed here. `title` stands before the
+/// progress bar.
 pub fn teach(model: &Model, reader: &Reader, sentences: &[Sentence], steps: usize, title: &'static str) -> Result<()> {
     let mut optimizer = AdamW::new(model.vars()?, ParamsAdamW { lr: LEARNING_RATE, ..Default::default() })?;
-    let mut random = StdRng::seed_from_u64(model.config().seed);
+    let mut random = Seeded::new(model.config().seed);
     // On stderr, and only if that is a terminal.
     let style = ProgressStyle::with_template("{prefix:8} {wide_bar} step {pos}/{len}  {msg}")?;
     let bar = ProgressBar::new(steps as u64).with_style(style).with_prefix(title);
@@ -36,7 +34,7 @@ pub fn teach(model: &Model, reader: &Reader, sentences: &[Sentence], steps: usiz
     for _ in 0..steps {
         if waiting.len() < BATCH {
             waiting = sentences.iter().collect();
-            waiting.shuffle(&mut random);
+            random.shuffle(&mut waiting);
         }
         let lesson = waiting.split_off(waiting.len().saturating_sub(BATCH));
         let labels = lesson.iter().map(|sentence| sentence.label).collect::<Vec<_>>();
@@ -52,13 +50,13 @@ pub fn teach(model: &Model, reader: &Reader, sentences: &[Sentence], steps: usiz
     Ok(())
 }
 
-/// How well a model does.
+/// The evaluation of a model.
 pub struct Report {
-    /// The share of sentences whose noun the model says.
+    /// The share of sentences whose noun the model names.
     pub accuracy: f32,
     /// The share of sentences in which the noun gets more than half of the property's attention.
     pub attention_on_noun: f32,
-    /// What of its attention the property gives the noun, on average.
+    /// The mean weight of the noun in the property's row.
     pub mean_attention: f32,
 }
 

@@ -6,27 +6,24 @@
 //! cargo run --release --example which_noun -- --load weights/which_noun.safetensors
 //! ```
 //!
-//! In "The cat sat on the mat because it is warm" the mat is warm; were it "hungry", that would be the cat. In the example
-//! `warm_attends_to_mat` the loss says where "warm" should look. Here the model only has to say the noun, and the loss
-//! never sees an attention weight; but the noun can be said only if attention brings it to the property's place.
+//! In "The cat sat on the mat because it is warm" the mat is warm. With "hungry" instead of "warm" it is the cat that is
+//! hungry. In the example `warm_attends_to_mat` the loss says what "warm" should attend to. Here the model only has to name
+//! the noun, and the loss never sees an attention weight. But the model can name the noun only if attention brings the noun's
+//! value to the property's position.
 //!
 //! A quarter of the pairs of noun and property are held out: no training sentence has both "mat" and "warm" in it, or both
-//! "cat" and "hungry". Measured on all sentences with such a pair are
+//! "cat" and "hungry". On all sentences with such a pair the program measures
 //!
-//! - `held_out_accuracy`: the share of them whose noun the model says, out of all sixteen nouns,
-//! - `attention_on_noun`: the share of them in which the property's weights, over all words of the sentence and its own
-//!   included, give more than half to the described noun. The layer has one head, so that there is none to choose,
+//! - `held_out_accuracy`: the share of sentences whose noun the model names, out of all sixteen nouns,
+//! - `attention_on_noun`: the share of sentences in which the described noun gets more than half of the property's attention
+//!   over all words of the sentence, the property included. The layer has a single head.
 //!
-//! and, as `control_accuracy` and `control_attention`, the same of a model that was trained on the same sentences with their
-//! labels shuffled: what it does isn't learned from the task.
+//! `control_accuracy` and `control_attention` are the same shares for a control: a model that was trained on the same
+//! sentences with shuffled labels. It shows what isn't learned from the task.
 //!
 //! `grammar.rs` makes the sentences, `model.rs` is the model, `lesson.rs` trains and measures it.
 
 mod arguments;
-#[path = "../common/device.rs"]
-mod device;
-#[path = "../common/exit.rs"]
-mod exit;
 mod file;
 mod grammar;
 mod lesson;
@@ -37,7 +34,8 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use candle_attention::heatmap::{Colour, Heatmap};
+use attention_examples::exit;
+use attention_heatmap::{Colour, Heatmap};
 use candle_core::Tensor;
 use clap::Parser;
 use serde_json::json;
@@ -53,7 +51,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    // With --json, stdout is for the one line that a program reads.
+    // With --json, stdout holds only the one line for another program.
     let (mut screen, colour): (Box<dyn Write>, Colour) = if arguments.json {
         (Box::new(std::io::stderr()), Colour::for_stream(&std::io::stderr()))
     } else {
@@ -116,7 +114,7 @@ fn introduce(screen: &mut impl Write, sentences: &Sentences) -> Result<()> {
     Ok(())
 }
 
-/// What each sentence's property attends to, (sentences, len).
+/// The weights of each sentence's property, (sentences, len).
 fn look(model: &Model, reader: &Reader, sentences: &[&Sentence]) -> Result<Tensor> {
     let weights = model.weights(&reader.read(sentences)?)?;
     let row = |(i, sentence): (usize, &&Sentence)| weights.get(i)?.get(sentence.property);
@@ -124,16 +122,16 @@ fn look(model: &Model, reader: &Reader, sentences: &[&Sentence]) -> Result<Tenso
     Ok(Tensor::stack(&rows, 0)?)
 }
 
-/// A row for each property. The sentences differ in the property alone, and share the columns.
+/// A heat map with a row for each property. The sentences differ only in the property, so they share the columns.
 fn heatmap(looks: &[Tensor; 2], sentences: &[&Sentence]) -> Result<Heatmap> {
     let properties = sentences.iter().map(|sentence| sentence.property_word()).collect::<Vec<_>>();
     let mut words = sentences[0].words.clone();
     words[sentences[0].property] = properties.join("/");
-    Ok(Heatmap::between(&Tensor::stack(looks, 0)?, &properties, &words)?
-        .titled(&["before training", "after training"])?)
+    let weights = Tensor::stack(looks, 0)?.flatten_all()?.to_vec1::<f32>()?;
+    Ok(Heatmap::between(&weights, &properties, &words)?.titled(&["before training", "after training"])?)
 }
 
-/// What the property gives its noun in each of the sentences, before and after.
+/// The weight of the noun in the property's row of each sentence, before and after.
 fn on_noun(looks: &[Tensor; 2], sentences: &[&Sentence]) -> Result<Vec<serde_json::Value>> {
     let share = |look: &Tensor, i: usize| -> Result<f32> { Ok(look.get(i)?.get(sentences[i].noun)?.to_scalar()?) };
     let line = |(i, sentence): (usize, &&Sentence)| -> Result<_> {

@@ -1,23 +1,23 @@
-//! From words to numbers.
+//! From sentences to tensors.
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
 use crate::grammar::Sentence;
 
-/// Sentences as a model gets them.
+/// Sentences as the input of a model.
 pub struct Batch {
     /// The numbers of the words, (batch, len).
     pub tokens: Tensor,
-    /// Words of each sentence; what comes after them is padding.
+    /// The number of words of each sentence. Padding follows them.
     pub lengths: Vec<usize>,
-    /// Where each sentence's property stands among all batch · len tokens, (batch).
+    /// The index of each sentence's property among all batch · len tokens, (batch).
     pub properties: Tensor,
 }
 
-/// Knows the number of each word.
+/// Gives each word its number.
 pub struct Reader {
-    /// In alphabetical order.
+    /// All words in alphabetical order. A word's number is its index.
     pub vocabulary: Vec<String>,
     pub device: Device,
 }
@@ -32,7 +32,7 @@ impl Reader {
             for word in &sentence.words {
                 tokens.push(self.number(word)?);
             }
-            // Any word would do as padding: the mask hides it.
+            // Any word can be padding: the mask hides it.
             tokens.resize((row + 1) * len, 0);
         }
         let tokens = Tensor::from_vec(tokens, (sentences.len(), len), &self.device)?;

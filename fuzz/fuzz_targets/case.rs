@@ -1,10 +1,10 @@
-//! What the fuzzer's bytes mean: inputs of any small shape and any strides, and every option.
+//! From the fuzzer's bytes to a case: inputs of any small shape and any strides, and every option.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use candle_attention::{AttentionOptions, Mask};
 use candle_core::{DType, Device, Tensor, Var};
 
-/// Sizes of one call, some of them zero. Both passes cut sequences of 96 or more into blocks.
+/// The sizes of one call. Any of them may be zero. Both passes cut sequences of 96 or more into blocks.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
     pub batch: usize,
@@ -32,7 +32,7 @@ impl<'a> Arbitrary<'a> for Sizes {
             dim: entries(u)?,
             value_dim: entries(u)?,
         };
-        // Many small cases find more than a few large ones.
+        // Many small cases find more faults than a few large ones.
         if sizes.q_len * sizes.kv_len > 1000 {
             sizes = Self { batch: sizes.batch.min(1), heads: 1, kv_heads: 1, ..sizes };
         }
@@ -53,9 +53,9 @@ fn numbers(seed: u64, bound: f64, count: usize) -> Vec<f64> {
     (0..count).map(|_| (next() * 2.0 - 1.0) * bound).collect()
 }
 
-/// A tensor of these dims, its numbers a function of the seed alone.
+/// A tensor of these dims. Its numbers are a function of the seed alone.
 pub fn uniform(seed: u64, bound: f64, dims: &[usize], dtype: DType) -> candle_core::Result<Tensor> {
-    // Numbers that bf16 holds, so that every dtype gets the same.
+    // Rounded to bf16, so that every dtype gets the same numbers.
     let x = Tensor::from_vec(numbers(seed, bound, dims.iter().product()), dims, &Device::Cpu)?;
     x.to_dtype(DType::BF16)?.to_dtype(dtype)
 }
@@ -65,9 +65,9 @@ pub fn uniform(seed: u64, bound: f64, dims: &[usize], dtype: DType) -> candle_co
 struct Storage {
     /// The order of the axes, slowest first.
     order: Vec<usize>,
-    /// How many places of NaN stand before and behind those of each axis.
+    /// The number of NaN entries before and behind the entries of each axis.
     around: Vec<(usize, usize)>,
-    /// Whether every number has a NaN behind it, so that no axis has stride 1.
+    /// Whether every entry has a NaN behind it, so that no axis has stride 1.
     gaps: bool,
 }
 
@@ -75,7 +75,7 @@ struct Storage {
 #[derive(Clone, Debug)]
 pub struct Input {
     pub dims: Vec<usize>,
-    /// `dims`, with 1 for the axes that are to be broadcast.
+    /// `dims`, with 1 for the axes that are broadcast.
     stored: Vec<usize>,
     storage: Storage,
     seed: u64,
@@ -103,14 +103,14 @@ impl Input {
         Ok(Self { dims, stored, storage, seed: u.arbitrary()? })
     }
 
-    /// All of the memory, to be seen through [`Input::view`].
+    /// The memory of the tensor, with the entries around it. [`Input::view`] is a view of it.
     pub fn base(&self, dtype: DType) -> candle_core::Result<Tensor> {
         let Storage { order, around, gaps } = &self.storage;
         let mut x = uniform(self.seed, 2.0, &self.stored, dtype)?.permute(order.as_slice())?;
         let nan = |dims: Vec<usize>| Tensor::full(f32::NAN, dims, &Device::Cpu)?.to_dtype(dtype);
-        let with = |x: &Tensor, axis, places| {
+        let with = |x: &Tensor, axis, count| {
             let mut dims = x.dims().to_vec();
-            dims[axis] = places;
+            dims[axis] = count;
             nan(dims)
         };
         for (axis, &from) in order.iter().enumerate() {
@@ -124,7 +124,7 @@ impl Input {
         x.contiguous()
     }
 
-    /// The tensor inside of its memory.
+    /// The tensor as a view of its memory.
     pub fn view(&self, base: &Tensor) -> candle_core::Result<Tensor> {
         let Storage { order, around, gaps } = &self.storage;
         let mut x = base.clone();
@@ -159,7 +159,7 @@ fn broadcastable(u: &mut Unstructured, dims: &[usize], lowest_rank: usize) -> Re
     Ok(own)
 }
 
-/// A number of which most are small, and some are as large as can be.
+/// A number that is mostly small, and sometimes anything up to usize::MAX.
 fn distance(u: &mut Unstructured) -> Result<usize> {
     if u.ratio(1, 16)? { u.arbitrary() } else { u.int_in_range(0..=24) }
 }
@@ -188,7 +188,7 @@ fn mask(u: &mut Unstructured, sizes: &Sizes, depth: usize) -> Result<Option<Mask
         }
         8 => {
             let dims = broadcastable(u, &[batch, heads, q_len, kv_len], 2)?;
-            // What can't be made of an empty tensor is none of the kernels' business.
+            // candle can't make some tables of empty tensors. They are no case for the kernels.
             let Ok(table) = uniform(u.arbitrary()?, 1.0, &dims, DType::F32).and_then(|x| x.gt(-0.3)) else {
                 return Ok(None);
             };
@@ -202,7 +202,7 @@ fn mask(u: &mut Unstructured, sizes: &Sizes, depth: usize) -> Result<Option<Mask
     }))
 }
 
-/// Something besides query, key and value, and whether it is trained.
+/// A tensor besides query, key and value, and whether it is trained.
 #[derive(Clone, Debug)]
 pub struct Extra {
     pub input: Input,
@@ -229,7 +229,7 @@ pub struct Case {
     pub bias: Option<Extra>,
     pub sinks: Option<Extra>,
     pub slopes: Option<Input>,
-    /// All but the tensors.
+    /// The options, without the tensors.
     pub options: AttentionOptions,
 }
 

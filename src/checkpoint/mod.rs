@@ -1,10 +1,12 @@
-//! Weights in files: layers as safetensors that carry their config, and weights that others trained.
+//! Weights in files: layers as safetensors files with their config, and weights that other programs trained.
 //!
-//! What [`save`](crate::MultiHead::save) writes has the layer's config in its metadata, so that the file alone is enough.
-//! For checkpoints of other programs [`Layout`] says how they name and arrange the parameters, and [`var_builder`] reads a
-//! whole model's.
+//! The file that [`SelfAttention::save`](crate::SelfAttention::save) writes holds the layer's config in its metadata,
+//! so that the file alone is enough to load the layer. For checkpoints of other programs, a [`Layout`] says how the
+//! parameters are named and arranged, a [`LayoutFile`] says which file and which prefix belong to one layer, and
+//! [`var_builder`] reads a whole model.
 
 mod layout;
+mod layout_file;
 mod tensors;
 mod weights;
 
@@ -16,11 +18,16 @@ use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Parameter, SelfAttentionConfig};
-use crate::error::AttentionError;
+use crate::check::{SUPPORTED, is_supported};
+use crate::error::{AttentionError, Result};
+use crate::layer::config::{Parameter, SelfAttentionConfig};
 pub use layout::Layout;
 pub(crate) use layout::{from_file, from_var_builder, to_file, to_tensors};
+pub use layout_file::LayoutFile;
 pub use weights::var_builder;
+
+/// Parameters by their names.
+pub(crate) type Parameters = Vec<(&'static str, Tensor)>;
 
 /// The metadata entry that holds the [`Header`] as JSON.
 const METADATA_KEY: &str = "candle_attention";
@@ -33,22 +40,15 @@ pub(crate) enum LayerKind {
     CrossAttention,
 }
 
-/// What a checkpoint says of itself.
+/// The metadata of a checkpoint: the kind of layer, and its config.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Header {
     pub(crate) layer: LayerKind,
     pub(crate) config: SelfAttentionConfig,
 }
 
-/// A layer as it came out of a file. Every parameter is trainable.
-pub(crate) struct Checkpoint {
-    pub(crate) config: SelfAttentionConfig,
-    pub(crate) parameters: HashMap<String, Tensor>,
-    pub(crate) dtype: DType,
-}
-
-/// The bytes of a safetensors file.
-pub(crate) fn to_bytes(header: &Header, parameters: &[(&'static str, &Tensor)]) -> candle_core::Result<Vec<u8>> {
+/// The bytes of a safetensors file with this header and these parameters.
+pub(crate) fn to_bytes(header: &Header, parameters: &[(&'static str, &Tensor)]) -> Result<Vec<u8>> {
     let json = serde_json::to_string(header).map_err(candle_core::Error::wrap)?;
     let metadata = HashMap::from([(METADATA_KEY.to_string(), json)]);
     serialise(parameters.iter().map(|&(name, tensor)| (name.to_string(), tensor)), metadata)
@@ -57,51 +57,58 @@ pub(crate) fn to_bytes(header: &Header, parameters: &[(&'static str, &Tensor)]) 
 fn serialise<'a>(
     tensors: impl Iterator<Item = (String, &'a Tensor)>,
     metadata: HashMap<String, String>,
-) -> candle_core::Result<Vec<u8>> {
-    // safetensors takes the data through a function that can't fail: whatever can go wrong must do so before.
+) -> Result<Vec<u8>> {
+    // safetensors reads the data through a function that can't fail, so the copies that can fail are made first.
     let on_cpu = |(name, tensor): (String, &Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
     let tensors = tensors.map(on_cpu).collect::<candle_core::Result<Vec<_>>>()?;
-    safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)
+    Ok(safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)?)
 }
 
-/// Reads what [`to_bytes`] wrote, for a layer of this kind.
-pub(crate) fn from_bytes(bytes: &[u8], layer: LayerKind, device: &Device) -> candle_core::Result<Checkpoint> {
+/// Reads what [`to_bytes`] wrote, for a layer of this kind: its config, its parameters as variables, and their dtype.
+pub(crate) fn from_bytes(
+    bytes: &[u8],
+    layer: LayerKind,
+    device: &Device,
+) -> Result<(SelfAttentionConfig, Parameters, DType)> {
     let config = read_header(bytes, layer)?;
     let tensors = SafeTensors::deserialize(bytes).map_err(|error| not_safetensors(bytes, &error))?;
     let dtype = check_tensors(&config, &tensors)?;
-    // Only now is anything allocated, and only what is there.
-    let mut parameters = HashMap::new();
-    for (name, view) in tensors.iter() {
-        let var = Var::from_tensor(&view.load(device)?)?;
-        parameters.insert(name.to_string(), var.into_inner());
+    // Memory is allocated only after the checks, and only for what the file holds.
+    let mut parameters = Vec::new();
+    for Parameter { name, .. } in config.parameters() {
+        let view = tensors.tensor(name).map_err(candle_core::Error::from)?;
+        parameters.push((name, Var::from_tensor(&view.load(device)?)?.into_inner()));
     }
-    Ok(Checkpoint { config, parameters, dtype })
+    Ok((config, parameters, dtype))
 }
 
 fn not_safetensors(bytes: &[u8], error: &safetensors::SafeTensorError) -> AttentionError {
     AttentionError::Checkpoint {
+        path: None,
         expected: "a safetensors file".into(),
         got: format!("{} bytes that aren't one: {error}", bytes.len()),
     }
 }
 
-/// That no tensor is to end behind the file, so that no sum that safetensors makes of the header's numbers overflows.
+/// Refuses a header in which a tensor ends after the end of the file. safetensors adds up the header's numbers, and the
+/// sum could overflow.
 fn check_offsets(bytes: &[u8]) -> Result<(), AttentionError> {
     #[derive(Deserialize)]
-    struct Place {
+    struct TensorEntry {
         data_offsets: (usize, usize),
     }
     let header = bytes.split_first_chunk().and_then(|(len, rest)| {
         let len = usize::try_from(u64::from_le_bytes(*len)).ok()?;
         serde_json::from_slice::<HashMap<String, serde_json::Value>>(rest.get(..len)?).ok()
     });
-    // What can't be read here is refused, with its reason, by safetensors.
+    // A header that can't be parsed here is refused later by safetensors, with the reason.
     for (name, entry) in header.unwrap_or_default() {
-        let end = Place::deserialize(&entry).map_or(0, |place| place.data_offsets.1);
+        let end = TensorEntry::deserialize(&entry).map_or(0, |entry| entry.data_offsets.1);
         if end > bytes.len() {
             return Err(AttentionError::Checkpoint {
+                path: None,
                 expected: "a safetensors file".into(),
-                got: format!("{} bytes, where `{name}` is to end at byte {end} of the data", bytes.len()),
+                got: format!("{} bytes, in which `{name}` ends at byte {end} of the data", bytes.len()),
             });
         }
     }
@@ -113,10 +120,12 @@ fn read_header(bytes: &[u8], layer: LayerKind) -> Result<SelfAttentionConfig, At
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| not_safetensors(bytes, &error))?;
     let entry = metadata.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY));
     let json = entry.ok_or_else(|| AttentionError::Checkpoint {
+        path: None,
         expected: format!("a config in the metadata entry `{METADATA_KEY}`"),
         got: "none: this file was not saved by a layer of this crate".into(),
     })?;
     let header: Header = serde_json::from_str(json).map_err(|error| AttentionError::Checkpoint {
+        path: None,
         expected: format!("a config in the metadata entry `{METADATA_KEY}`"),
         got: format!("{}, which can't be read: {error}", json.chars().take(80).collect::<String>()),
     })?;
@@ -125,20 +134,23 @@ fn read_header(bytes: &[u8], layer: LayerKind) -> Result<SelfAttentionConfig, At
             if kind == LayerKind::SelfAttention { "SelfAttention" } else { "CrossAttention" }
         };
         let (expected, got) = (format!("a {}", name(layer)), format!("a {}", name(header.layer)));
-        return Err(AttentionError::Checkpoint { expected, got });
+        return Err(AttentionError::Checkpoint { path: None, expected, got });
     }
-    header.config.check()?;
+    let expected = "a valid config".to_string();
+    let bad_config =
+        |error: AttentionError| AttentionError::Checkpoint { path: None, expected, got: error.to_string() };
+    header.config.check().map_err(bad_config)?;
     Ok(header.config)
 }
 
-/// That the file holds just what its config asks for, all in one float dtype, which is returned.
+/// Checks that the file holds exactly the tensors of its config, all in one float dtype, and returns that dtype.
 fn check_tensors(config: &SelfAttentionConfig, tensors: &SafeTensors) -> Result<DType, AttentionError> {
     let wanted = config.parameters();
     let mut problems = Vec::new();
     let mut dtype = None;
     for parameter in &wanted {
         match tensors.tensor(parameter.name) {
-            Ok(view) => problems.extend(misfit(parameter, &view, &mut dtype)),
+            Ok(view) => problems.extend(problem_with(parameter, &view, &mut dtype)),
             Err(_) => problems.push(format!("`{}` is missing, expected {:?}", parameter.name, parameter.shape)),
         }
     }
@@ -148,12 +160,12 @@ fn check_tensors(config: &SelfAttentionConfig, tensors: &SafeTensors) -> Result<
     problems.extend(unexpected.iter().map(|name| format!("`{name}` is unexpected")));
     match dtype {
         Some(dtype) if problems.is_empty() => Ok(dtype),
-        _ => Err(AttentionError::CheckpointTensors { problems }),
+        _ => Err(AttentionError::CheckpointTensors { path: None, problems }),
     }
 }
 
-/// What is wrong with a tensor, if anything. The first dtype found is what the others are held to.
-fn misfit(parameter: &Parameter, view: &TensorView, dtype: &mut Option<DType>) -> Option<String> {
+/// What is wrong with a tensor, if anything. All tensors must have the dtype of the first.
+fn problem_with(parameter: &Parameter, view: &TensorView, dtype: &mut Option<DType>) -> Option<String> {
     let Parameter { name, shape, .. } = parameter;
     if view.shape() != shape {
         return Some(format!("`{name}`: expected shape {shape:?}, got {:?}", view.shape()));
@@ -161,9 +173,9 @@ fn misfit(parameter: &Parameter, view: &TensorView, dtype: &mut Option<DType>) -
     let got = DType::try_from(view.dtype()).ok();
     let expected = match *dtype {
         Some(first) => format!("{first:?} as the others"),
-        None => "F16, BF16, F32 or F64".to_string(),
+        None => SUPPORTED.to_string(),
     };
-    let fits = |got| is_served(got) && dtype.is_none_or(|x| x == got);
+    let fits = |got| is_supported(got) && dtype.is_none_or(|x| x == got);
     match got.filter(|&got| fits(got)) {
         Some(got) => {
             *dtype = Some(got);
@@ -171,9 +183,4 @@ fn misfit(parameter: &Parameter, view: &TensorView, dtype: &mut Option<DType>) -
         }
         None => Some(format!("`{name}`: expected dtype {expected}, got {:?}", view.dtype())),
     }
-}
-
-/// Whether parameters may have this dtype.
-pub(crate) fn is_served(dtype: DType) -> bool {
-    matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
 }

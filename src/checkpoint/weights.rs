@@ -3,25 +3,25 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use candle_core::{DType, Device, Result, Shape, Tensor};
+use attention_files::{FileError, read};
+use candle_core::{DType, Device, Result as CandleResult, Shape, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
 use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 
-use super::tensors::TensorFile;
-use crate::error::AttentionError;
-use crate::file::{file_error, read};
+use crate::checkpoint::tensors::TensorFile;
+use crate::error::{AttentionError, Result};
 
-/// A `VarBuilder` for a whole model from a checkpoint on disk: a safetensors file, the `*.index.json` of a sharded one, or
-/// a folder with either.
+/// A `VarBuilder` for a whole model from a checkpoint on disk: a safetensors file, the `*.index.json` of a sharded one,
+/// or a folder with either.
 ///
-/// Tensors are read when they are asked for, without a memory map, and cast to `dtype`.
+/// Each tensor is read when the `VarBuilder` is asked for it, without a memory map, and cast to `dtype`.
 ///
 /// # Errors
 ///
-/// A file that can't be read or isn't what its name says, a folder with no checkpoint or several, an index that can't be
-/// parsed, that names a shard outside its folder or one that isn't there, or a tensor that isn't in its shard.
+/// A file that can't be read or isn't safetensors; a folder with no checkpoint or several; an index that can't be
+/// parsed, or that names a shard outside its folder, a missing shard, or a tensor that isn't in its shard.
 ///
 /// # Examples
 ///
@@ -46,8 +46,8 @@ pub fn var_builder(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Res
 /// The tensors of a checkpoint, none of which has been read yet.
 pub(super) struct Weights {
     files: Vec<TensorFile>,
-    /// In which file each tensor is.
-    places: BTreeMap<String, usize>,
+    /// For each tensor, the index of the file that holds it.
+    file_of: BTreeMap<String, usize>,
 }
 
 impl Weights {
@@ -57,51 +57,51 @@ impl Weights {
             return Self::from_index(&path);
         }
         let file = TensorFile::open(&path)?;
-        let places = file.names().into_iter().map(|name| (name, 0)).collect();
-        Ok(Self { files: vec![file], places })
+        let file_of = file.names().into_iter().map(|name| (name, 0)).collect();
+        Ok(Self { files: vec![file], file_of })
     }
 
     /// From the index of a sharded checkpoint, as Hugging Face writes it.
     fn from_index(path: &Path) -> Result<Self> {
-        let shards = read_index(path).map_err(|error| candle_core::Error::from(error).with_path(path))?;
+        let shards = read_index(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
         let names: Vec<&str> = shards.values().map(String::as_str).collect::<BTreeSet<_>>().into_iter().collect();
         let files = names.iter().map(|name| TensorFile::open(&folder.join(name))).collect::<Result<Vec<_>>>()?;
-        let mut places = BTreeMap::new();
+        let mut file_of = BTreeMap::new();
         let mut problems = Vec::new();
         for (tensor, shard) in &shards {
             match names.iter().position(|name| name == shard) {
-                Some(place) if files[place].info(tensor).is_some() => {
-                    places.insert(tensor.clone(), place);
+                Some(index) if files[index].info(tensor).is_some() => {
+                    file_of.insert(tensor.clone(), index);
                 }
-                _ => problems.push(format!("`{tensor}` isn't in `{shard}`, where the index has it")),
+                _ => problems.push(format!("`{tensor}` isn't in `{shard}`, which the index names for it")),
             }
         }
         if problems.is_empty() {
-            return Ok(Self { files, places });
+            return Ok(Self { files, file_of });
         }
-        Err(candle_core::Error::from(AttentionError::CheckpointTensors { problems }).with_path(path))
+        Err(AttentionError::CheckpointTensors { path: Some(path.to_path_buf()), problems }.into())
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.places.keys().map(String::as_str)
+        self.file_of.keys().map(String::as_str)
     }
 
     pub(super) fn info(&self, name: &str) -> Option<&TensorInfo> {
-        self.files[*self.places.get(name)?].info(name)
+        self.files[*self.file_of.get(name)?].info(name)
     }
 
-    /// On the CPU, in the dtype that it has on disk.
+    /// Reads a tensor to the CPU, in its dtype on disk.
     pub(super) fn read(&self, name: &str) -> Result<Tensor> {
-        match self.places.get(name) {
-            Some(&place) => self.files[place].read(name),
-            None => Err(candle_core::Error::CannotFindTensor { path: name.to_string() }.bt()),
+        match self.file_of.get(name) {
+            Some(&index) => self.files[index].read(name),
+            None => Err(candle_core::Error::CannotFindTensor { path: name.to_string() }.bt().into()),
         }
     }
 }
 
 impl SimpleBackend for Weights {
-    fn get(&self, shape: Shape, name: &str, _: candle_nn::Init, dtype: DType, device: &Device) -> Result<Tensor> {
+    fn get(&self, shape: Shape, name: &str, _: candle_nn::Init, dtype: DType, device: &Device) -> CandleResult<Tensor> {
         let tensor = self.get_unchecked(name, dtype, device)?;
         if tensor.shape() == &shape {
             return Ok(tensor);
@@ -110,18 +110,18 @@ impl SimpleBackend for Weights {
         Err(candle_core::Error::UnexpectedShape { msg, expected: shape, got }.bt())
     }
 
-    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> CandleResult<Tensor> {
         self.read(name)?.to_dtype(dtype)?.to_device(device)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.places.contains_key(name)
+        self.file_of.contains_key(name)
     }
 }
 
-/// The checkpoint of a folder: the one that Hugging Face's programs would take, or else the only one.
+/// Finds the checkpoint in a folder: the one that Hugging Face's programs would take, otherwise the only one.
 fn find_in_folder(folder: &Path) -> Result<PathBuf> {
-    let io_error = |cause: std::io::Error| file_error(folder, "read", &cause);
+    let io_error = |cause: std::io::Error| FileError::read(folder, &cause);
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(io_error)? {
         files.push(entry.map_err(io_error)?.file_name().to_string_lossy().into_owned());
@@ -140,19 +140,20 @@ fn find_in_folder(folder: &Path) -> Result<PathBuf> {
             let expected = "one safetensors file, or the index of a sharded one".into();
             let found = [indices, files].concat();
             let got = if found.is_empty() { "neither".to_string() } else { found.join(", ") };
-            Err(candle_core::Error::from(AttentionError::Checkpoint { expected, got }).with_path(folder))
+            Err(AttentionError::Checkpoint { path: Some(folder.to_path_buf()), expected, got }.into())
         }
     }
 }
 
-/// Which shard holds each tensor. All shards are inside the folder of the index, and are there.
-fn read_index(path: &Path) -> std::result::Result<BTreeMap<String, String>, AttentionError> {
+/// The shard of each tensor, by name. Checks that all shards exist and are inside the folder of the index.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>, AttentionError> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
     let bytes = read(path)?;
     let index: Index = serde_json::from_slice(&bytes).map_err(|error| AttentionError::Checkpoint {
+        path: Some(path.to_path_buf()),
         expected: "the index of a sharded checkpoint, with a `weight_map` from tensors to files".into(),
         got: format!("{} bytes that aren't one: {error}", bytes.len()),
     })?;
@@ -165,13 +166,14 @@ fn read_index(path: &Path) -> std::result::Result<BTreeMap<String, String>, Atte
     let outside: Vec<_> = shards.iter().filter(|shard| !is_inside(shard)).collect();
     if !outside.is_empty() {
         let expected = "shards inside the folder of the index".into();
-        return Err(AttentionError::Checkpoint { expected, got: list(outside) });
+        return Err(AttentionError::Checkpoint { path: Some(path.to_path_buf()), expected, got: list(outside) });
     }
     let folder = path.parent().unwrap_or(Path::new(""));
     let missing: Vec<_> = shards.iter().filter(|shard| !folder.join(shard).is_file()).collect();
     if !missing.is_empty() {
         let expected = "the shards that the index names".into();
-        return Err(AttentionError::Checkpoint { expected, got: format!("no file {}", list(missing)) });
+        let got = format!("no file {}", list(missing));
+        return Err(AttentionError::Checkpoint { path: Some(path.to_path_buf()), expected, got });
     }
     Ok(index.weight_map)
 }

@@ -4,22 +4,24 @@ use std::f64::consts::TAU;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{AttentionError, check_number};
+use crate::check::check_number;
+use crate::error::AttentionError;
 
-/// How the frequencies of a rotary embedding are scaled, for sequences longer than those that a model was first trained on
-/// (`rope_scaling`, or `rope_parameters`, of Hugging Face transformers).
+/// How the frequencies of a rotary embedding are scaled, for sequences longer than those that a model was first trained
+/// on (`rope_scaling`, or `rope_parameters`, of Hugging Face transformers).
 ///
-/// A pair's frequency is how many radians it turns a position. A scaling divides some or all of them, so that later positions
-/// turn slow pairs no further than the model has seen. None here depends on how long a sequence has grown, so that the keys
-/// in a cache are turned as those that follow. Dynamic NTK scaling, whose base grows with the sequence, therefore isn't here.
+/// The frequency of a pair is its rotation in radians per position. A scaling divides some or all of the frequencies,
+/// so that later positions rotate slow pairs no further than in training. No scaling here depends on the current length
+/// of the sequence, so that keys in a cache are rotated in the same way as later keys. Dynamic NTK scaling, whose base
+/// grows with the sequence, is therefore not supported.
 ///
-/// Read from JSON, the fields are those of transformers, but for [`RotaryScaling::LongRope`]:
+/// In JSON the fields are those of transformers, except for [`RotaryScaling::LongRope`]:
 ///
 /// ```
-/// use candle_attention::{RotaryConfig, RotaryEmbedding, RotaryScaling};
+/// use candle_attention::rotary::{RotaryConfig, RotaryEmbedding, RotaryScaling};
 /// use candle_core::{Device, Tensor};
 ///
-/// // Llama 3.2's, but for `rope_theta`, which is the base.
+/// // The scaling of Llama 3.2. Its `rope_theta` is the base.
 /// let scaling = serde_json::from_str(
 ///     r#"{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
 ///         "original_max_position_embeddings": 8192}"#,
@@ -29,7 +31,7 @@ use crate::error::{AttentionError, check_number};
 /// let linear = RotaryConfig { scaling: Some(RotaryScaling::Linear { factor: 4.0 }), ..Default::default() };
 /// let x = Tensor::new(&[[[[1f32, 0.]]]], &Device::Cpu)?; // (batch, heads, len, head_dim)
 /// let rotated = RotaryEmbedding::new(&linear, 2)?.apply(&x, 4)?.flatten_all()?.to_vec1::<f32>()?;
-/// // Position 4 turns as position 1 does without scaling.
+/// // Position 4 is rotated as position 1 is without scaling.
 /// assert!((rotated[0] - 1f32.cos()).abs() < 1e-6 && (rotated[1] - 1f32.sin()).abs() < 1e-6);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -39,49 +41,50 @@ pub enum RotaryScaling {
     /// Divides every frequency by the factor: position interpolation. (Chen et al., "Extending Context Window of Large
     /// Language Models via Positional Interpolation", 2023, section 2.3.)
     Linear {
-        /// By how much longer sequences become. At least 1.
+        /// How many times longer the sequences become. At least 1.
         factor: f64,
     },
-    /// Keeps the frequencies of pairs that turn more than `high_freq_factor` times over the original length, divides by the
-    /// factor those of pairs that turn less than `low_freq_factor` times, and goes evenly from one to the other between.
-    /// (Llama 3.1 and its like, as in Meta's code.)
+    /// Keeps the frequency of a pair that makes more than `high_freq_factor` turns over the original length, divides it
+    /// by the factor if the pair makes fewer than `low_freq_factor` turns, and interpolates linearly in between. (Llama
+    /// 3.1 and later, as in Meta's code.)
     Llama3 {
-        /// By how much longer sequences become. At least 1.
+        /// How many times longer the sequences become. At least 1.
         factor: f64,
-        /// Turns below which the whole factor divides. At least 0.
+        /// The number of turns below which a frequency is divided by the whole factor. At least 0.
         low_freq_factor: f64,
-        /// Turns above which nothing changes. Above low_freq_factor.
+        /// The number of turns above which a frequency is kept. Above low_freq_factor.
         high_freq_factor: f64,
-        /// Tokens of the sequences that the model was first trained on. At least 1.
+        /// The length in tokens of the sequences that the model was first trained on. At least 1.
         original_max_position_embeddings: usize,
     },
     /// YaRN: gpt-oss, Qwen for long contexts.
     Yarn(Yarn),
-    /// Divides the frequency of each pair by a factor of its own, and multiplies cosines and sines by `attention_factor`.
-    /// (LongRoPE of Phi-3; Ding et al., "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens", 2024, section 3.)
+    /// Divides the frequency of each pair by its own factor, and multiplies cosines and sines by `attention_factor`.
+    /// (LongRoPE of Phi-3; Ding et al., "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens", 2024, section
+    /// 3.)
     ///
-    /// Checkpoints have two sets of factors, and transformers goes from one to the other as a sequence grows, which turns the
-    /// keys in a cache otherwise than those that follow. Here one is chosen for all: `short_factor` where no sequence will
-    /// be longer than the original length, else `long_factor`.
+    /// Checkpoints have two sets of factors. transformers switches from one to the other as a sequence grows, so that
+    /// the keys in a cache are rotated differently from later keys. Here the config has one set for all positions: take
+    /// `short_factor` if no sequence will be longer than the original length, otherwise `long_factor`.
     LongRope {
-        /// What the frequency of each pair is divided by, one for each of dim / 2 pairs. Finite and above 0.
+        /// The divisors of the frequencies, one for each of dim / 2 pairs. Finite and above 0.
         factors: Vec<f64>,
-        /// By how much longer sequences become, for the attention factor. At least 1.
+        /// How many times longer the sequences become, for the attention factor. At least 1.
         factor: f64,
-        /// Tokens of the sequences that the model was first trained on. At least 2.
+        /// The length in tokens of the sequences that the model was first trained on. At least 2.
         original_max_position_embeddings: usize,
-        /// What cosines and sines are multiplied by; sqrt(1 + ln(factor) / ln(original_max_position_embeddings)) if not
-        /// given. Finite and above 0.
+        /// The factor of cosines and sines; sqrt(1 + ln(factor) / ln(original_max_position_embeddings)) if not given.
+        /// Finite and above 0.
         attention_factor: Option<f64>,
     },
 }
 
-/// YaRN: keeps the frequencies of pairs that turn more than `beta_fast` times over the original length, divides by the factor
-/// those of pairs that turn less than `beta_slow` times, goes from one to the other pair by pair between, and multiplies
-/// cosines and sines by `attention_factor`.
+/// YaRN: keeps the frequency of a pair that makes more than `beta_fast` turns over the original length, divides it by
+/// the factor if the pair makes fewer than `beta_slow` turns, and interpolates linearly over the pairs in between. It
+/// multiplies cosines and sines by `attention_factor`.
 ///
 /// ```
-/// use candle_attention::{RotaryConfig, RotaryScaling, Yarn};
+/// use candle_attention::rotary::{RotaryConfig, RotaryScaling, Yarn};
 ///
 /// // As in gpt-oss.
 /// let scaling = RotaryScaling::Yarn(Yarn { truncate: false, ..Yarn::new(32.0, 4096) });
@@ -90,31 +93,32 @@ pub enum RotaryScaling {
 /// # Ok::<(), serde_json::Error>(())
 /// ```
 ///
-/// Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (2023), sections 3.2 and 3.4; the
-/// even steps from pair to pair are those of the authors' code.
+/// Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (2023), sections 3.2 and
+/// 3.4. The linear interpolation over the pairs is that of the authors' code.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Yarn {
-    /// By how much longer sequences become. At least 1.
+    /// How many times longer the sequences become. At least 1.
     pub factor: f64,
-    /// Tokens of the sequences that the model was first trained on. At least 1.
+    /// The length in tokens of the sequences that the model was first trained on. At least 1.
     pub original_max_position_embeddings: usize,
-    /// Turns over the original length above which nothing changes: 32 if not given. Above beta_slow.
+    /// The number of turns over the original length above which a frequency is kept; 32 if not given. Above beta_slow.
     #[serde(default = "beta_fast")]
     pub beta_fast: f64,
-    /// Turns over the original length below which the whole factor divides: 1 if not given. Above 0.
+    /// The number of turns over the original length below which a frequency is divided by the whole factor; 1 if not
+    /// given. Above 0.
     #[serde(default = "beta_slow")]
     pub beta_slow: f64,
-    /// What cosines and sines are multiplied by, so that scores grow by its square; 0.1 ln(factor) + 1 if not given. Finite
-    /// and above 0.
+    /// The factor of cosines and sines, so that scores grow by its square; 0.1 ln(factor) + 1 if not given. Finite and
+    /// above 0.
     pub attention_factor: Option<f64>,
-    /// With `mscale_all_dim`, if neither is 0, and where attention_factor isn't given: that is
-    /// (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1). At least 0.
+    /// If `attention_factor` isn't given, and `mscale` and `mscale_all_dim` are given and not 0, the attention factor
+    /// is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1). At least 0.
     pub mscale: Option<f64>,
-    /// See `mscale`. (DeepSeek's code also multiplies its scores by the square of the denominator: that is `scale` of
-    /// [`SelfAttentionConfig`](crate::SelfAttentionConfig).)
+    /// See `mscale`. (DeepSeek's code also multiplies the scores by the square of the denominator. Use `scale` of
+    /// [`SelfAttentionConfig`](crate::SelfAttentionConfig) for that.)
     pub mscale_all_dim: Option<f64>,
-    /// Whether the first and the last of the pairs between are whole numbers, rounded outwards; true if not given.
+    /// Whether the bounds of the interpolated pairs are rounded outwards to whole pairs; true if not given.
     #[serde(default = "truncate")]
     pub truncate: bool,
 }
@@ -132,7 +136,7 @@ fn truncate() -> bool {
 }
 
 impl Yarn {
-    /// With what the paper suggests for everything else.
+    /// YaRN with the paper's values for all other fields.
     pub fn new(factor: f64, original_max_position_embeddings: usize) -> Self {
         Self {
             factor,
@@ -146,7 +150,8 @@ impl Yarn {
         }
     }
 
-    /// The last pair that isn't scaled, and by how many the first stands behind it that is scaled by the whole factor.
+    /// The index of the last pair that isn't scaled, and its distance to the first pair that is divided by the whole
+    /// factor.
     fn ramp(&self, base: f64, dim: f64) -> (f64, f64) {
         let original = self.original_max_position_embeddings as f64;
         let pair_of_turns = |turns: f64| dim * (original / (TAU * turns)).ln() / (2.0 * base.ln());
@@ -155,16 +160,16 @@ impl Yarn {
             (first, last) = (first.floor(), last.ceil());
         }
         (first, last) = (first.max(0.0), last.min(dim - 1.0));
-        // Where no pair lies between, a step in place of a division by zero.
+        // If there is no pair in between, this makes a step and avoids a division by zero.
         (first, (last - first).max(1e-3))
     }
 
     fn attention_factor(&self) -> f64 {
-        let grown = |mscale: f64| 0.1 * mscale * self.factor.ln() + 1.0;
+        let scale_by = |mscale: f64| 0.1 * mscale * self.factor.ln() + 1.0;
         let mscales = self.mscale.zip(self.mscale_all_dim).filter(|&(mscale, all)| mscale != 0.0 && all != 0.0);
         self.attention_factor.unwrap_or_else(|| match mscales {
-            Some((mscale, all_dim)) => grown(mscale) / grown(all_dim),
-            None => grown(1.0),
+            Some((mscale, all_dim)) => scale_by(mscale) / scale_by(all_dim),
+            None => scale_by(1.0),
         })
     }
 }
@@ -192,7 +197,7 @@ impl RotaryScaling {
         }
     }
 
-    /// What cosines and sines are multiplied by.
+    /// The factor of cosines and sines.
     pub(super) fn attention_factor(&self) -> f64 {
         match self {
             Self::Linear { .. } | Self::Llama3 { .. } => 1.0,
@@ -202,7 +207,7 @@ impl RotaryScaling {
         }
     }
 
-    /// For a rotary embedding of this base and of `dim` entries.
+    /// Checks that this scaling is valid for a rotary embedding of this base that rotates `dim` entries.
     pub(super) fn validate(&self, base: f64, dim: usize) -> Result<(), AttentionError> {
         match self {
             &Self::Linear { factor } => check_factor(factor)?,
@@ -239,16 +244,18 @@ impl RotaryScaling {
                 }
             }
         }
-        // Given, or computed from what may be as great as an f64 can be.
+        // It is checked even if it is computed, since the numbers that it is computed from can be as large as f64
+        // allows.
         let name = "rotary.scaling.attention_factor";
         check_number(name, Some(self.attention_factor()), "a finite number above 0", above_zero)
     }
 }
 
-/// What a frequency is multiplied by of which this part, within 0 and 1, is divided by the factor.
-fn blend(factor: f64, part: f64) -> f64 {
-    let part = part.clamp(0.0, 1.0);
-    (1.0 - part) + part / factor
+/// What a frequency is multiplied by: 1 if the fraction is 0 or less, 1 / factor if it is 1 or more, and linear in
+/// between.
+fn blend(factor: f64, fraction: f64) -> f64 {
+    let fraction = fraction.clamp(0.0, 1.0);
+    (1.0 - fraction) + fraction / factor
 }
 
 fn above_zero(x: f64) -> bool {

@@ -1,6 +1,7 @@
-//! Layers of every kind, each feature alone, then several at once.
+//! Configs of both kinds of layers: each feature alone, then several at once.
 
-use candle_attention::{Pairing, RotaryConfig, SelfAttentionConfig};
+use candle_attention::SelfAttentionConfig;
+use candle_attention::rotary::{Pairing, RotaryConfig};
 
 use crate::layers::{everything, scalings};
 
@@ -12,7 +13,7 @@ pub fn rotary(pairing: Pairing, dim: Option<usize>) -> Option<RotaryConfig> {
     Some(RotaryConfig { base: 100.0, dim, pairing, ..RotaryConfig::default() })
 }
 
-/// What the two kinds of layer have in common: a name, a config, and how many parameters it stands for.
+/// The configs that both kinds of layers can have: a name, the config, and its number of parameters.
 fn shared() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
     let config = multi_head();
     let with = |change: fn(&mut SelfAttentionConfig)| {
@@ -46,7 +47,7 @@ fn shared() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
     ]
 }
 
-/// Besides what the query heads share, and with dropout over all keys.
+/// Extra keys together with grouped-query attention and with dropout.
 fn extra_keys(config: &mut SelfAttentionConfig) {
     (config.add_bias_kv, config.add_zero_attn) = (true, true);
     (config.num_kv_heads, config.value_dim, config.is_causal, config.dropout_p) = (Some(2), Some(3), true, 0.2);
@@ -71,8 +72,8 @@ pub fn self_attention() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
 
 pub fn cross_attention() -> Vec<(&'static str, SelfAttentionConfig, usize)> {
     let mut grid = shared();
-    let memory_of_its_own = SelfAttentionConfig { kv_dim: Some(6), ..multi_head() };
+    let with_kv_dim = SelfAttentionConfig { kv_dim: Some(6), ..multi_head() };
     let all_at_once = SelfAttentionConfig { kv_dim: Some(6), rotary: None, ..everything() };
-    grid.extend([("kv_dim", memory_of_its_own, 8), ("everything", all_at_once, 11)]);
+    grid.extend([("kv_dim", with_kv_dim, 8), ("everything", all_at_once, 11)]);
     grid
 }

@@ -1,18 +1,64 @@
 //! What the tests of whole layers share: layers whose parameters are all random, and the formula of a layer in plain
-//! loops over f64, written from the papers alone.
+//! loops over f64, written only from the papers.
 
 // Each test binary compiles its own copy of this module and uses only a part of it.
 #![allow(dead_code)]
 
 use std::f64::consts::TAU;
+use std::path::Path;
 
-use candle_attention::{
-    CrossAttention, MultiHead, Pairing, RotaryConfig, RotaryScaling, SelfAttention, SelfAttentionConfig, Yarn,
-};
-use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap};
+use candle_attention::rotary::{Pairing, RotaryConfig, RotaryScaling, Yarn};
+use candle_attention::{CrossAttention, Error, Layout, Result, SelfAttention, SelfAttentionConfig};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{Linear, VarBuilder, VarMap};
 
 use crate::common::{numbers, randn};
+
+/// The methods of both kinds of layers, for tests that take either kind.
+pub trait AttentionLayer {
+    fn config(&self) -> &SelfAttentionConfig;
+    fn parameters(&self) -> Vec<(&'static str, &Tensor)>;
+    fn vars(&self) -> Vec<Var>;
+    fn set_dropout_calls(&self, calls: u64);
+    /// W_Q, W_K, W_V and W_O.
+    fn projections(&self) -> [Option<&Linear>; 4];
+    fn to_bytes(&self) -> Result<Vec<u8>>;
+    fn to_layout(&self, layout: Layout) -> Result<Vec<(String, Tensor)>>;
+    fn save_layout(&self, layout: Layout, prefix: &str, path: &Path) -> Result<()>;
+}
+
+macro_rules! attention_layer {
+    ($($layer:ty),*) => {$(
+        impl AttentionLayer for $layer {
+            fn config(&self) -> &SelfAttentionConfig {
+                self.config()
+            }
+            fn parameters(&self) -> Vec<(&'static str, &Tensor)> {
+                self.parameters()
+            }
+            fn vars(&self) -> Vec<Var> {
+                self.vars()
+            }
+            fn set_dropout_calls(&self, calls: u64) {
+                self.set_dropout_calls(calls);
+            }
+            fn projections(&self) -> [Option<&Linear>; 4] {
+                [Some(self.q_proj()), Some(self.k_proj()), Some(self.v_proj()), self.o_proj()]
+            }
+            fn to_bytes(&self) -> Result<Vec<u8>> {
+                self.to_bytes()
+            }
+            fn to_layout(&self, layout: Layout) -> Result<Vec<(String, Tensor)>> {
+                self.to_layout(layout)
+            }
+            fn save_layout(&self, layout: Layout, prefix: &str, path: &Path) -> Result<()> {
+                self.save_layout(layout, prefix, path)
+            }
+        }
+    )*};
+}
+
+attention_layer!(SelfAttention, CrossAttention);
 
 /// A layer on a `VarMap` of its own, with [random parameters](randomise).
 pub fn self_attention(config: &SelfAttentionConfig, dtype: DType) -> Result<SelfAttention> {
@@ -28,9 +74,9 @@ pub fn cross_attention(config: &SelfAttentionConfig, dtype: DType) -> Result<Cro
     Ok(layer)
 }
 
-/// Every parameter random, those too that start at zero or one, so that none of them can be left out of a formula
-/// unnoticed. Weights keep their inputs' variance, so that scores stay near 1.
-pub fn randomise(layer: &MultiHead, seed: u64) -> Result<()> {
+/// Sets every parameter to random numbers, including those that are initialised to zero or one, so that a formula that
+/// leaves one out gives other results. Weights preserve the variance of their inputs, so that scores stay near 1.
+pub fn randomise(layer: &dyn AttentionLayer, seed: u64) -> Result<()> {
     for ((name, _), (var, seed)) in layer.parameters().iter().zip(layer.vars().iter().zip(seed * 1000..)) {
         let (mean, std) = match (*name, var.dims()) {
             ("q_norm.weight" | "k_norm.weight", _) => (1.0, 0.3),
@@ -43,7 +89,7 @@ pub fn randomise(layer: &MultiHead, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Everything a self-attention can have, at once, with sizes that all differ.
+/// A config with almost every feature of self-attention at once, and with sizes that all differ.
 pub fn everything() -> SelfAttentionConfig {
     SelfAttentionConfig {
         num_kv_heads: Some(2),
@@ -68,7 +114,7 @@ pub fn everything() -> SelfAttentionConfig {
     }
 }
 
-/// A scaling of every kind, for a rotary embedding of so many pairs, with an original length of few tokens.
+/// A scaling of every kind for a rotary embedding with this number of pairs. The original lengths are short.
 pub fn scalings(pairs: usize) -> Vec<RotaryScaling> {
     let original_max_position_embeddings = 5;
     vec![
@@ -91,7 +137,7 @@ pub fn scalings(pairs: usize) -> Vec<RotaryScaling> {
 }
 
 /// The parameter of this name, if the layer has it.
-pub fn parameter(layer: &MultiHead, name: &str) -> Option<Tensor> {
+pub fn parameter(layer: &dyn AttentionLayer, name: &str) -> Option<Tensor> {
     let parameters = layer.parameters();
     let found = parameters.iter().find(|(other, _)| *other == name);
     found.map(|(_, tensor)| (*tensor).clone())
@@ -99,19 +145,34 @@ pub fn parameter(layer: &MultiHead, name: &str) -> Option<Tensor> {
 
 /// The variable of this name.
 #[track_caller]
-pub fn variable(layer: &MultiHead, name: &str) -> Var {
+pub fn variable(layer: &dyn AttentionLayer, name: &str) -> Var {
     let parameters = layer.parameters();
-    let place = parameters.iter().position(|(other, _)| *other == name);
-    layer.vars()[place.expect("a parameter of this name")].clone()
+    let index = parameters.iter().position(|(other, _)| *other == name);
+    layer.vars()[index.expect("a parameter of this name")].clone()
 }
 
-/// That it is an error whose text has all these parts.
+/// Panics unless the result is an [`AttentionError`] whose text has all these parts.
 #[track_caller]
-pub fn assert_error_says<T>(result: Result<T>, parts: &[&str]) {
-    let text = match result {
+pub fn assert_error_says<T>(result: Result<T, impl Into<Error>>, parts: &[&str]) {
+    match result.map_err(Into::into) {
+        Err(Error::Attention(error)) => assert_says(&error.to_string(), parts),
+        Err(Error::Candle(error)) => panic!("an error of candle's, where one with {parts:?} was expected: {error}"),
         Ok(_) => panic!("no error, where one with {parts:?} was expected"),
-        Err(error) => error.to_string(),
-    };
+    }
+}
+
+/// Panics unless the result is an error of candle's whose text has all these parts.
+#[track_caller]
+pub fn assert_candle_error_says<T>(result: Result<T, impl Into<Error>>, parts: &[&str]) {
+    match result.map_err(Into::into) {
+        Err(Error::Candle(error)) => assert_says(&error.to_string(), parts),
+        Err(Error::Attention(error)) => panic!("not an error of candle's: {error}"),
+        Ok(_) => panic!("no error, where one with {parts:?} was expected"),
+    }
+}
+
+#[track_caller]
+fn assert_says(text: &str, parts: &[&str]) {
     for part in parts {
         assert!(text.contains(part), "{part:?} is not in: {text}");
     }
@@ -121,7 +182,7 @@ type Rows = Vec<Vec<f64>>;
 
 /// The formula of a layer, for one sequence.
 pub struct Formula<'a> {
-    pub layer: &'a MultiHead,
+    pub layer: &'a dyn AttentionLayer,
     /// Whether a query may attend to a key.
     pub allowed: &'a dyn Fn(usize, usize) -> bool,
     /// ALiBi's slope of each head; none if empty.
@@ -130,7 +191,7 @@ pub struct Formula<'a> {
 }
 
 impl<'a> Formula<'a> {
-    pub fn of(layer: &'a MultiHead) -> Self {
+    pub fn of(layer: &'a dyn AttentionLayer) -> Self {
         Self { layer, allowed: &|_, _| true, slopes: &[], position_offset: 0 }
     }
 
@@ -146,8 +207,8 @@ impl<'a> Formula<'a> {
         let mut weights = Vec::new();
         for head in 0..config.num_heads {
             let kv_head = head * config.num_kv_heads() / config.num_heads;
-            let q = self.place(&part(&query, head, config.head_dim()), "q_norm.weight")?;
-            let k = self.place(&part(&key, kv_head, config.head_dim()), "k_norm.weight")?;
+            let q = self.normalise_and_rotate(&part(&query, head, config.head_dim()), "q_norm.weight")?;
+            let k = self.normalise_and_rotate(&part(&key, kv_head, config.head_dim()), "k_norm.weight")?;
             let v = part(&value, kv_head, config.value_dim());
             for (i, q) in q.iter().enumerate() {
                 let row = self.weights(head, i, x.len(), q, &k)?;
@@ -173,8 +234,8 @@ impl<'a> Formula<'a> {
         Ok(tokens.iter().map(project).collect())
     }
 
-    /// Queries or keys of a head, normalised and turned as the config says.
-    fn place(&self, head: &Rows, norm: &str) -> Result<Rows> {
+    /// The queries or keys of a head, normalised and rotated as the config says.
+    fn normalise_and_rotate(&self, head: &Rows, norm: &str) -> Result<Rows> {
         let config = self.layer.config();
         let mut head = head.clone();
         if let (Some(eps), Some(weight)) = (config.qk_norm_eps, parameter(self.layer, norm)) {
@@ -186,17 +247,17 @@ impl<'a> Formula<'a> {
         }
         if let Some(rotary) = &config.rotary {
             for (row, position) in head.iter_mut().zip(self.position_offset..) {
-                turn(row, position as f64, rotary);
+                rotate(row, position as f64, rotary);
             }
         }
         Ok(head)
     }
 
-    /// The weights of query `i`, which is `q`.
+    /// The weights of query `i`, whose entries are `q`.
     fn weights(&self, head: usize, i: usize, q_len: usize, q: &[f64], keys: &Rows) -> Result<Vec<f64>> {
         let config = self.layer.config();
         let scale = config.scale.unwrap_or(1.0 / (config.head_dim() as f64).sqrt());
-        // The last query stands at the last key.
+        // The last query is aligned with the last key.
         let position = i as f64 + keys.len() as f64 - q_len as f64;
         let exponential = |(j, k): (usize, &Vec<f64>)| {
             let mut score = dot(q, k) * scale;
@@ -218,21 +279,21 @@ impl<'a> Formula<'a> {
     }
 }
 
-/// Turns the pairs of the first `dim` entries by position · frequency, and stretches them.
-fn turn(row: &mut [f64], position: f64, rotary: &RotaryConfig) {
+/// Rotates the pairs of the first `dim` entries by position · frequency, and multiplies them by the magnitude.
+fn rotate(row: &mut [f64], position: f64, rotary: &RotaryConfig) {
     let dim = rotary.dim.unwrap_or(row.len());
-    let (frequencies, stretch) = frequencies(rotary, dim);
+    let (frequencies, magnitude) = frequencies(rotary, dim);
     for (i, frequency) in frequencies.into_iter().enumerate() {
         let (a, b) = match rotary.pairing {
             Pairing::HalfSplit => (i, i + dim / 2),
             Pairing::Interleaved => (2 * i, 2 * i + 1),
         };
         let (sin, cos) = (position * frequency).sin_cos();
-        (row[a], row[b]) = ((row[a] * cos - row[b] * sin) * stretch, (row[a] * sin + row[b] * cos) * stretch);
+        (row[a], row[b]) = ((row[a] * cos - row[b] * sin) * magnitude, (row[a] * sin + row[b] * cos) * magnitude);
     }
 }
 
-/// By how many radians each pair turns a position, and by how much the pairs are stretched.
+/// The rotation of each pair in radians per position, and the magnitude, which is the factor of cosines and sines.
 pub fn frequencies(rotary: &RotaryConfig, dim: usize) -> (Vec<f64>, f64) {
     let plain = (0..dim / 2).map(|i| rotary.base.powf(-2.0 * i as f64 / dim as f64));
     match &rotary.scaling {
@@ -244,7 +305,7 @@ pub fn frequencies(rotary: &RotaryConfig, dim: usize) -> (Vec<f64>, f64) {
             high_freq_factor: high,
             original_max_position_embeddings,
         }) => {
-            // By wavelengths, as Meta's code has it.
+            // In terms of wavelengths, as in Meta's code.
             let original = *original_max_position_embeddings as f64;
             let scale = |frequency: f64| {
                 let wavelength = TAU / frequency;
@@ -260,7 +321,7 @@ pub fn frequencies(rotary: &RotaryConfig, dim: usize) -> (Vec<f64>, f64) {
             (plain.map(scale).collect(), 1.0)
         }
         Some(RotaryScaling::Yarn(yarn)) => {
-            // The pair that turns so many times over the original length.
+            // The index of the pair that makes this number of turns over the original length.
             let original = yarn.original_max_position_embeddings as f64;
             let pair = |turns: f64| (original / (TAU * turns)).log(rotary.base) * dim as f64 / 2.0;
             let (low, high) = (pair(yarn.beta_fast), pair(yarn.beta_slow));
@@ -270,23 +331,23 @@ pub fn frequencies(rotary: &RotaryConfig, dim: usize) -> (Vec<f64>, f64) {
                 let interpolated = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
                 frequency / yarn.factor * interpolated + frequency * (1.0 - interpolated)
             };
-            let grown = |mscale: f64| 0.1 * mscale * yarn.factor.ln() + 1.0;
-            let stretch = match (yarn.attention_factor, yarn.mscale, yarn.mscale_all_dim) {
+            let scale_by = |mscale: f64| 0.1 * mscale * yarn.factor.ln() + 1.0;
+            let magnitude = match (yarn.attention_factor, yarn.mscale, yarn.mscale_all_dim) {
                 (Some(given), ..) => given,
-                (None, Some(mscale), Some(all_dim)) => grown(mscale) / grown(all_dim),
-                _ => grown(1.0),
+                (None, Some(mscale), Some(all_dim)) => scale_by(mscale) / scale_by(all_dim),
+                _ => scale_by(1.0),
             };
-            (plain.enumerate().map(scale).collect(), stretch)
+            (plain.enumerate().map(scale).collect(), magnitude)
         }
         Some(RotaryScaling::LongRope { factors, factor, original_max_position_embeddings, attention_factor }) => {
-            let stretch = (1.0 + factor.ln() / (*original_max_position_embeddings as f64).ln()).sqrt();
+            let magnitude = (1.0 + factor.ln() / (*original_max_position_embeddings as f64).ln()).sqrt();
             let frequencies = plain.zip(factors).map(|(frequency, factor)| frequency / factor);
-            (frequencies.collect(), attention_factor.unwrap_or(stretch))
+            (frequencies.collect(), attention_factor.unwrap_or(magnitude))
         }
     }
 }
 
-/// The entries of one head of all tokens.
+/// The entries of one head, for all tokens.
 fn part(tokens: &Rows, head: usize, dim: usize) -> Rows {
     tokens.iter().map(|token| token[head * dim..][..dim].to_vec()).collect()
 }
@@ -297,5 +358,5 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 }
 
 fn rows(matrix: &Tensor) -> Result<Rows> {
-    matrix.to_dtype(DType::F64)?.to_vec2()
+    Ok(matrix.to_dtype(DType::F64)?.to_vec2()?)
 }

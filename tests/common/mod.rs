@@ -1,7 +1,7 @@
 //! What the integration tests share: seeded random tensors, comparisons, a gradient checker and the golden files.
 //!
-//! Everything is on the CPU. Numbers are drawn in f64 and rounded to the dtype that is asked for, so that the same seed
-//! gives the same numbers in every dtype.
+//! Everything is on the CPU. Numbers are drawn in f64 and rounded to the requested dtype, so that the same seed gives
+//! the same numbers in every dtype.
 
 // Each test binary compiles its own copy of this module and uses only a part of it.
 #![allow(dead_code)]
@@ -44,7 +44,7 @@ impl Random {
     }
 }
 
-/// Standard normal numbers; a function of the seed, the shape's element count and the dtype alone.
+/// Standard normal numbers. They depend only on the seed, the number of elements and the dtype.
 pub fn randn(seed: u64, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
     let shape = shape.into();
     let mut random = Random::new(seed);
@@ -62,8 +62,8 @@ pub fn numbers(x: &Tensor) -> Result<Vec<f64>> {
     x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
-/// max |a - b| of two tensors of one shape. Equal infinities differ by 0; a NaN on either side makes the result NaN,
-/// which no `<` lets pass. Empty tensors differ by 0.
+/// max |a - b| of two tensors of the same shape. Equal infinities differ by 0. A NaN on either side makes the result
+/// NaN, so that a comparison with `<` fails. Empty tensors differ by 0.
 pub fn max_abs_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     max_difference(a, b, |x, y| (x - y).abs())
 }
@@ -92,7 +92,7 @@ pub fn assert_close(a: &Tensor, b: &Tensor, tolerance: f64, what: &str) {
 #[track_caller]
 pub fn assert_same_bits(a: &Tensor, b: &Tensor, what: &str) {
     assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()), "{what}: shape or dtype");
-    // Widening to f64 keeps every number of every float dtype apart.
+    // Widening to f64 keeps different numbers of every float dtype different.
     let bits = |x: &Tensor| -> Vec<u64> { numbers(x).unwrap().into_iter().map(f64::to_bits).collect() };
     assert!(bits(a) == bits(b), "{what}: differ\n{a}\n{b}");
 }
@@ -103,7 +103,7 @@ pub fn assert_finite(x: &Tensor, what: &str) {
     assert!(numbers(x).unwrap().iter().all(|x| x.is_finite()), "{what}: not finite\n{x}");
 }
 
-/// The gradient of `loss` (its elements' sum) for each variable. Panics where one has none, or one of another dtype.
+/// The gradient of the sum of `loss` for each variable. Panics if a variable has no gradient, or one of another dtype.
 #[track_caller]
 pub fn gradients(loss: &Tensor, vars: &[&Var]) -> Result<Vec<Tensor>> {
     let mut grads = loss.backward()?;
@@ -115,7 +115,8 @@ pub fn gradients(loss: &Tensor, vars: &[&Var]) -> Result<Vec<Tensor>> {
     Ok(gradients)
 }
 
-/// d loss / d var by central differences: `loss` is evaluated anew with each element a little up and a little down.
+/// d loss / d var by central differences: `loss` is evaluated with each element increased and decreased by a small
+/// step.
 ///
 /// In f64 with a step of 1e-5 both the truncation (step²) and the rounding (1e-16 / step) stay near 1e-10.
 pub fn numeric_gradient(var: &Var, loss: impl Fn() -> Result<Tensor>) -> Result<Tensor> {
@@ -148,7 +149,7 @@ pub fn check_gradients(vars: &[(&str, &Var)], loss: impl Fn() -> Result<Tensor>,
     }
 }
 
-/// A file of tests/golden: tensors made by PyTorch, and the parameters of each case.
+/// A file of tests/golden: tensors computed by PyTorch, and the parameters of each case.
 pub struct Golden {
     tensors: HashMap<String, Tensor>,
     /// The JSON of the metadata entry `cases`: one object with a `name` for each case.
@@ -156,7 +157,7 @@ pub struct Golden {
 }
 
 impl Golden {
-    /// `file` is a name without folder and suffix, as `sdpa`.
+    /// `file` is a name without folder and suffix, such as `sdpa`.
     pub fn load(file: &str) -> anyhow::Result<Self> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{file}.safetensors"));
         let bytes = std::fs::read(path)?;
@@ -174,8 +175,8 @@ impl Golden {
 
     /// The names of a case's tensors that begin with `start`, in order.
     pub fn names(&self, case: &str, dtype: DType, start: &str) -> Vec<&str> {
-        let place = format!("{case}.{}.", dtype.as_str());
-        let names = self.tensors.keys().filter_map(|name| name.strip_prefix(&place));
+        let prefix = format!("{case}.{}.", dtype.as_str());
+        let names = self.tensors.keys().filter_map(|name| name.strip_prefix(&prefix));
         let mut names: Vec<&str> = names.filter(|name| name.starts_with(start)).collect();
         names.sort_unstable();
         names

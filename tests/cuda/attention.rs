@@ -1,7 +1,7 @@
 //! Attention itself: every mask and option, in every dtype and layout, with gradients.
 
-use candle_attention::{AttentionOptions, Backend, scaled_dot_product_attention};
-use candle_core::{DType, Device, Result};
+use candle_attention::{AttentionOptions, Backend, Result, scaled_dot_product_attention};
+use candle_core::{DType, Device};
 
 use crate::check::{check, tolerance};
 use crate::common::assert_close;
@@ -12,7 +12,7 @@ use crate::problem::{Bias, Case, Inputs, Memory, Sizes, error};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 const HEADS: [(usize, usize); 4] = [(1, 1), (4, 2), (6, 2), (8, 1)];
-/// Of queries and keys, and of values.
+/// Pairs of head_dim and value_dim.
 const DIMS: [(usize, usize); 6] = [(1, 1), (8, 24), (64, 64), (59, 128), (128, 40), (256, 256)];
 const QUERIES: [usize; 5] = [1, 9, 33, 150, 300];
 const KEYS: [usize; 5] = [1, 15, 97, 211, 400];
@@ -104,7 +104,7 @@ fn nothing_is_nothing_on_a_gpu_too() -> Result<()> {
     Ok(())
 }
 
-/// Scores that no f32 can hold are dealt with as on the CPU.
+/// Scores beyond the range of f32 give the same results as on the CPU.
 #[test]
 fn huge_inputs_give_what_they_give_on_the_cpu() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };

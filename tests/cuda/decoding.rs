@@ -1,7 +1,7 @@
 //! Decoding with a cache on the GPU.
 
-use candle_attention::{ForwardOptions, KvCache, SelfAttention};
-use candle_core::{DType, Device, Result};
+use candle_attention::{ForwardOptions, KvCache, Result, SelfAttention};
+use candle_core::{DType, Device};
 
 use crate::common::randn;
 use crate::problem::error;
@@ -26,7 +26,7 @@ fn decoding_equals_the_cpu() -> Result<()> {
     Ok(())
 }
 
-/// Sequences of different lengths, of which some are dropped, repeated and cut short.
+/// Sequences of different lengths, some of which are dropped, repeated and truncated.
 #[test]
 fn a_cache_is_edited_as_on_the_cpu() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };

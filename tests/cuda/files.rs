@@ -1,7 +1,7 @@
-//! Files don't tell where a layer was.
+//! Files don't depend on the device of a layer.
 
-use candle_attention::{Layout, SelfAttention, SelfAttentionConfig};
-use candle_core::{DType, Result};
+use candle_attention::{Layout, Result, SelfAttention, SelfAttentionConfig};
+use candle_core::DType;
 use candle_nn::VarBuilder;
 
 use crate::common::assert_same_bits;
@@ -37,7 +37,7 @@ fn foreign_names_are_read_and_written_from_the_gpu() -> Result<()> {
     Ok(())
 }
 
-/// A seed gives the same parameters everywhere.
+/// A seed gives the same parameters on every device.
 #[test]
 fn parameters_start_as_on_the_cpu() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };

@@ -1,7 +1,7 @@
-//! What a GPU can't do, or not with these inputs, is an error that says so, and the GPU works on.
+//! Calls that a GPU can't serve give an error that says so, and the GPU can still be used afterwards.
 
-use candle_attention::{AttentionOptions, Backend, scaled_dot_product_attention};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_attention::{AttentionOptions, Backend, Result, scaled_dot_product_attention};
+use candle_core::{DType, Device, Tensor};
 
 use crate::common::{assert_close, randn};
 use crate::gpu;
@@ -13,20 +13,20 @@ fn tensors_on_two_devices_are_refused_by_name() -> Result<()> {
     if gpu.is_cpu() {
         return Ok(());
     }
-    let here = randn(1, (1, 2, 3, 4), DType::F32)?;
-    let there = here.to_device(&gpu)?;
+    let on_cpu = randn(1, (1, 2, 3, 4), DType::F32)?;
+    let on_gpu = on_cpu.to_device(&gpu)?;
     let attend =
         |q: &Tensor, k: &Tensor, v: &Tensor, options: AttentionOptions| scaled_dot_product_attention(q, k, v, &options);
     let plain = AttentionOptions::default;
-    assert_error_says(attend(&there, &here, &there, plain()), &["key", "Cuda", "Cpu"]);
-    assert_error_says(attend(&here, &here, &there, plain()), &["value", "Cuda", "Cpu"]);
+    assert_error_says(attend(&on_gpu, &on_cpu, &on_gpu, plain()), &["key", "Cuda", "Cpu"]);
+    assert_error_says(attend(&on_cpu, &on_cpu, &on_gpu, plain()), &["value", "Cuda", "Cpu"]);
     let bias = Some(randn(2, (3, 3), DType::F32)?);
     let options = AttentionOptions { attn_bias: bias, ..plain() };
-    assert_error_says(attend(&there, &there, &there, options), &["attn_bias", "Cuda", "Cpu"]);
+    assert_error_says(attend(&on_gpu, &on_gpu, &on_gpu, options), &["attn_bias", "Cuda", "Cpu"]);
     let options = AttentionOptions { alibi_slopes: Some(randn(2, 2, DType::F32)?), ..plain() };
-    assert_error_says(attend(&there, &there, &there, options), &["alibi_slopes", "Cuda", "Cpu"]);
+    assert_error_says(attend(&on_gpu, &on_gpu, &on_gpu, options), &["alibi_slopes", "Cuda", "Cpu"]);
     let options = AttentionOptions { sinks: Some(randn(2, 2, DType::F32)?), ..plain() };
-    assert_error_says(attend(&there, &there, &there, options), &["sinks", "Cuda", "Cpu"]);
+    assert_error_says(attend(&on_gpu, &on_gpu, &on_gpu, options), &["sinks", "Cuda", "Cpu"]);
     Ok(())
 }
 

@@ -1,13 +1,15 @@
 //! Whole layers: each feature alone and all at once, with the gradient of every parameter and input.
 
-use candle_attention::{CrossAttention, ForwardOptions, MultiHead, SelfAttention};
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_attention::{CrossAttention, ForwardOptions, Result, SelfAttention};
+use candle_core::{DType, Device, Tensor, Var};
 
 use crate::common::{assert_finite, gradients, randn};
+use crate::layers::AttentionLayer;
 use crate::problem::error;
 use crate::{gpu, grids, layers};
 
-/// As parts of the largest number of a tensor, about ten times what is usual: the projections come on top of attention.
+/// The bound on errors relative to the largest number of a tensor, about ten times the usual errors. The projections
+/// add theirs to those of attention.
 fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 1e-12,
@@ -17,9 +19,9 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-/// Of a loss over everything that the layer gives, by name: its output, weights, log-sum-exp and the gradients.
+/// By name: output, weights and log-sum-exp of a layer, and the gradients of a loss over all three.
 fn results(
-    layer: &MultiHead,
+    layer: &dyn AttentionLayer,
     inputs: &[Var],
     output: candle_attention::ForwardOutput,
 ) -> Result<Vec<(String, Tensor)>> {
@@ -38,7 +40,7 @@ fn results(
 
 fn compare(what: &str, gpu: &[(String, Tensor)], cpu: &[(String, Tensor)], dtype: DType) -> Result<()> {
     assert_eq!(gpu.len(), cpu.len());
-    // A gradient that cancels to nothing is as good as its terms.
+    // A gradient whose terms cancel is only as precise as its terms.
     let floor = 0.1;
     for ((name, gpu), (_, cpu)) in gpu.iter().zip(cpu) {
         assert_finite(gpu, &format!("{what}, {dtype:?}: {name}"));
@@ -56,7 +58,7 @@ fn inputs(shapes: &[(usize, usize, usize)], dtype: DType, device: &Device) -> Re
     shapes
         .iter()
         .zip(2..)
-        .map(|(&shape, seed)| Var::from_tensor(&randn(seed, shape, dtype)?.to_device(device)?))
+        .map(|(&shape, seed)| Ok(Var::from_tensor(&randn(seed, shape, dtype)?.to_device(device)?)?))
         .collect()
 }
 

@@ -1,7 +1,7 @@
-//! A GPU gives what the CPU gives: the same results within rounding, the same files, the same errors.
+//! A GPU gives the results of the CPU within rounding, the same files and the same errors.
 //!
-//! Where there is no GPU, the tests say that they were skipped. `CANDLE_ATTENTION_GPU=required` makes that a failure, and
-//! `CANDLE_ATTENTION_GPU=cpu` puts the CPU in the GPU's place, to try the tests themselves.
+//! Where there is no GPU, the tests say that they were skipped. `CANDLE_ATTENTION_GPU=required` makes that a failure,
+//! and `CANDLE_ATTENTION_GPU=cpu` uses the CPU instead of a GPU, to try the tests themselves.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -13,21 +13,21 @@ mod layers;
 #[path = "../common/program.rs"]
 mod program;
 
-// What the tests of the fused path compute.
+// The cases and checks of the tests of the fused path.
 #[allow(dead_code)]
-#[path = "../fused/check.rs"]
+#[path = "../sdpa/fused/check.rs"]
 mod check;
 #[allow(dead_code)]
-#[path = "../fused/masks.rs"]
+#[path = "../sdpa/fused/masks.rs"]
 mod masks;
-#[path = "../fused/pairwise.rs"]
+#[path = "../sdpa/fused/pairwise.rs"]
 mod pairwise;
 #[allow(dead_code)]
-#[path = "../fused/problem.rs"]
+#[path = "../sdpa/fused/problem.rs"]
 mod problem;
 
 #[allow(dead_code)]
-#[path = "../decoding/setup.rs"]
+#[path = "../layer/decoding/setup.rs"]
 mod sequences;
 
 mod attention;
@@ -57,10 +57,10 @@ fn gpu() -> Option<Device> {
         Err(error) => error.to_string(),
     };
     assert_ne!(asked, "required", "CANDLE_ATTENTION_GPU: {error}");
-    // What `eprintln` says is hidden where a test passes.
+    // libtest hides the output of `eprintln` if a test passes.
     let reason = error.lines().next().unwrap_or_default();
     SAID.call_once(|| {
-        writeln!(stderr().lock(), "\nSKIPPED: nothing was compared, for there is no GPU ({reason})").unwrap()
+        writeln!(stderr().lock(), "\nSKIPPED: nothing was compared, since there is no GPU ({reason})").unwrap()
     });
     None
 }

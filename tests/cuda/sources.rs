@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::nvrtc::{CompileError, CompileOptions, com
 /// Ampere and Hopper.
 const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90"];
 
-/// The compiler's own words where it refuses.
+/// Compiles a source. The error is the log of the compiler.
 fn compile(source: &str, name: &str, architecture: &'static str) -> Result<(), String> {
     let toolkit = std::env::var("CUDA_HOME").unwrap_or("/usr/local/cuda".into());
     let options = CompileOptions {
@@ -43,7 +43,7 @@ fn every_source_compiles() {
     }
 }
 
-/// That the test above can fail, and finds the headers that kernels need.
+/// Checks that the test above can fail, and that the compiler finds the headers that kernels need.
 #[test]
 fn the_compiler_takes_a_kernel_and_refuses_a_mistake() {
     let kernel = |statement: &str| {

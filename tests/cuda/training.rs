@@ -1,7 +1,7 @@
-//! Training goes the CPU's way.
+//! Training on a GPU has the losses of training on the CPU.
 
-use candle_attention::{SelfAttention, SelfAttentionConfig};
-use candle_core::{DType, Device, Result};
+use candle_attention::{Result, SelfAttention, SelfAttentionConfig};
+use candle_core::{DType, Device};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use serde_json::Value;
 
@@ -37,7 +37,7 @@ fn a_layer_learns_with_the_losses_of_the_cpu() -> Result<()> {
     Ok(())
 }
 
-/// The numbers of an example's result, here and there, each within a part of itself or as much in all.
+/// Compares the numbers of an example's result on both devices, as |Δ| / (1 + |x|).
 fn compare(example: &str, arguments: &[&str], fields: &[&str]) {
     let Some(gpu) = gpu() else { return };
     let folder = tempfile::tempdir().unwrap();

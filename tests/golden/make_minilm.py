@@ -1,6 +1,6 @@
 """Write minilm.json: cosine similarities of sentence pairs from sentence-transformers, for tests/minilm.
 
-    pip install -r tests/golden/requirements-minilm.txt && .ci/minilm && python tests/golden/make_minilm.py target/minilm
+    pip install -r tests/golden/requirements-minilm.txt && scripts/minilm && python tests/golden/make_minilm.py target/minilm
 
 The folder holds sentence-transformers/all-MiniLM-L6-v2; its weights' checksum is written beside the numbers.
 """

@@ -1,7 +1,8 @@
-//! Dropout: in training alone, another draw at each call, and the same draws again from the same seed.
+//! Dropout: it is on only in training, drops other weights at each call, and drops the same ones again for the same
+//! seed.
 
-use candle_attention::{ForwardOptions, SelfAttention, SelfAttentionConfig};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_attention::{ForwardOptions, Result, SelfAttention, SelfAttentionConfig};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::common::{assert_close, assert_same_bits, max_abs_difference, numbers, randn};
@@ -12,7 +13,7 @@ fn config() -> SelfAttentionConfig {
 }
 
 fn input() -> Result<Tensor> {
-    randn(1, (2, 5, 8), DType::F32)
+    Ok(randn(1, (2, 5, 8), DType::F32)?)
 }
 
 fn differ(a: &Tensor, b: &Tensor) -> Result<bool> {
@@ -83,7 +84,7 @@ fn clones_share_their_draws() -> Result<()> {
     Ok(())
 }
 
-/// The same parameters everywhere, so that only the draws differ.
+/// All layers have the same parameters, so that only the dropout differs.
 #[test]
 fn draws_come_from_the_seed_and_the_place_in_the_model() -> Result<()> {
     let x = input()?;
@@ -93,13 +94,13 @@ fn draws_come_from_the_seed_and_the_place_in_the_model() -> Result<()> {
         crate::layers::randomise(&layer, 1)?;
         layer.forward_t(&x, true)
     };
-    assert_same_bits(&output(3, "a")?, &output(3, "a")?, "same seed, same place");
+    assert_same_bits(&output(3, "a")?, &output(3, "a")?, "same seed and prefix");
     assert!(differ(&output(3, "a")?, &output(4, "a")?)?, "another seed");
-    assert!(differ(&output(3, "a")?, &output(3, "b")?)?, "another place");
+    assert!(differ(&output(3, "a")?, &output(3, "b")?)?, "another prefix");
     Ok(())
 }
 
-/// Dropped weights are made up for by the others: over many passes the mean is the output without dropout.
+/// The kept weights compensate for the dropped ones: over many passes the mean is the output without dropout.
 #[test]
 fn mean_over_many_passes_is_the_output_without_dropout() -> Result<()> {
     const PASSES: usize = 4000;
@@ -107,7 +108,8 @@ fn mean_over_many_passes_is_the_output_without_dropout() -> Result<()> {
     let x = randn(1, (1, 5, 8), DType::F32)?.repeat((PASSES, 1, 1))?;
     let outputs = layer.forward_t(&x, true)?;
     let expected = layer.forward(&x.narrow(0, 0, 1)?)?.squeeze(0)?;
-    // Each output varies by less than 2, its mean over 4000 by less than 2 / 63; five times that leaves no flukes.
+    // The standard deviation of each output is below 2, and that of a mean over 4,000 outputs below 2 / 63. The
+    // tolerance is five times that.
     assert_close(&outputs.mean(0)?, &expected, 0.16, "mean");
     let spread = outputs.broadcast_sub(&expected)?.sqr()?.mean(0)?.sqrt()?;
     assert!(numbers(&spread)?.iter().all(|&spread| (0.01..2.0).contains(&spread)), "{spread}");

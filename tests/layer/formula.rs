@@ -1,7 +1,7 @@
-//! Each layer against the formula in plain loops, in f64, where rounding alone is left.
+//! Each layer compared with its formula in plain loops, in f64, where they differ only by rounding.
 
-use candle_attention::{ForwardOptions, SelfAttentionConfig};
-use candle_core::{DType, Result, Tensor};
+use candle_attention::{ForwardOptions, Result, SelfAttentionConfig};
+use candle_core::{DType, Tensor};
 
 use crate::common::{assert_close, randn};
 use crate::layers::{Formula, cross_attention, everything, self_attention};
@@ -12,7 +12,7 @@ fn with_weights() -> ForwardOptions {
     ForwardOptions { return_weights: true, ..Default::default() }
 }
 
-/// A batch of two sequences of five tokens, each against the formula.
+/// Compares a layer with its formula, for a batch of two sequences of five tokens.
 fn check_self(what: &str, config: &SelfAttentionConfig, allowed: &dyn Fn(usize, usize) -> bool) -> Result<()> {
     let layer = self_attention(config, DType::F64)?;
     let x = randn(2, (2, 5, config.embed_dim), DType::F64)?;
@@ -157,7 +157,7 @@ fn cross_attention_equals_its_formula() -> Result<()> {
     check_cross("one head", &SelfAttentionConfig::single_head(4, 3, 2), &|_, _| true)
 }
 
-/// Five queries stand at the last five of seven keys.
+/// Five queries are aligned with the last five of seven keys.
 #[test]
 fn causal_cross_attention_is_aligned_at_the_last_key() -> Result<()> {
     let config = SelfAttentionConfig { is_causal: true, ..SelfAttentionConfig::new(8, 2) };
@@ -194,7 +194,7 @@ fn logsumexp_counts_every_key() -> Result<()> {
     let options = ForwardOptions { return_logsumexp: true, ..Default::default() };
     let logsumexp = |len: usize| -> Result<Tensor> {
         let output = layer.forward_with(&token.repeat((len, 1))?, &options)?;
-        output.logsumexp.expect("logsumexp").narrow(1, 0, 1)
+        Ok(output.logsumexp.expect("logsumexp").narrow(1, 0, 1)?)
     };
     assert_eq!(logsumexp(4)?.dims(), [2, 1]);
     assert_close(

@@ -1,7 +1,7 @@
-//! The numbers of an input count, not its layout, its rank, or the company it is in.
+//! The output depends only on the numbers of an input, not on its layout, its rank or the other sequences of the batch.
 
-use candle_attention::{ForwardOptions, SelfAttentionConfig};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_attention::{ForwardOptions, Result, SelfAttentionConfig};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module};
 
 use crate::common::{assert_close, assert_same_bits, max_abs_difference, numbers, randn};
@@ -49,7 +49,7 @@ fn memory_of_any_strides_gives_the_numbers_of_its_copy() -> Result<()> {
     Ok(())
 }
 
-/// A canary: the day candle's `Linear` gets this right, this test says so, and the layer may leave its copy out.
+/// This test fails once candle's `Linear` is correct here. The layer then no longer needs to copy its input.
 #[test]
 fn linear_of_candle_is_still_wrong_on_a_transposed_batch() -> Result<()> {
     let linear = Linear::new(randn(1, (4, 8), DType::F32)?, None);
@@ -103,7 +103,7 @@ fn order_of_the_tokens_does_not_matter_without_positions() -> Result<()> {
     Ok(())
 }
 
-/// What f64 gives, to the precision of each dtype: some ulps of numbers near 1.
+/// The results agree with those in f64 to the precision of each dtype: a few ulps of numbers near 1.
 #[test]
 fn layer_works_in_every_float_dtype() -> Result<()> {
     for config in [SelfAttentionConfig::new(8, 2), everything()] {
@@ -125,7 +125,7 @@ fn layer_works_in_every_float_dtype() -> Result<()> {
 }
 
 fn empty(shape: &[usize]) -> Result<Tensor> {
-    Tensor::zeros(shape, DType::F32, &Device::Cpu)
+    Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn no_tokens_give_an_empty_output() -> Result<()> {
     Ok(())
 }
 
-/// Where there is nothing to learn from, nothing is learned: gradients are zero, or, where candle drops them, missing.
+/// With an empty input every parameter has a gradient of zeros.
 #[test]
 fn training_on_nothing_is_no_error() -> Result<()> {
     for config in [SelfAttentionConfig::new(8, 2), everything()] {
@@ -172,7 +172,7 @@ fn training_on_nothing_is_no_error() -> Result<()> {
     Ok(())
 }
 
-/// Nothing to attend to is a context of zero, which W_O turns into its bias.
+/// Without keys the context is zero, and W_O adds its bias.
 #[test]
 fn empty_memory_leaves_the_bias_of_w_o() -> Result<()> {
     let layer = cross_attention(&SelfAttentionConfig::new(8, 2), DType::F32)?;

@@ -1,13 +1,22 @@
-//! Laws of `SelfAttention` and `CrossAttention`: they equal their formula, whatever the input's layout, masks, positions
-//! and dtype; dropout is there in training alone; parameters start as promised.
+//! `SelfAttention` and `CrossAttention`: they equal their formula and PyTorch, whatever the input's layout, masks,
+//! positions and dtype. Dropout is on only in training, parameters are initialised as documented and learn, and
+//! decoding step by step equals the whole sequence.
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/grids.rs"]
+mod grids;
 #[path = "../common/layers.rs"]
 mod layers;
 
+mod decoding;
 mod dropout;
+mod errors;
+mod every_parameter_learns;
 mod formula;
+mod golden_layer_parts;
+mod golden_multi_head;
+mod hostile;
 mod inputs;
 mod masking;
 mod outputs;

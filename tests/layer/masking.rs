@@ -1,7 +1,7 @@
-//! Who sees whom: the config's own masks, and those of one call.
+//! Which tokens attend to which: the masks of the config, and those of one call.
 
-use candle_attention::{ForwardOptions, Mask, SelfAttentionConfig};
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_attention::{ForwardOptions, Mask, Result, SelfAttentionConfig};
+use candle_core::{DType, Device, Tensor, Var};
 
 use crate::common::{assert_close, assert_same_bits, gradients, max_abs_difference, numbers, randn};
 use crate::layers::{Formula, cross_attention, everything, self_attention};
@@ -14,10 +14,10 @@ fn masked(attn_mask: Mask) -> ForwardOptions {
     ForwardOptions { attn_mask, return_weights: true, ..Default::default() }
 }
 
-/// Six tokens, of which those from `first` on are replaced by others.
+/// Six tokens, with other numbers from token `first` on.
 fn with_another_future(x: &Tensor, first: usize) -> Result<Tensor> {
     let others = randn(99, x.shape(), x.dtype())?;
-    Tensor::cat(&[x.narrow(1, 0, first)?, others.narrow(1, first, 6 - first)?], 1)
+    Ok(Tensor::cat(&[x.narrow(1, 0, first)?, others.narrow(1, first, 6 - first)?], 1)?)
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn window_of_one_sees_its_own_value_alone() -> Result<()> {
     Ok(())
 }
 
-/// A batch of padded sequences, masked by their lengths, gives for their tokens what each gives alone.
+/// In a batch of padded sequences that is masked by their lengths, each sequence has the outputs that it has alone.
 #[test]
 fn padded_sequences_are_as_they_are_alone() -> Result<()> {
     let lengths = [6, 1, 4];
@@ -126,7 +126,7 @@ fn padding_gets_no_gradient() -> Result<()> {
     let layer = self_attention(&SelfAttentionConfig::new(8, 2), DType::F64)?;
     let x = Var::from_tensor(&randn(1, (2, 5, 8), DType::F64)?)?;
     let output = layer.forward_with(&x, &masked(Mask::key_lengths(&[5, 3])))?.output;
-    // The tokens that are there, of both sequences.
+    // The loss of all tokens that are not padding.
     let loss = (output.narrow(0, 0, 1)?.sum_all()? + output.narrow(0, 1, 1)?.narrow(1, 0, 3)?.sum_all()?)?;
     let grad = gradients(&loss, &[&x])?.remove(0);
     assert_eq!(numbers(&grad.get(1)?.narrow(0, 3, 2)?)?, [0.0; 16]);
@@ -134,7 +134,7 @@ fn padding_gets_no_gradient() -> Result<()> {
     Ok(())
 }
 
-/// A mask of one call takes away from what the config's own mask leaves, and adds nothing to it.
+/// A mask of one call can only hide more keys than the mask of the config.
 #[test]
 fn mask_of_a_call_is_met_by_that_of_the_config() -> Result<()> {
     let layer = self_attention(&causal(), DType::F64)?;
@@ -149,7 +149,7 @@ fn mask_of_a_call_is_met_by_that_of_the_config() -> Result<()> {
     Ok(())
 }
 
-/// Where there is nothing to attend to the context is zero, and W_O gives its bias.
+/// If all keys are hidden the context is zero, and W_O adds its bias.
 #[test]
 fn token_that_sees_nothing_becomes_the_bias_of_w_o() -> Result<()> {
     let layer = self_attention(&SelfAttentionConfig::new(8, 2), DType::F64)?;

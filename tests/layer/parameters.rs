@@ -1,13 +1,14 @@
-//! Parameters: how they start, what they are called, and where they come from.
+//! Parameters: their initial values, their names, and where they come from.
 
 use std::collections::HashMap;
 
-use candle_attention::{CrossAttention, MultiHead, RotaryConfig, SelfAttention, SelfAttentionConfig};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_attention::rotary::RotaryConfig;
+use candle_attention::{CrossAttention, Result, SelfAttention, SelfAttentionConfig};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::common::{assert_same_bits, max_abs_difference, numbers, randn};
-use crate::layers::{assert_error_says, everything, parameter};
+use crate::layers::{AttentionLayer, assert_candle_error_says, everything, parameter};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 
@@ -23,8 +24,8 @@ fn weight_names() -> [&'static str; 4] {
     ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
 }
 
-/// Weights of two layers: for each name, whether they are the same, bit for bit.
-fn same_weights(a: &MultiHead, b: &MultiHead) -> Result<Vec<bool>> {
+/// For each weight, whether it is the same in two layers.
+fn same_weights(a: &dyn AttentionLayer, b: &dyn AttentionLayer) -> Result<Vec<bool>> {
     let same = |name| -> Result<bool> {
         let (a, b) = (parameter(a, name).expect("a weight"), parameter(b, name).expect("a weight"));
         Ok(max_abs_difference(&a, &b)? == 0.0)
@@ -48,10 +49,10 @@ fn same_seed_and_place_give_the_same_parameters() -> Result<()> {
 fn another_seed_or_place_gives_other_weights() -> Result<()> {
     let config = SelfAttentionConfig::new(8, 2);
     let first = layer(&config, "layer.0")?;
-    assert_eq!(same_weights(&first, &*layer(&config, "layer.1")?)?, [false; 4]);
-    assert_eq!(same_weights(&first, &*layer(&config, "")?)?, [false; 4]);
+    assert_eq!(same_weights(&first, &layer(&config, "layer.1")?)?, [false; 4]);
+    assert_eq!(same_weights(&first, &layer(&config, "")?)?, [false; 4]);
     let other = SelfAttentionConfig { seed: 1, ..config };
-    assert_eq!(same_weights(&first, &*layer(&other, "layer.0")?)?, [false; 4]);
+    assert_eq!(same_weights(&first, &layer(&other, "layer.0")?)?, [false; 4]);
     Ok(())
 }
 
@@ -80,7 +81,7 @@ fn dtypes_start_from_the_same_numbers() -> Result<()> {
     Ok(())
 }
 
-/// Uniform in ±sqrt(6 / (in + out)): inside the bound, reaching for it, with mean 0 and variance bound² / 3.
+/// Uniform in ±sqrt(6 / (in + out)): within the bound and close to it, with mean 0 and variance bound² / 3.
 #[test]
 fn weights_start_xavier_uniform() -> Result<()> {
     let config = SelfAttentionConfig {
@@ -159,7 +160,7 @@ fn two_layers_of_a_model_have_parameters_of_their_own() -> Result<()> {
     let second = CrossAttention::new(&config, vb.pp("layers").pp(1).pp("attention"))?;
     let data = varmap.data().lock().unwrap();
     assert_eq!(data.len(), 16);
-    for (prefix, layer) in [("layers.0.attention", &*first), ("layers.1.attention", &*second)] {
+    for (prefix, layer) in [("layers.0.attention", &first as &dyn AttentionLayer), ("layers.1.attention", &second)] {
         for ((name, tensor), var) in layer.parameters().into_iter().zip(layer.vars()) {
             let stored = data.get(&format!("{prefix}.{name}")).expect("the parameter under its prefix");
             assert_eq!(stored.as_tensor().id(), tensor.id(), "{name}");
@@ -170,14 +171,15 @@ fn two_layers_of_a_model_have_parameters_of_their_own() -> Result<()> {
     Ok(())
 }
 
-/// A second layer at the same place is the same layer, with what the first has learned.
+/// A second layer with the same prefix has the same parameters, with what the first layer has learned.
 #[test]
 fn parameters_that_are_there_are_taken_as_they_are() -> Result<()> {
     let varmap = VarMap::new();
     let config = everything();
     let first = SelfAttention::new(&config, builder(&varmap, DType::F32))?;
     crate::layers::randomise(&first, 5)?;
-    let learned: Vec<Tensor> = first.parameters().iter().map(|(_, tensor)| tensor.copy()).collect::<Result<_>>()?;
+    let learned: Vec<Tensor> =
+        first.parameters().iter().map(|(_, tensor)| tensor.copy()).collect::<candle_core::Result<_>>()?;
     let other_seed = SelfAttentionConfig { seed: 99, ..config };
     let second = SelfAttention::new(&other_seed, builder(&varmap, DType::F32))?;
     for ((name, tensor), learned) in second.parameters().into_iter().zip(&learned) {
@@ -201,7 +203,7 @@ fn tensor_that_a_builder_lacks_is_named() -> Result<()> {
         let mut some = all.clone();
         some.remove(name);
         let vb = VarBuilder::from_tensors(some, DType::F32, &Device::Cpu);
-        assert_error_says(SelfAttention::new(&config, vb), &[name]);
+        assert_candle_error_says(SelfAttention::new(&config, vb), &[name]);
     }
     Ok(())
 }
@@ -214,7 +216,7 @@ fn tensor_of_another_shape_is_named() -> Result<()> {
         let mut some = all.clone();
         some.insert(name.clone(), randn(1, (3, 5), DType::F32)?);
         let vb = VarBuilder::from_tensors(some, DType::F32, &Device::Cpu);
-        assert_error_says(SelfAttention::new(&config, vb), &[name, "[3, 5]"]);
+        assert_candle_error_says(SelfAttention::new(&config, vb), &[name, "[3, 5]"]);
     }
     Ok(())
 }
@@ -235,7 +237,7 @@ fn in_var_map(varmap: &VarMap) -> Vec<String> {
     varmap.data().lock().unwrap().keys().cloned().collect()
 }
 
-/// What a refused layer would leave behind, the next try at the same place would run into.
+/// Parameters of a refused layer would be found by the next layer with the same prefix.
 #[test]
 fn refused_config_leaves_no_parameters_behind() {
     let varmap = VarMap::new();
@@ -247,7 +249,7 @@ fn refused_config_leaves_no_parameters_behind() {
     assert_eq!(in_var_map(&varmap), [""; 0], "kv_dim in self-attention");
 }
 
-/// As above, for cross-attention.
+/// The same for cross-attention.
 #[test]
 fn refused_rotary_embedding_leaves_no_parameters_behind() {
     let varmap = VarMap::new();

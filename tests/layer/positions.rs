@@ -1,12 +1,14 @@
-//! Positions: rotary embedding knows how far apart two tokens stand and nothing else; ALiBi has the slopes of its paper.
+//! Positions: rotary embedding depends only on the relative position of two tokens, and ALiBi has the slopes of its
+//! paper.
 
-use candle_attention::{ForwardOptions, Pairing, RotaryConfig, RotaryEmbedding, SelfAttentionConfig};
-use candle_core::{DType, Result, Tensor};
+use candle_attention::rotary::{Pairing, RotaryConfig, RotaryEmbedding};
+use candle_attention::{ForwardOptions, Result, SelfAttentionConfig};
+use candle_core::{DType, Tensor};
 
 use crate::common::{assert_close, assert_same_bits, max_abs_difference, numbers, randn};
 use crate::layers::{Formula, cross_attention, scalings, self_attention};
 
-/// Both pairings, with all entries turned and with some, with each scaling and with none.
+/// Both pairings, with all or some of the entries rotated, with each scaling and without.
 fn rotaries() -> Vec<RotaryConfig> {
     let mut configs = Vec::new();
     for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
@@ -73,7 +75,7 @@ fn rotary_layer_knows_the_order_of_its_tokens() -> Result<()> {
     Ok(())
 }
 
-/// Alternating lengths and offsets, so that angles kept from an earlier call would show.
+/// Lengths and offsets alternate, so that angles kept from an earlier call would give other results.
 #[test]
 fn rotary_layer_does_not_depend_on_earlier_calls() -> Result<()> {
     let config = layer_config(&RotaryConfig::default());
@@ -119,8 +121,8 @@ fn alibi_config(num_heads: usize) -> SelfAttentionConfig {
     SelfAttentionConfig { alibi: true, ..SelfAttentionConfig::new(2 * num_heads, num_heads) }
 }
 
-/// The slope of each head, from its weights: among equal tokens scores differ by the bias alone, so that a key at
-/// distance d has exp(-slope · d) times the weight of the token itself.
+/// The slope of each head, computed from its weights: for equal tokens the scores differ only by the bias, so that a
+/// key at distance d has exp(-slope · d) times the weight of the token itself.
 fn slopes_by_weights(num_heads: usize, dtype: DType) -> Result<Vec<f64>> {
     let layer = self_attention(&alibi_config(num_heads), dtype)?;
     let x = randn(1, (1, 2 * num_heads), dtype)?.repeat((4, 1))?;
@@ -138,7 +140,7 @@ fn alibi_slopes_of_eight_heads_are_those_of_the_paper() -> Result<()> {
     Ok(())
 }
 
-/// As the authors' code has it: those of eight heads, then every other one of sixteen.
+/// As in the authors' code: the slopes for eight heads, followed by every other slope for sixteen heads.
 #[test]
 fn alibi_slopes_of_twelve_heads_continue_with_those_of_sixteen() -> Result<()> {
     let exponents = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0, -0.5, -1.5, -2.5, -3.5];
@@ -150,7 +152,7 @@ fn alibi_slopes_of_twelve_heads_continue_with_those_of_sixteen() -> Result<()> {
     Ok(())
 }
 
-/// 2^(-1/2) and its like are no f32 numbers: a layer in f64 needs them in f64.
+/// A layer in f64 needs slopes in f64: slopes like 2^(-1/2) lose precision in f32.
 #[test]
 fn alibi_slopes_of_an_f64_layer_have_the_precision_of_f64() -> Result<()> {
     let exponents = [-4.0, -8.0, -2.0];
@@ -179,7 +181,7 @@ fn alibi_layer_equals_its_formula() -> Result<()> {
     Ok(())
 }
 
-/// The last query stands at the last key, whichever sequence is longer.
+/// The last query is aligned with the last key, whichever sequence is longer.
 #[test]
 fn alibi_of_cross_attention_is_aligned_at_the_last_key() -> Result<()> {
     let slopes = [1.0 / 16.0, 1.0 / 256.0];
@@ -194,7 +196,7 @@ fn alibi_of_cross_attention_is_aligned_at_the_last_key() -> Result<()> {
     Ok(())
 }
 
-/// Slopes are no parameters: a layer with them has the same ones to train and to save.
+/// Slopes aren't parameters: a layer with ALiBi has the same parameters as one without.
 #[test]
 fn alibi_adds_no_parameters() -> Result<()> {
     let with = self_attention(&alibi_config(4), DType::F32)?;

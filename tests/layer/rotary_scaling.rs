@@ -1,7 +1,8 @@
 //! Scaled rotary embeddings: the frequencies of real models are those of transformers and of the papers' formulas.
 
-use candle_attention::{RotaryConfig, RotaryEmbedding, RotaryScaling, Yarn};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_attention::Result;
+use candle_attention::rotary::{RotaryConfig, RotaryEmbedding, RotaryScaling, Yarn};
+use candle_core::{DType, Device, Tensor};
 
 use crate::common::{assert_close, assert_same_bits, numbers, randn};
 use crate::layers::{frequencies, scalings};
@@ -15,7 +16,7 @@ fn llama3(factor: f64) -> RotaryScaling {
     RotaryScaling::Llama3 { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings }
 }
 
-/// By how many radians each pair turns a position, and by how much it is stretched, from what happens to (1, 0) at position 1.
+/// The rotation of each pair in radians per position, and its magnitude, from the rotation of (1, 0) at position 1.
 fn observed(config: &RotaryConfig, dim: usize) -> Result<(Vec<f64>, Vec<f64>)> {
     let ones = Tensor::ones((1, 1, 1, dim / 2), DType::F64, &Device::Cpu)?;
     let rotated = RotaryEmbedding::new(config, dim)?.apply(&Tensor::cat(&[&ones, &ones.zeros_like()?], 3)?, 1)?;
@@ -29,8 +30,8 @@ fn assert_relative(got: f64, expected: f64, tolerance: f64, what: &str) {
     assert!((got / expected - 1.0).abs() < tolerance, "{what}: {got:e}, expected {expected:e}");
 }
 
-/// Name, head_dim, config, and what transformers 5.23 computes in f32: the attention factor, and the frequencies of some
-/// pairs.
+/// Name, head_dim, config, and what transformers 5.23 computes in f32: the attention factor, and the frequencies of
+/// some pairs.
 type Model = (&'static str, usize, RotaryConfig, f64, [(usize, f64); 4]);
 
 fn models() -> [Model; 6] {
@@ -110,12 +111,12 @@ fn models() -> [Model; 6] {
 #[test]
 fn frequencies_of_real_models_are_those_of_transformers() -> Result<()> {
     for (name, dim, config, attention_factor, pairs) in models() {
-        let (frequencies, stretches) = observed(&config, dim)?;
+        let (frequencies, magnitudes) = observed(&config, dim)?;
         for (pair, expected) in pairs {
             assert_relative(frequencies[pair], expected, 1e-6, &format!("{name}, pair {pair}"));
         }
-        for stretch in stretches {
-            assert_relative(stretch, attention_factor, 1e-12, &format!("{name}, attention factor"));
+        for magnitude in magnitudes {
+            assert_relative(magnitude, attention_factor, 1e-12, &format!("{name}, attention factor"));
         }
     }
     Ok(())
@@ -123,17 +124,17 @@ fn frequencies_of_real_models_are_those_of_transformers() -> Result<()> {
 
 #[test]
 fn frequencies_are_those_of_the_formulas() -> Result<()> {
-    // All pairs turn so often that the last of those between would stand behind them all.
+    // All pairs make so many turns that the upper bound of the interpolated pairs would be beyond the last pair.
     let far = Yarn { beta_fast: 100.0, ..Yarn::new(4.0, 1000) };
     let far = ("a small base", 8, scaled(2.0, RotaryScaling::Yarn(far)));
     let small = scalings(4).into_iter().map(|scaling| ("few tokens", 8, scaled(50.0, scaling))).chain([far]);
     for (name, dim, config) in models().map(|(name, dim, config, ..)| (name, dim, config)).into_iter().chain(small) {
-        let (got, stretches) = observed(&config, dim)?;
-        let (expected, stretch) = frequencies(&config, dim);
+        let (got, magnitudes) = observed(&config, dim)?;
+        let (expected, magnitude) = frequencies(&config, dim);
         for (pair, (got, expected)) in got.into_iter().zip(expected).enumerate() {
             assert_relative(got, expected, 1e-12, &format!("{name}, {config:?}, pair {pair}"));
         }
-        assert_relative(stretches[0], stretch, 1e-12, name);
+        assert_relative(magnitudes[0], magnitude, 1e-12, name);
     }
     Ok(())
 }
@@ -167,7 +168,7 @@ fn factor_of_one_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// YaRN where no pair lies between: all turn often enough, or none does.
+/// YaRN without interpolated pairs: either all pairs make enough turns to be kept, or none does.
 #[test]
 fn yarn_without_pairs_between_scales_all_or_none() -> Result<()> {
     let (plain, _) = observed(&RotaryConfig { base: 4.0, ..RotaryConfig::default() }, 8)?;
@@ -175,7 +176,7 @@ fn yarn_without_pairs_between_scales_all_or_none() -> Result<()> {
         for (original, factor) in [(1_000_000_000, 1.0), (1, 4.0)] {
             let yarn = Yarn { truncate, ..Yarn::new(4.0, original) };
             let (got, _) = observed(&scaled(4.0, RotaryScaling::Yarn(yarn)), 8)?;
-            // The first pair is never scaled where the pairs between would begin before it.
+            // The lower bound of the interpolated pairs is at least 0, so that pair 0 is never scaled.
             for (pair, (got, plain)) in got.iter().zip(&plain).enumerate().skip(1) {
                 assert_relative(*got, plain / factor, 1e-12, &format!("original length {original}, pair {pair}"));
             }
@@ -186,25 +187,25 @@ fn yarn_without_pairs_between_scales_all_or_none() -> Result<()> {
 
 #[test]
 fn attention_factor_that_is_given_is_the_one_taken() -> Result<()> {
-    let stretch = |yarn: Yarn| -> Result<f64> { Ok(observed(&scaled(1e4, RotaryScaling::Yarn(yarn)), 8)?.1[0]) };
+    let magnitude = |yarn: Yarn| -> Result<f64> { Ok(observed(&scaled(1e4, RotaryScaling::Yarn(yarn)), 8)?.1[0]) };
     let yarn = Yarn::new(40.0, 4096);
     let by_factor = 0.1 * 40f64.ln() + 1.0;
     let cases = [
         (yarn.clone(), by_factor),
         (Yarn { attention_factor: Some(1.25), mscale: Some(2.0), mscale_all_dim: Some(1.0), ..yarn.clone() }, 1.25),
         (Yarn { mscale: Some(0.707), mscale_all_dim: Some(0.707), ..yarn.clone() }, 1.0),
-        // As transformers has it: both or none.
+        // As in transformers: both mscales, or none of them.
         (Yarn { mscale: Some(0.707), ..yarn.clone() }, by_factor),
         (Yarn { mscale: Some(0.707), mscale_all_dim: Some(0.0), ..yarn.clone() }, by_factor),
         (Yarn { mscale: Some(0.0), mscale_all_dim: Some(0.707), ..yarn }, by_factor),
     ];
     for (yarn, expected) in cases {
-        assert_relative(stretch(yarn.clone())?, expected, 1e-14, &format!("{yarn:?}"));
+        assert_relative(magnitude(yarn.clone())?, expected, 1e-14, &format!("{yarn:?}"));
     }
     Ok(())
 }
 
-/// Angles are computed in f64, so that far positions cost f32 and half types no more than their own rounding.
+/// Angles are computed in f64, so that results in f32 and half types are precise at far positions, too.
 #[test]
 fn scaled_angles_keep_their_precision_at_far_positions() -> Result<()> {
     for scaling in scalings(4) {
@@ -220,7 +221,7 @@ fn scaled_angles_keep_their_precision_at_far_positions() -> Result<()> {
     Ok(())
 }
 
-/// The fields of a `config.json` of transformers, which are this crate's.
+/// The fields have the names and the meaning of those in a `config.json` of transformers.
 #[test]
 fn scaling_reads_the_json_of_transformers() -> anyhow::Result<()> {
     let cases = [

@@ -1,6 +1,6 @@
-//! BERT and its kin, and the vision transformers of Hugging Face, which name the inner module otherwise.
+//! BERT and models with its names, and Hugging Face's vision transformers, which name the inner module differently.
 
-use super::plan::{Entry, Table};
+use crate::checkpoint::layout::plan::{Entry, Table};
 
 pub(super) static BERT: Table = Table {
     entries: &[
@@ -13,8 +13,8 @@ pub(super) static BERT: Table = Table {
         OUT_WEIGHT,
         OUT_BIAS,
     ],
-    // As PyTorch names them, and as checkpoints that came from TensorFlow do.
-    others: &["output.LayerNorm.weight", "output.LayerNorm.bias", "output.LayerNorm.gamma", "output.LayerNorm.beta"],
+    // The names of PyTorch, and those of checkpoints that were converted from TensorFlow.
+    ignored: &["output.LayerNorm.weight", "output.LayerNorm.bias", "output.LayerNorm.gamma", "output.LayerNorm.beta"],
     check: |_| Ok(()),
 };
 
@@ -29,7 +29,7 @@ pub(super) static VIT: Table = Table {
         OUT_WEIGHT,
         OUT_BIAS,
     ],
-    others: &[],
+    ignored: &[],
     check: |_| Ok(()),
 };
 

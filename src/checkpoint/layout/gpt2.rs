@@ -1,6 +1,6 @@
-//! GPT-2, whose `Conv1D` keeps its matrices as (in, out).
+//! GPT-2, whose `Conv1D` stores its matrices as (in, out).
 
-use super::plan::{Entry, Table, one_width};
+use crate::checkpoint::layout::plan::{Entry, Table, check_equal_widths};
 
 pub(super) static TABLE: Table = Table {
     entries: &[
@@ -9,7 +9,7 @@ pub(super) static TABLE: Table = Table {
         Entry::of("c_proj.weight", &["o_proj.weight"]).transposed(),
         Entry::of("c_proj.bias", &["o_proj.bias"]),
     ],
-    // The causal mask, which old checkpoints hold as a table.
-    others: &["bias", "masked_bias"],
-    check: one_width,
+    // The causal mask, which old checkpoints store as a tensor.
+    ignored: &["bias", "masked_bias"],
+    check: check_equal_widths,
 };

@@ -1,6 +1,6 @@
-//! GPT-NeoX and those that follow it, which pack queries, keys and values head by head.
+//! GPT-NeoX and models with its layout, which pack queries, keys and values head by head.
 
-use super::plan::{Entry, Table};
+use crate::checkpoint::layout::plan::{Entry, Table};
 
 pub(super) static TABLE: Table = Table {
     entries: &[
@@ -9,7 +9,7 @@ pub(super) static TABLE: Table = Table {
         Entry::of("dense.weight", &["o_proj.weight"]),
         Entry::of("dense.bias", &["o_proj.bias"]),
     ],
-    // Old checkpoints hold the causal mask as a table, and the frequencies of the rotary embedding.
-    others: &["bias", "masked_bias", "rotary_emb.inv_freq"],
+    // Old checkpoints store the causal mask as a tensor, and the frequencies of the rotary embedding.
+    ignored: &["bias", "masked_bias", "rotary_emb.inv_freq"],
     check: |_| Ok(()),
 };

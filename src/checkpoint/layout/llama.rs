@@ -1,6 +1,6 @@
-//! Llama and the many that follow it.
+//! Llama and the many models with its names.
 
-use super::plan::{Entry, INV_FREQ, Table};
+use crate::checkpoint::layout::plan::{Entry, INV_FREQ, Table};
 
 pub(super) static TABLE: Table = Table {
     entries: &[
@@ -18,6 +18,6 @@ pub(super) static TABLE: Table = Table {
         // gpt-oss
         Entry::of("sinks", &["sinks"]),
     ],
-    others: INV_FREQ,
+    ignored: INV_FREQ,
     check: |_| Ok(()),
 };

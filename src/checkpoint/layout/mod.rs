@@ -1,7 +1,7 @@
 //! [`Layout`]: how other programs name and arrange the parameters of attention.
 //!
-//! Each has a file with its [`Table`]: which tensors there are, and which of this crate's parameters each of them holds.
-//! `plan` lays a table over a config, `transfer` moves the numbers.
+//! Each layout has a file with its [`Table`]: the names of the tensors, and which of this crate's parameters each of
+//! them holds. `plan` combines a table with a config, `transfer` converts the tensors.
 
 mod bert;
 mod gpt2;
@@ -21,8 +21,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::SelfAttentionConfig;
 use crate::error::AttentionError;
+use crate::layer::config::SelfAttentionConfig;
 use plan::Table;
 pub(crate) use transfer::{from_file, from_var_builder, to_file, to_tensors};
 
@@ -35,7 +35,7 @@ pub(crate) use transfer::{from_file, from_var_builder, to_file, to_tensors};
 ///
 /// let layout: Layout = "gpt2".parse()?;
 /// assert_eq!(layout, Layout::Gpt2);
-/// assert!("gpt9".parse::<Layout>().unwrap_err().to_string().contains("llama")); // names those that there are
+/// assert!("gpt9".parse::<Layout>().unwrap_err().to_string().contains("llama")); // the error lists all layouts
 /// # Ok::<(), candle_attention::AttentionError>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -44,34 +44,35 @@ pub(crate) use transfer::{from_file, from_var_builder, to_file, to_tensors};
 pub enum Layout {
     /// This crate's own names, as a `VarMap` saves them: `q_proj`, `k_proj`, `v_proj`, `o_proj`.
     Own,
-    /// PyTorch's `nn.MultiheadAttention`: `in_proj_weight` (queries, keys and values one after the other; three tensors where
-    /// kv_dim or value_input_dim differ), `in_proj_bias`, `out_proj`, `bias_k`, `bias_v`.
+    /// PyTorch's `nn.MultiheadAttention`: `in_proj_weight` (queries, keys and values one after the other; three tensors
+    /// where kv_dim or value_input_dim differ), `in_proj_bias`, `out_proj`, `bias_k`, `bias_v`.
     Torch,
-    /// BERT, RoBERTa, ELECTRA at `attention`: `self.query`, `self.key`, `self.value`, `output.dense`. The layer norm beside
-    /// them is left alone.
+    /// BERT, RoBERTa, ELECTRA at `attention`: `self.query`, `self.key`, `self.value`, `output.dense`. The layer norm
+    /// beside them is ignored.
     Bert,
     /// ViT, DeiT, DINOv2, BEiT at `attention`: `attention.query`, `attention.key`, `attention.value`, `output.dense`.
     Vit,
     /// GPT-2 at `attn`: `c_attn` (queries, keys and values side by side) and `c_proj`, transposed to (in, out).
     Gpt2,
-    /// GPT-NeoX, Pythia at `attention`, BLOOM, Falcon at `self_attention`: `query_key_value` (for each key head its queries,
-    /// its key and its value, one after the other) and `dense`. Falcon 7B has one key head: `num_kv_heads: Some(1)`.
+    /// GPT-NeoX, Pythia at `attention`, BLOOM, Falcon at `self_attention`: `query_key_value` (for each key head its
+    /// queries, its key and its value, one after the other) and `dense`. Falcon 7B has one key head: `num_kv_heads:
+    /// Some(1)`.
     GptNeox,
-    /// Llama, Mistral, Qwen, Gemma 1, gpt-oss at `self_attn`: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`,
-    /// `sinks`.
+    /// Llama, Mistral, Qwen, Gemma 1, gpt-oss at `self_attn`: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`,
+    /// `k_norm`, `sinks`.
     Llama,
     /// OPT, BART, Whisper, CLIP at `self_attn` (or `encoder_attn`): `q_proj`, `k_proj`, `v_proj`, `out_proj`. Whisper's
     /// `k_proj` has no bias: `k_bias: false`.
     OutProj,
     /// Phi-3 at `self_attn`: `qkv_proj` (queries, keys and values one after the other, grouped-query too) and `o_proj`.
     QkvProj,
-    /// MPT, DBRX, Nomic BERT at `attn`, and flash-attn's `MHA`: `Wqkv` (queries, keys and values one after the other) and
-    /// `out_proj`.
+    /// MPT, DBRX, Nomic BERT at `attn`, and flash-attn's `MHA`: `Wqkv` (queries, keys and values one after the other)
+    /// and `out_proj`.
     Wqkv,
     /// ModernBERT at `attn`: `Wqkv` and `Wo`.
     ModernBert,
-    /// T5 at `SelfAttention` or `EncDecAttention`: `q`, `k`, `v`, `o` without biases. T5 doesn't scale, so the config must
-    /// have `scale: Some(1.0)`; `relative_attention_bias` is left alone, and is yours to add as `attn_bias`.
+    /// T5 at `SelfAttention` or `EncDecAttention`: `q`, `k`, `v`, `o` without biases. T5 doesn't scale, so the config
+    /// must have `scale: Some(1.0)`. `relative_attention_bias` is ignored: add it as `attn_bias`.
     T5,
 }
 

@@ -1,6 +1,6 @@
 //! OPT, BART, Whisper, CLIP and others whose W_O is `out_proj`.
 
-use super::plan::{Entry, Table};
+use crate::checkpoint::layout::plan::{Entry, Table};
 
 pub(super) static TABLE: Table = Table {
     entries: &[
@@ -13,6 +13,6 @@ pub(super) static TABLE: Table = Table {
         Entry::of("out_proj.weight", &["o_proj.weight"]),
         Entry::of("out_proj.bias", &["o_proj.bias"]),
     ],
-    others: &[],
+    ignored: &[],
     check: |_| Ok(()),
 };

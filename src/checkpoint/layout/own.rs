@@ -1,6 +1,6 @@
 //! This crate's own names.
 
-use super::plan::{Entry, Table};
+use crate::checkpoint::layout::plan::{Entry, Table};
 
 pub(super) static TABLE: Table = Table {
     entries: &[
@@ -18,6 +18,6 @@ pub(super) static TABLE: Table = Table {
         Entry::of("bias_k", &["bias_k"]),
         Entry::of("bias_v", &["bias_v"]),
     ],
-    others: &[],
+    ignored: &[],
     check: |_| Ok(()),
 };

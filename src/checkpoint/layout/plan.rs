@@ -1,23 +1,24 @@
-//! What a layout makes of a config: which tensors there are, of which shape, and what each of them holds.
+//! [`Plan`]: the tensors of a checkpoint for one layout and config, with their shapes and the parameters that they
+//! hold.
 
-use super::Layout;
-use crate::config::{Parameter, SelfAttentionConfig};
+use crate::checkpoint::layout::Layout;
 use crate::error::AttentionError;
+use crate::layer::config::{Parameter, SelfAttentionConfig};
 
-/// Frequencies of the rotary embedding, which old checkpoints hold beside the parameters.
+/// The frequencies of the rotary embedding, which old checkpoints store beside the parameters.
 pub(super) const INV_FREQ: &[&str] = &["rotary_emb.inv_freq"];
 
-/// All that a layout can hold. What of it there is depends on the config.
+/// All tensors that a layout can hold. The config decides which of them a checkpoint has.
 pub(super) struct Table {
     pub(super) entries: &'static [Entry],
-    /// Tensors at the same place in the model that are no parameters of the attention, and are left alone.
-    pub(super) others: &'static [&'static str],
-    /// Whether models of this kind can have such a config, beyond what the entries say.
+    /// Tensors under the same prefix that are no parameters of the attention. They are ignored.
+    pub(super) ignored: &'static [&'static str],
+    /// Further checks of whether models of this kind can have a config.
     pub(super) check: fn(&SelfAttentionConfig) -> Result<(), AttentionError>,
 }
 
-/// A tensor of the layout, and the parameters of this crate whose rows it holds, one after the other unless the form says
-/// otherwise.
+/// A tensor of the layout, and the parameters of this crate whose rows it holds. The parameters are stored one after
+/// the other, unless the form says otherwise.
 #[derive(Clone, Copy)]
 pub(super) struct Entry {
     pub(super) name: &'static str,
@@ -25,22 +26,22 @@ pub(super) struct Entry {
     pub(super) form: Form,
 }
 
-/// How a tensor stands in the layout.
+/// The axes of a tensor in the layout, and the order of its rows.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Form {
     /// (out, in) or (out)
-    AsHere,
+    Plain,
     /// (in, out)
     Transposed,
     /// (1, 1, out)
     WithLeadingAxes,
-    /// (out, in) or (out), where the rows of all parameters for the first key head stand before those for the second.
+    /// (out, in) or (out), where the rows of all parameters for the first key head come before those for the second.
     ByKeyHeads,
 }
 
 impl Entry {
     pub(super) const fn of(name: &'static str, holds: &'static [&'static str]) -> Self {
-        Self { name, holds, form: Form::AsHere }
+        Self { name, holds, form: Form::Plain }
     }
 
     pub(super) const fn transposed(self) -> Self {
@@ -61,7 +62,7 @@ pub(super) struct Piece {
     pub(super) name: &'static str,
     pub(super) form: Form,
     pub(super) parts: Vec<Parameter>,
-    /// How many times rows of every part follow one another: as many as key heads, or once.
+    /// The number of groups of rows, each with rows of every part: the number of key heads, or 1.
     pub(super) groups: usize,
 }
 
@@ -79,25 +80,25 @@ impl Piece {
 /// The tensors of a checkpoint.
 pub(super) struct Plan {
     pub(super) pieces: Vec<Piece>,
-    /// Tensors that the layout knows and the config doesn't ask for.
+    /// Tensors of the layout that the config doesn't have.
     pub(super) unwanted: Vec<&'static str>,
-    /// See [`Table::others`].
-    pub(super) others: &'static [&'static str],
+    /// See [`Table::ignored`].
+    pub(super) ignored: &'static [&'static str],
 }
 
 impl Plan {
-    /// For a config that has been checked.
+    /// The plan for a config that has been checked.
     pub(super) fn new(layout: Layout, config: &SelfAttentionConfig) -> Result<Self, AttentionError> {
         let table = layout.table(config);
         (table.check)(config)?;
         let parameters = config.parameters();
         for Parameter { name, .. } in &parameters {
             if table.entries.iter().all(|entry| !entry.holds.contains(name)) {
-                let expected = format!("no `{name}`, for which the layout {layout} has no place");
+                let expected = format!("no `{name}`, for which the layout {layout} has no name");
                 return Err(AttentionError::Config { field: field_of(name), expected, got: "one".into() });
             }
         }
-        let mut plan = Plan { pieces: Vec::new(), unwanted: Vec::new(), others: table.others };
+        let mut plan = Plan { pieces: Vec::new(), unwanted: Vec::new(), ignored: table.ignored };
         for &Entry { name, holds, form } in table.entries {
             let find = |name: &&str| parameters.iter().find(|parameter| parameter.name == *name).cloned();
             let parts: Vec<Parameter> = holds.iter().filter_map(find).collect();
@@ -121,7 +122,7 @@ impl Plan {
     }
 }
 
-/// The field of the config that asks for a parameter.
+/// The field of the config on which a parameter depends.
 fn field_of(parameter: &str) -> &'static str {
     match parameter {
         "o_proj.weight" => "out_proj",
@@ -134,8 +135,8 @@ fn field_of(parameter: &str) -> &'static str {
     }
 }
 
-/// That queries, keys and values are all as wide as the tokens, with as many heads each.
-pub(super) fn one_width(config: &SelfAttentionConfig) -> Result<(), AttentionError> {
+/// Checks that queries, keys and values are all as wide as the tokens and have the same number of heads.
+pub(super) fn check_equal_widths(config: &SelfAttentionConfig) -> Result<(), AttentionError> {
     let refuse = |field, expected, got: usize| Err(AttentionError::Config { field, expected, got: got.to_string() });
     if config.num_kv_heads() != config.num_heads {
         let expected = format!("num_heads {}, since the layout has no grouped queries", config.num_heads);

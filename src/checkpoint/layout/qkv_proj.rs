@@ -1,6 +1,6 @@
-//! Phi-3, which packs queries, keys and values in one matrix, keys and values with fewer heads.
+//! Phi-3, which packs queries, keys and values in one matrix. Keys and values may have fewer heads.
 
-use super::plan::{Entry, INV_FREQ, Table};
+use crate::checkpoint::layout::plan::{Entry, INV_FREQ, Table};
 
 pub(super) static TABLE: Table = Table {
     entries: &[
@@ -9,6 +9,6 @@ pub(super) static TABLE: Table = Table {
         Entry::of("o_proj.weight", &["o_proj.weight"]),
         Entry::of("o_proj.bias", &["o_proj.bias"]),
     ],
-    others: INV_FREQ,
+    ignored: INV_FREQ,
     check: |_| Ok(()),
 };

@@ -1,8 +1,8 @@
 //! T5, which has no biases and doesn't scale its scores.
 
-use super::plan::{Entry, Table};
-use crate::config::SelfAttentionConfig;
+use crate::checkpoint::layout::plan::{Entry, Table};
 use crate::error::AttentionError;
+use crate::layer::config::SelfAttentionConfig;
 
 pub(super) static TABLE: Table = Table {
     entries: &[
@@ -11,7 +11,7 @@ pub(super) static TABLE: Table = Table {
         Entry::of("v.weight", &["v_proj.weight"]),
         Entry::of("o.weight", &["o_proj.weight"]),
     ],
-    others: &["relative_attention_bias.weight"],
+    ignored: &["relative_attention_bias.weight"],
     check,
 };
 

@@ -1,9 +1,9 @@
-//! `torch.nn.MultiheadAttention`, whose queries, keys and values are packed in one matrix where they are made from tokens of
-//! one size.
+//! `torch.nn.MultiheadAttention`. Queries, keys and values are packed in one matrix if the tokens that they are
+//! projected from have the same size.
 
-use super::plan::{Entry, Table, one_width};
-use crate::config::SelfAttentionConfig;
+use crate::checkpoint::layout::plan::{Entry, Table, check_equal_widths};
 use crate::error::AttentionError;
+use crate::layer::config::SelfAttentionConfig;
 
 pub(super) fn is_packed(config: &SelfAttentionConfig) -> bool {
     config.kv_dim() == config.embed_dim && config.value_input_dim() == config.embed_dim
@@ -18,7 +18,7 @@ pub(super) static PACKED: Table = Table {
         OUT_WEIGHT,
         OUT_BIAS,
     ],
-    others: &[],
+    ignored: &[],
     check,
 };
 
@@ -33,7 +33,7 @@ pub(super) static SEPARATE: Table = Table {
         OUT_WEIGHT,
         OUT_BIAS,
     ],
-    others: &[],
+    ignored: &[],
     check,
 };
 
@@ -44,7 +44,7 @@ const OUT_WEIGHT: Entry = Entry::of("out_proj.weight", &["o_proj.weight"]);
 const OUT_BIAS: Entry = Entry::of("out_proj.bias", &["o_proj.bias"]);
 
 fn check(config: &SelfAttentionConfig) -> Result<(), AttentionError> {
-    one_width(config)?;
+    check_equal_widths(config)?;
     if config.qkv_bias != config.out_bias {
         let expected = format!("qkv_bias {}, since the layout torch has all biases or none", config.qkv_bias);
         return Err(AttentionError::Config { field: "out_bias", expected, got: config.out_bias.to_string() });

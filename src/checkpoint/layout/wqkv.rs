@@ -1,6 +1,6 @@
 //! flash-attn's `Wqkv`, with `out_proj` (MPT, DBRX, Nomic BERT) or `Wo` (ModernBERT).
 
-use super::plan::{Entry, INV_FREQ, Table};
+use crate::checkpoint::layout::plan::{Entry, INV_FREQ, Table};
 
 pub(super) static OUT_PROJ: Table = Table {
     entries: &[
@@ -9,13 +9,13 @@ pub(super) static OUT_PROJ: Table = Table {
         Entry::of("out_proj.weight", &["o_proj.weight"]),
         Entry::of("out_proj.bias", &["o_proj.bias"]),
     ],
-    others: INV_FREQ,
+    ignored: INV_FREQ,
     check: |_| Ok(()),
 };
 
 pub(super) static WO: Table = Table {
     entries: &[WEIGHT, BIAS, Entry::of("Wo.weight", &["o_proj.weight"]), Entry::of("Wo.bias", &["o_proj.bias"])],
-    others: INV_FREQ,
+    ignored: INV_FREQ,
     check: |_| Ok(()),
 };
 

@@ -1,0 +1,130 @@
+//! A small GPT with candle-attention's `SelfAttention` in its blocks learns to write like Jane Austen, one character at a time.
+//!
+//! ```text
+//! cargo run --release --bin char_gpt
+//! cargo run --release --bin char_gpt -- --steps 200 --out run.safetensors
+//! cargo run --release --bin char_gpt -- --resume run.safetensors --steps 2000 --prompt "Anne "
+//! cargo run --release --bin char_gpt -- --text my.txt --len 256 --dropout 0.1
+//! ```
+//!
+//! A run is saved at regular intervals. A run that was killed at any moment and continued with `--resume` ends with the same
+//! weights, to the last bit, as an undisturbed run. `text.rs` is the data, `model.rs` the model, `adamw.rs` the optimiser,
+//! `training.rs` the loop, `state.rs` the file, `sampling.rs` the writing. `parity.py` trains the same model with PyTorch and
+//! compares.
+
+mod adamw;
+mod arguments;
+mod model;
+mod ops;
+mod sampling;
+mod state;
+mod text;
+mod training;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use attention_examples::exit;
+use candle_core::Device;
+use clap::Parser;
+use serde_json::json;
+
+use arguments::Arguments;
+use sampling::Sampling;
+use state::{Saved, State};
+use text::Corpus;
+use training::Progress;
+
+/// The default prompt is so many characters from the start of the held-out text.
+const PROMPT: usize = 20;
+
+fn main() -> ExitCode {
+    exit::code(run(&Arguments::parse()))
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    // With --json, stdout is for the one line that a program reads.
+    let mut screen: Box<dyn Write> = if arguments.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
+    let device = arguments.device.open()?;
+    let corpus = Corpus::open(arguments.text.as_deref())?;
+    let mut state = start(arguments, &corpus, &device)?;
+    let first_step = state.step();
+    // Bad input is refused before the training, not after it.
+    let prompt = prompt(arguments, &corpus)?;
+    let file = arguments.output_file()?;
+    state.save(&file, &corpus)?;
+    introduce(&mut screen, &state, &corpus)?;
+
+    let checkpoints = (file.as_path(), arguments.save_every);
+    let progress = training::train(&mut state, &corpus, &device, checkpoints, &mut screen)?;
+    let validation_loss = training::validate(&state.model, &state.run, &corpus, &device)?;
+    report(&mut screen, &progress, validation_loss)?;
+    writeln!(screen, "Saved to {}.", file.display())?;
+
+    let sampling = Sampling {
+        characters: arguments.sample,
+        temperature: arguments.temperature,
+        seed: state.run.model.seed,
+        use_cache: !arguments.no_cache,
+    };
+    let written = corpus.vocabulary.decode(&sampling.write(&state.model, &prompt, &device)?);
+    if arguments.sample > 0 {
+        writeln!(screen, "\n{}|{written}", corpus.vocabulary.decode(&prompt))?;
+    }
+    if arguments.json {
+        let line = json!({
+            "first_step": first_step, "steps": state.step(), "losses": progress.losses,
+            "validation_loss": validation_loss, "unigram_loss": corpus.unigram_loss(),
+            "seconds": progress.time.as_secs_f64(), "tokens_per_second": progress.tokens_per_second(),
+            "parameters": state.parameter_count(), "out": file.display().to_string(), "sample": written,
+        });
+        writeln!(io::stdout(), "{line}")?;
+    }
+    Ok(())
+}
+
+/// A new run, or the saved run to continue.
+fn start(arguments: &Arguments, corpus: &Corpus, device: &Device) -> Result<State> {
+    let Some(file) = &arguments.resume else {
+        let run = arguments.new_run(corpus.vocabulary.len());
+        corpus.check_length(run.model.len)?;
+        return State::new(run, device);
+    };
+    let resume = || -> Result<State> {
+        let saved = Saved::read(file)?;
+        saved.check_text(corpus)?;
+        let run = arguments.resumed_run(&saved.header.run, saved.header.step)?;
+        saved.into_state(run, device)
+    };
+    resume().with_context(|| format!("--resume {}", file.display()))
+}
+
+fn prompt(arguments: &Arguments, corpus: &Corpus) -> Result<Vec<u32>> {
+    let Some(prompt) = &arguments.prompt else { return Ok(corpus.held_out_start(PROMPT).to_vec()) };
+    ensure!(!prompt.is_empty(), "--prompt: expected at least one character, got none");
+    corpus.vocabulary.encode(prompt).context("--prompt")
+}
+
+fn introduce(screen: &mut impl Write, state: &State, corpus: &Corpus) -> Result<()> {
+    writeln!(
+        screen,
+        "A GPT of {} parameters learns from {} characters of {} kinds, steps {} to {}.\n\
+         Who knows only how frequent each of them is has a loss of {:.3} on the held-out text.",
+        state.parameter_count(),
+        corpus.id.characters,
+        corpus.vocabulary.len(),
+        state.step(),
+        state.run.steps,
+        corpus.unigram_loss(),
+    )?;
+    Ok(())
+}
+
+fn report(screen: &mut impl Write, progress: &Progress, validation_loss: f64) -> Result<()> {
+    if let (Some(loss), Some(speed)) = (progress.losses.last(), progress.tokens_per_second()) {
+        let (steps, seconds) = (progress.losses.len(), progress.time.as_secs_f64());
+        writeln!(screen, "{steps} steps in {seconds:.1} s, {speed:.0} tokens/s; last loss {loss:.3}")?;
+    }
+    Ok(writeln!(screen, "Held out: {validation_loss:.3}")?)
+}

@@ -1,0 +1,185 @@
+//! A run as a file, with everything that is needed to continue it as if it had never stopped.
+//!
+//! The file is safetensors. Its tensors are the parameters under `model.` and AdamW's moments under `first_moment.` and
+//! `second_moment.`; the metadata entry `char_gpt` says in JSON what run they belong to. Batches and dropout are functions of
+//! seed and step, so no generator has a state to save.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use attention_examples::parameters::{initialise, named_vars};
+use candle_core::safetensors::Load;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+use safetensors::SafeTensors;
+use serde::{Deserialize, Serialize};
+
+use crate::adamw::AdamW;
+use crate::model::{ATTENTION, Gpt, ModelConfig};
+use crate::text::{Corpus, TextId};
+
+/// The metadata entry that holds the [`Header`].
+const METADATA_KEY: &str = "char_gpt";
+/// Three tensors are saved for every parameter: itself, and AdamW's two moments.
+const PARTS: [&str; 3] = ["model", "first_moment", "second_moment"];
+
+/// What defines a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunConfig {
+    pub model: ModelConfig,
+    pub batch: usize,
+    pub lr: f64,
+    pub steps: usize,
+}
+
+/// The JSON in the metadata of a file.
+#[derive(Serialize, Deserialize)]
+pub struct Header {
+    pub run: RunConfig,
+    /// The number of steps taken.
+    pub step: usize,
+    pub text: TextId,
+    /// The model's characters, by token.
+    pub vocabulary: String,
+}
+
+/// A model in training.
+pub struct State {
+    pub run: RunConfig,
+    pub model: Gpt,
+    pub optimizer: AdamW,
+}
+
+impl State {
+    pub fn new(run: RunConfig, device: &Device) -> Result<Self> {
+        let varmap = VarMap::new();
+        let model = Gpt::new(&run.model, VarBuilder::from_varmap(&varmap, DType::F32, device))?;
+        initialise(&varmap, run.model.seed, ATTENTION)?;
+        Ok(Self { model, optimizer: AdamW::new(named_vars(&varmap))?, run })
+    }
+
+    /// The number of steps taken.
+    pub fn step(&self) -> usize {
+        self.optimizer.steps
+    }
+
+    pub fn parameter_count(&self) -> usize {
+        self.optimizer.parameters.iter().map(|parameter| parameter.var.elem_count()).sum()
+    }
+
+    /// Saves the run. The file is replaced as a whole or not at all, even if this process is killed.
+    pub fn save(&self, file: &Path, corpus: &Corpus) -> Result<()> {
+        let header = Header {
+            run: self.run.clone(),
+            step: self.step(),
+            text: corpus.id.clone(),
+            vocabulary: corpus.vocabulary.characters(),
+        };
+        let metadata = HashMap::from([(METADATA_KEY.to_string(), serde_json::to_string(&header)?)]);
+        let mut tensors = Vec::new();
+        for parameter in &self.optimizer.parameters {
+            let parts = [parameter.var.as_tensor(), &parameter.first_moment, &parameter.second_moment];
+            for (part, tensor) in PARTS.iter().zip(parts) {
+                tensors.push((format!("{part}.{}", parameter.name), tensor.to_device(&Device::Cpu)?));
+            }
+        }
+        let bytes = safetensors::serialize(tensors, Some(metadata))?;
+        replace(file, &bytes).with_context(|| format!("{}: can't write the run", file.display()))
+    }
+}
+
+/// A file that has been read, but isn't a [`State`] yet.
+pub struct Saved {
+    pub header: Header,
+    bytes: Vec<u8>,
+}
+
+impl Saved {
+    pub fn read(file: &Path) -> Result<Self> {
+        let bytes = fs::read(file).context("can't read the saved run")?;
+        let (_, metadata) = SafeTensors::read_metadata(&bytes)
+            .with_context(|| format!("expected a saved run, got {} bytes that aren't safetensors", bytes.len()))?;
+        let entry = metadata.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY));
+        let json = entry.context("expected a saved run, got safetensors of another kind")?;
+        let header = serde_json::from_str(json).context("expected a saved run, got one of another version")?;
+        // Checks also that the file is as long as it says.
+        SafeTensors::deserialize(&bytes).context("expected a whole file, got a part of one")?;
+        Ok(Self { header, bytes })
+    }
+
+    pub fn check_text(&self, corpus: &Corpus) -> Result<()> {
+        let (expected, got) = (&self.header.text, &corpus.id);
+        let same = expected == got && self.header.vocabulary == corpus.vocabulary.characters();
+        ensure!(
+            same,
+            "the run learns from another text: expected one of {} characters with hash {:x}, got {} with {:x} (--text)",
+            expected.characters,
+            expected.hash,
+            got.characters,
+            got.hash
+        );
+        Ok(())
+    }
+
+    /// The saved run, to be continued as `run` says.
+    pub fn into_state(self, run: RunConfig, device: &Device) -> Result<State> {
+        let tensors = SafeTensors::deserialize(&self.bytes)?;
+        let mut state = State::new(run, device)?;
+        let mut wanted = 0;
+        for parameter in &mut state.optimizer.parameters {
+            let load = |part: &str| -> Result<Tensor> {
+                let name = format!("{part}.{}", parameter.name);
+                let tensor = tensors.tensor(&name).with_context(|| format!("expected a tensor {name}"))?;
+                let (expected, got) = (parameter.var.dims(), tensor.shape());
+                ensure!(got == expected, "{name}: expected shape {expected:?}, got {got:?}");
+                let dtype = DType::try_from(tensor.dtype())?;
+                ensure!(dtype == DType::F32, "{name}: expected dtype F32, got {dtype:?}");
+                Ok(tensor.load(device)?)
+            };
+            let [weights, first_moment, second_moment] = PARTS.map(load);
+            parameter.var.set(&weights?)?;
+            (parameter.first_moment, parameter.second_moment) = (first_moment?, second_moment?);
+            wanted += PARTS.len();
+        }
+        ensure!(tensors.len() == wanted, "expected {wanted} tensors, got {}", tensors.len());
+        state.optimizer.steps = self.header.step;
+        Ok(state)
+    }
+}
+
+/// Writes a file with the suffix `.part` in the same folder, and renames it to `file`.
+///
+/// `attention_files::write` would not do: it chooses a random name for its temporary file, so that each of many killed runs
+/// could leave a file behind. Here the next save replaces what a killed one left.
+fn replace(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    // A link stays a link.
+    let file = fs::canonicalize(file).unwrap_or_else(|_| file.to_path_buf());
+    if file.is_dir() {
+        return Err(std::io::ErrorKind::IsADirectory.into());
+    }
+    let mut name = file.file_name().unwrap_or_default().to_os_string();
+    name.push(".part");
+    let part = file.with_file_name(name);
+    let mut written = File::create(&part)?;
+    let done = written.write_all(bytes).and_then(|()| written.sync_all()).and_then(|()| fs::rename(&part, &file));
+    if done.is_err() {
+        // For example the disk is full. What was written is useless, and the first error says why.
+        let _ = fs::remove_file(&part);
+    }
+    done?;
+    // A rename is on disk only after the folder has been synced. Only Unix can sync a folder.
+    #[cfg(unix)]
+    File::open(folder_of(&file))?.sync_all()?;
+    Ok(())
+}
+
+#[cfg(unix)]
+fn folder_of(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}

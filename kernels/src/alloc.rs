@@ -1,0 +1,38 @@
+//! Allocation that may fail: an error instead of an abort of the process.
+
+use crate::error::Error;
+
+/// An empty vector with room for `count` elements.
+///
+/// # Errors
+///
+/// [`Error::Memory`] if there is no memory for them; `what` says in the error what it was for.
+///
+/// # Examples
+///
+/// ```
+/// use attention_kernels::{Error, reserve};
+///
+/// assert!(reserve::<f32>("context", 8)?.capacity() >= 8);
+/// assert!(matches!(reserve::<f32>("context", usize::MAX), Err(Error::Memory { what: "context", .. })));
+/// # Ok::<(), Error>(())
+/// ```
+pub fn reserve<T>(what: &'static str, count: usize) -> Result<Vec<T>, Error> {
+    let mut vector = Vec::new();
+    let bytes = count.saturating_mul(size_of::<T>());
+    vector.try_reserve_exact(count).map_err(|_| Error::Memory { what, bytes })?;
+    Ok(vector)
+}
+
+/// A vector of `count` elements that all are `value`.
+pub(crate) fn filled<T: Clone>(what: &'static str, count: usize, value: T) -> Result<Vec<T>, Error> {
+    let mut vector = reserve(what, count)?;
+    vector.resize(count, value);
+    Ok(vector)
+}
+
+/// The product of some sizes, or the error that memory can't hold as many elements.
+pub(crate) fn product(what: &'static str, sizes: &[usize]) -> Result<usize, Error> {
+    let product = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+    product.filter(|&product| product <= isize::MAX as usize).ok_or(Error::Memory { what, bytes: usize::MAX })
+}

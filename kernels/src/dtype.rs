@@ -1,0 +1,247 @@
+//! What tensors hold: f16, bf16, f32 or f64. The half types are computed in f32.
+//!
+//! The kernels are compiled once for each type to compute in, f32 and f64. They read tensors through [`Source`] and write them
+//! through [`Sink`], which convert whole rows.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use pulp::{Simd, WithSimd};
+
+use crate::alloc::reserve;
+use crate::error::Error;
+use crate::matrix::{Matrix, MatrixMut};
+use crate::simd::{SimdFloat, instruction_set};
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for f32 {}
+    impl Sealed for f64 {}
+}
+
+/// A type of number that a tensor can hold: f16, bf16, f32 or f64.
+pub trait Number: sealed::Sealed + Copy + Default + Send + Sync + 'static {
+    /// What it is computed in: f64 for f64, else f32.
+    type Float: SimdFloat + Number<Float = Self::Float>;
+
+    /// This number, exactly.
+    fn widen(self) -> Self::Float;
+    /// The nearest number of this type.
+    fn narrow(x: Self::Float) -> Self;
+    /// The same slice, if the type is computed in itself.
+    fn as_floats(slice: &[Self]) -> Option<&[Self::Float]>;
+    /// Widens as many numbers as both slices have.
+    fn widen_all(from: &[Self], to: &mut [Self::Float]);
+    /// Narrows as many numbers as both slices have.
+    fn narrow_all(from: &[Self::Float], to: &mut [MaybeUninit<Self>]);
+    /// All numbers narrowed.
+    ///
+    /// # Errors
+    ///
+    /// Too little memory for a copy, where the types differ.
+    fn from_floats(what: &'static str, numbers: Vec<Self::Float>) -> Result<Vec<Self>, Error>;
+}
+
+macro_rules! float {
+    ($number:ty) => {
+        impl Number for $number {
+            type Float = $number;
+
+            #[inline(always)]
+            fn widen(self) -> $number {
+                self
+            }
+            #[inline(always)]
+            fn narrow(x: $number) -> $number {
+                x
+            }
+            #[inline(always)]
+            fn as_floats(slice: &[$number]) -> Option<&[$number]> {
+                Some(slice)
+            }
+            #[inline(always)]
+            fn widen_all(from: &[$number], to: &mut [$number]) {
+                to.iter_mut().zip(from).for_each(|(to, x)| *to = *x);
+            }
+            #[inline(always)]
+            fn narrow_all(from: &[$number], to: &mut [MaybeUninit<$number>]) {
+                to.iter_mut().zip(from).for_each(|(to, x)| {
+                    to.write(*x);
+                });
+            }
+            fn from_floats(_: &'static str, numbers: Vec<$number>) -> Result<Vec<$number>, Error> {
+                Ok(numbers)
+            }
+        }
+    };
+}
+
+macro_rules! half_type {
+    ($number:ty, |$from:ident, $to:ident| $widen_all:expr) => {
+        impl Number for $number {
+            type Float = f32;
+
+            #[inline(always)]
+            fn widen(self) -> f32 {
+                self.to_f32()
+            }
+            #[inline(always)]
+            fn narrow(x: f32) -> $number {
+                <$number>::from_f32(x)
+            }
+            #[inline(always)]
+            fn as_floats(_: &[$number]) -> Option<&[f32]> {
+                None
+            }
+            #[inline(always)]
+            fn widen_all(from: &[$number], to: &mut [f32]) {
+                let ($from, $to) = (from, to);
+                $widen_all;
+            }
+            #[inline(always)]
+            fn narrow_all(from: &[f32], to: &mut [MaybeUninit<$number>]) {
+                // `half` converts to initialised memory alone, so a few numbers at a time take a detour.
+                let mut some = [<$number>::ZERO; 64];
+                for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
+                    let some = &mut some[..from.len()];
+                    some.convert_from_f32_slice(from);
+                    to.iter_mut().zip(some).for_each(|(to, x)| {
+                        to.write(*x);
+                    });
+                }
+            }
+            fn from_floats(what: &'static str, numbers: Vec<f32>) -> Result<Vec<$number>, Error> {
+                let mut narrow = reserve(what, numbers.len())?;
+                narrow.resize(numbers.len(), <$number>::ZERO);
+                narrow.convert_from_f32_slice(&numbers);
+                Ok(narrow)
+            }
+        }
+    };
+}
+
+float!(f32);
+float!(f64);
+half_type!(f16, |from, to| {
+    let count = from.len().min(to.len());
+    from[..count].convert_to_f32_slice(&mut to[..count]);
+});
+// A bf16 is the upper half of an f32. `half` makes every NaN quiet, and does so number by number; this is done by vectors.
+half_type!(bf16, |from, to| to.iter_mut().zip(from).for_each(|(to, x)| {
+    let bits = u32::from(x.to_bits());
+    let quiet = if bits & 0x7FFF > 0x7F80 { 0x40 } else { 0 };
+    *to = f32::from_bits((bits | quiet) << 16);
+}));
+
+/// A tensor (batch, heads, len, dim) to read, whatever type it holds.
+pub(crate) trait Source<R>: Sync {
+    /// (batch, heads, len, dim)
+    fn dims(&self) -> [usize; 4];
+    /// The rows `range` of a (sequence, head) to compute with: where they are, if they need no widening, else widened to
+    /// `scratch`, which then has to have room for them.
+    fn rows<'m>(&'m self, at: (usize, usize), range: Range<usize>, scratch: &'m mut [R]) -> Matrix<'m, R>;
+    /// The same rows as bits of bf16; none for tensors of other types.
+    fn bf16_rows(&self, at: (usize, usize), range: Range<usize>) -> Option<Matrix<'_, u16>>;
+}
+
+/// Rows of a result to write, whatever type it holds.
+pub(crate) trait Sink<R> {
+    /// The rows themselves, if they need no narrowing.
+    fn floats(&mut self) -> Option<MatrixMut<'_, MaybeUninit<R>>>;
+    /// Writes whole rows, from row `first` on.
+    fn write(&mut self, first: usize, numbers: Matrix<R>);
+}
+
+/// Converts rows with the best instruction set.
+struct Widen<'a, E: Number> {
+    from: Matrix<'a, E>,
+    /// Row by row.
+    to: &'a mut [E::Float],
+}
+
+impl<E: Number> WithSimd for Widen<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (row, to) in self.to.chunks_exact_mut(self.from.columns()).enumerate().take(self.from.rows()) {
+            E::widen_all(self.from.row(row), to);
+        }
+    }
+}
+
+/// Rows widened to `to`, where they stand row by row.
+pub(crate) fn widen_rows<'m, E: Number>(from: Matrix<E>, to: &'m mut [E::Float]) -> Matrix<'m, E::Float> {
+    let (rows, columns) = (from.rows(), from.columns());
+    instruction_set().dispatch(Widen { from, to: &mut *to });
+    Matrix::new(to, rows, columns, columns)
+}
+
+struct Narrow<'a, 'b, E: Number> {
+    from: Matrix<'a, E::Float>,
+    to: MatrixMut<'b, MaybeUninit<E>>,
+}
+
+impl<E: Number> WithSimd for Narrow<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, _: S) {
+        for row in 0..self.from.rows() {
+            E::narrow_all(self.from.row(row), self.to.row(row));
+        }
+    }
+}
+
+impl<E: Number> Sink<E::Float> for MatrixMut<'_, MaybeUninit<E>> {
+    #[inline]
+    fn floats(&mut self) -> Option<MatrixMut<'_, MaybeUninit<E::Float>>> {
+        self.downcast()
+    }
+
+    fn write(&mut self, first: usize, numbers: Matrix<E::Float>) {
+        assert_eq!(self.columns(), numbers.columns(), "whole rows");
+        let to = self.part(first, numbers.rows());
+        instruction_set().dispatch(Narrow { from: numbers, to });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check<E: Number + PartialEq + std::fmt::Debug>() {
+        let numbers: Vec<E::Float> = (0..200).map(|i| E::Float::from_f64(f64::from(i) / 7.0)).collect();
+        let expected: Vec<E> = numbers.iter().map(|&x| E::narrow(x)).collect();
+        let mut narrow = vec![MaybeUninit::new(E::default()); 150];
+        let mut to = MatrixMut::new(&mut narrow, 1, 150, 150);
+        to.write(0, Matrix::new(&numbers, 1, 150, 150));
+        // SAFETY: they were initialised from the start.
+        let narrow: Vec<E> = narrow.into_iter().map(|x| unsafe { x.assume_init() }).collect();
+        assert_eq!(narrow, expected[..150]);
+        let mut wide = vec![E::Float::ZERO; 150];
+        E::widen_all(&narrow, &mut wide);
+        assert!(narrow.iter().zip(&wide).all(|(x, y)| x.widen() == *y));
+        assert_eq!(E::from_floats("test", numbers).unwrap(), expected);
+    }
+
+    #[test]
+    fn slices_are_converted_as_numbers_are() {
+        check::<f16>();
+        check::<bf16>();
+        check::<f32>();
+        check::<f64>();
+    }
+
+    #[test]
+    fn every_bf16_is_widened_as_half_does_it() {
+        let all: Vec<bf16> = (0..=u16::MAX).step_by(if cfg!(miri) { 61 } else { 1 }).map(bf16::from_bits).collect();
+        let mut wide = vec![0.0; all.len()];
+        bf16::widen_all(&all, &mut wide);
+        assert!(all.iter().zip(&wide).all(|(x, wide)| x.to_f32().to_bits() == wide.to_bits()));
+    }
+}

@@ -1,0 +1,80 @@
+//! Everything that can be wrong with a call, one variant for each kind.
+
+/// Why a call can't be computed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is not enough memory.
+    #[error("the {what}: expected {bytes} bytes of memory, got none")]
+    Memory {
+        /// What the memory is for.
+        what: &'static str,
+        /// How many bytes it takes; `usize::MAX` if they can't be counted.
+        bytes: usize,
+    },
+    /// A view's last element lies outside its slice.
+    #[error("the {what}: expected a slice that holds dims {dims:?} with strides {strides:?}, got {len} elements")]
+    OutOfBounds {
+        /// Which view.
+        what: &'static str,
+        /// The view's sizes.
+        dims: [usize; 4],
+        /// Elements between two neighbours along each axis.
+        strides: [usize; 4],
+        /// The slice's length.
+        len: usize,
+    },
+    /// A tensor has no elements.
+    #[error("the {what}: expected dims above 0, got {dims:?}")]
+    Empty {
+        /// Which tensor.
+        what: &'static str,
+        /// Its sizes.
+        dims: [usize; 4],
+    },
+    /// A tensor's sizes don't fit the others'.
+    #[error("the {what}: expected {expected}, got dims {got:?}")]
+    Dims {
+        /// Which tensor.
+        what: &'static str,
+        /// The sizes that fit.
+        expected: String,
+        /// The sizes it has.
+        got: [usize; 4],
+    },
+    /// A slice has another length than the problem asks for.
+    #[error("the {what}: expected {expected}, got {got} elements")]
+    Length {
+        /// Which slice.
+        what: &'static str,
+        /// The length that fits.
+        expected: String,
+        /// The length it has.
+        got: usize,
+    },
+    /// An option is out of its range.
+    #[error("{what}: expected {expected}, got {got}")]
+    Option {
+        /// Which option.
+        what: &'static str,
+        /// The range.
+        expected: &'static str,
+        /// The value.
+        got: String,
+    },
+    /// The mask doesn't fit the scores.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
+}
+
+/// A mask that doesn't fit the scores.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("mask, {part}: expected {expected}, got {got}")]
+pub struct MaskError {
+    /// Which part of the mask.
+    pub part: &'static str,
+    /// The size it should have.
+    pub expected: String,
+    /// The size it has.
+    pub got: String,
+}

@@ -1,0 +1,192 @@
+//! Rows to lanes and back: queries into panels, contexts out of them, and a bias onto its scores.
+
+use std::any::TypeId;
+use std::mem::MaybeUninit;
+
+use pulp::Simd;
+
+use crate::matrix::{Matrix, MatrixMut, Raw};
+use crate::simd::SimdFloat;
+
+/// Rows and columns of the square that registers transpose.
+const SQUARE: usize = 8;
+
+/// to\[c\]\[r\] = factor · from\[r\]\[c\]. With a factor of 1 the bits stay what they are, whether they are a number or not.
+#[inline(always)]
+pub(crate) fn transpose<R: SimdFloat, S: Simd>(simd: S, factor: R, from: Matrix<R>, mut to: MatrixMut<MaybeUninit<R>>) {
+    let (rows, columns) = (from.rows(), from.columns());
+    assert!(to.rows() >= columns && to.columns() >= rows, "room for the transposed matrix");
+    let raw = to.raw();
+    let to = Raw { start: raw.start.cast::<R>(), stride: raw.stride };
+    // SAFETY: the assertion; `to` is borrowed alone, so it doesn't overlap `from`.
+    unsafe { transpose_raw::<R, S, false>(simd, rows, columns, factor, from.raw(), to) }
+}
+
+/// to\[c\]\[r\] += from\[r\]\[c\]
+#[inline(always)]
+pub(crate) fn add_transposed<R: SimdFloat, S: Simd>(simd: S, from: Matrix<R>, mut to: MatrixMut<R>) {
+    let (rows, columns) = (from.rows(), from.columns());
+    assert!(to.rows() >= columns && to.columns() >= rows, "room for the transposed matrix");
+    // SAFETY: the assertion; `to` is borrowed alone, so it doesn't overlap `from`.
+    unsafe { transpose_raw::<R, S, true>(simd, rows, columns, R::ONE, from.raw(), to.raw()) }
+}
+
+/// Whether vectors hold a square's row, and this processor can transpose it. AVX's instructions are the only ones used.
+#[inline(always)]
+fn has_squares<R: SimdFloat, S: Simd>() -> bool {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    let can = is_x86_feature_detected!("avx");
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let can = false;
+    can && R::lanes::<S>() >= SQUARE && TypeId::of::<R>() == TypeId::of::<f32>()
+}
+
+/// # Safety
+///
+/// `from` has `rows` rows of `columns` numbers, `to` room for `columns` rows of `rows`, which with `ADD` are initialised.
+/// They don't overlap.
+#[inline(always)]
+unsafe fn transpose_raw<R: SimdFloat, S: Simd, const ADD: bool>(
+    _: S,
+    rows: usize,
+    columns: usize,
+    factor: R,
+    from: Raw<*const R>,
+    to: Raw<*mut R>,
+) {
+    let square = if has_squares::<R, S>() { SQUARE } else { 1 };
+    let (whole_rows, whole_columns) = (rows / square * square, columns / square * square);
+    // SAFETY: the parts lie inside `rows` rows of `columns`; R is f32 and the processor has AVX where there are squares.
+    unsafe {
+        if square == 1 {
+            return one_by_one::<R, ADD>(rows, columns, factor, from, to);
+        }
+        #[cfg(target_arch = "x86_64")]
+        for r in (0..whole_rows).step_by(SQUARE) {
+            for c in (0..whole_columns).step_by(SQUARE) {
+                let from = Raw { start: from.at(r, c).cast::<f32>(), stride: from.stride };
+                let to = Raw { start: to.at(c, r).cast::<f32>(), stride: to.stride };
+                transpose_8x8::<ADD>(factor.to_f64() as f32, from, to);
+            }
+        }
+        let (right, below) = (from.from(0, whole_columns), to.from(whole_columns, 0));
+        one_by_one::<R, ADD>(whole_rows, columns - whole_columns, factor, right, below);
+        let (below, right) = (from.from(whole_rows, 0), to.from(0, whole_rows));
+        one_by_one::<R, ADD>(rows - whole_rows, columns, factor, below, right);
+    }
+}
+
+/// # Safety
+///
+/// As [`transpose_raw`].
+#[inline(always)]
+unsafe fn one_by_one<R: SimdFloat, const ADD: bool>(
+    rows: usize,
+    columns: usize,
+    factor: R,
+    from: Raw<*const R>,
+    to: Raw<*mut R>,
+) {
+    for c in 0..columns {
+        for r in 0..rows {
+            // SAFETY: r is one of `rows`, c one of `columns`, and with `ADD` the number is initialised.
+            unsafe {
+                let to = to.at(c, r);
+                let x = *from.at(r, c);
+                let x = if factor == R::ONE { x } else { factor * x };
+                to.write(if ADD { *to + x } else { x });
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`transpose_raw`] for 8 rows of 8, on a processor with AVX.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx")]
+unsafe fn transpose_8x8<const ADD: bool>(factor: f32, from: Raw<*const f32>, to: Raw<*mut f32>) {
+    use std::arch::x86_64::*;
+    let mut x = [_mm256_setzero_ps(); 8];
+    for (r, x) in x.iter_mut().enumerate() {
+        // SAFETY: row r of 8 has 8 numbers.
+        *x = unsafe { _mm256_loadu_ps(from.at(r, 0)) };
+    }
+    // Neighbouring rows are interleaved by ones, then by twos, then by fours.
+    let mut ones = x;
+    for i in [0, 2, 4, 6] {
+        ones[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        ones[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    let mut twos = ones;
+    for i in [0, 4] {
+        twos[i] = _mm256_shuffle_ps::<0b01_00_01_00>(ones[i], ones[i + 2]);
+        twos[i + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(ones[i], ones[i + 2]);
+        twos[i + 2] = _mm256_shuffle_ps::<0b01_00_01_00>(ones[i + 1], ones[i + 3]);
+        twos[i + 3] = _mm256_shuffle_ps::<0b11_10_11_10>(ones[i + 1], ones[i + 3]);
+    }
+    let is_one = factor == 1.0;
+    let factor = _mm256_set1_ps(factor);
+    for i in 0..4 {
+        let low = _mm256_permute2f128_ps::<0x20>(twos[i], twos[i + 4]);
+        let high = _mm256_permute2f128_ps::<0x31>(twos[i], twos[i + 4]);
+        for (row, x) in [(i, low), (i + 4, high)] {
+            let mut x = if is_one { x } else { _mm256_mul_ps(factor, x) };
+            // SAFETY: row `row` of 8 has room for 8 numbers, and with `ADD` they are initialised.
+            unsafe {
+                if ADD {
+                    x = _mm256_add_ps(_mm256_loadu_ps(to.at(row, 0)), x);
+                }
+                _mm256_storeu_ps(to.at(row, 0), x);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gemm::microkernel::tests::{check_guard, numbers};
+    use crate::simd::with_every_simd;
+
+    fn check<R: SimdFloat, S: Simd>(simd: S, rows: usize, columns: usize) {
+        let (from_stride, to_stride) = (columns + 3, rows + 2);
+        let from = numbers::<R>(1, rows * from_stride);
+        for (factor, add) in [(1.0, false), (0.3, false), (1.0, true)] {
+            let before = numbers::<R>(2, columns * to_stride);
+            let (mut to, factor) = (before.clone(), R::from_f64(factor));
+            let source = Matrix::new(&from, rows, columns, from_stride);
+            let target = MatrixMut::new(&mut to, columns, rows, to_stride);
+            if add {
+                add_transposed(simd, source, target);
+            } else {
+                // SAFETY: the transposed numbers are initialised.
+                transpose(simd, factor, source, unsafe { target.into_uninit() });
+            }
+            for r in 0..rows {
+                for c in 0..columns {
+                    let (x, old) = (from[r * from_stride + c], before[c * to_stride + r]);
+                    assert!(to[c * to_stride + r] == if add { old + x } else { factor * x }, "{rows} x {columns}");
+                }
+            }
+            check_guard(&to, &before, columns, rows, to_stride);
+        }
+    }
+
+    #[test]
+    fn every_size_is_transposed_and_nothing_else_is_written() {
+        with_every_simd!(|simd| {
+            for (rows, columns) in [(1, 1), (7, 9), (8, 8), (8, 17), (16, 33), (19, 8), (32, 5)] {
+                check::<f32, S>(simd, rows, columns);
+                check::<f64, S>(simd, rows, columns);
+            }
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "room for the transposed matrix")]
+    fn too_small_a_target_is_refused() {
+        let from = [0.0f32; 12];
+        add_transposed(pulp::Scalar, Matrix::new(&from, 3, 4, 4), MatrixMut::new(&mut [0.0; 12], 3, 4, 4));
+    }
+}

@@ -1,0 +1,97 @@
+//! Fused attention on the CPU: slices in, slices out, forward and backward, in f16, bf16, f32 and f64.
+//!
+//! context = softmax(mask(softcap(scale · q · kᵀ) + bias)) · v, with ALiBi, dropout, grouped heads and any strides, and its
+//! gradients. No matrix of q_len x kv_len is ever in memory. The kernels use the best instruction set of the processor
+//! (AVX-512, AVX2, NEON, else scalar code); the environment variable `CANDLE_ATTENTION_SIMD` can ask for less: `scalar` or
+//! `avx2`. The work is cut into tasks by the shape alone, so the same input gives the same bits for any number of threads.
+//!
+//! ```
+//! use attention_kernels::mask::Rule;
+//! use attention_kernels::{
+//!     BackwardOptions, Incoming, Layout, Problem, ProblemOptions, Saved, View, backward, forward,
+//! };
+//!
+//! // One sequence, one head, two tokens of dimension 2, each of which looks at itself and its past.
+//! let (dims, layout) = ([1, 1, 2, 2], Layout::HeadsFirst);
+//! let (q, k, v) = ([0.0f32, 0.0, 1.0, 1.0], [1.0, 2.0, 1.0, 2.0], [2.0, 4.0, 6.0, 8.0]);
+//! let view = |what, data| View::new(what, data, layout.strides(dims), dims);
+//! let causal = Rule::Band { below: None, above: Some(0), offset: None };
+//! let options = ProblemOptions { mask: &causal, ..Default::default() };
+//! let problem = Problem::new(view("query", &q)?, view("key", &k)?, view("value", &v)?, options)?;
+//!
+//! // The first token sees its own value alone, the second the mean of two values with equal keys.
+//! let output = forward(&problem, layout)?;
+//! assert_eq!(output.context, [2.0, 4.0, 4.0, 6.0]);
+//!
+//! // The gradient of the sum of the context.
+//! let saved = Saved { context: view("context", &output.context)?, logsumexp: &output.logsumexp };
+//! let incoming = Incoming { context: view("gradient", &[1.0; 4])?, logsumexp: None };
+//! let gradients = backward(&problem, saved, incoming, BackwardOptions::default())?;
+//! assert_eq!(gradients.v, [1.5, 1.5, 0.5, 0.5]);
+//! # Ok::<(), attention_kernels::Error>(())
+//! ```
+//!
+//! # The map
+//!
+//! A file imports only from files on lower floors.
+//!
+//! | floor | file | what |
+//! |---|---|---|
+//! | 7 | `attention` | the two passes: tasks, and their parts of the results |
+//! | 6 | `prefill` | a task of many queries, forward and backward |
+//! | 6 | `decode` | a task of a few queries and many keys |
+//! | 5 | `gemm` | the matrix products: which kernel computes them |
+//! | 5 | `score_mods` | softcap, bias, ALiBi and mask |
+//! | 4 | `operands` | a problem without the type of its tensors |
+//! | 3 | `problem` | one call, checked |
+//! | 3 | `gemm/pack` | operands of products, in the order in which the kernels read them |
+//! | 2 | `gemm/bf16_dot`, `gemm/nan_safe` | products of bf16 in pairs; what happens to NaN and infinity behind a mask |
+//! | 2 | `softmax` | every softmax: online, of splits, and backward; a row's maximum (plain scores: inside `gemm`) |
+//! | 2 | `dtype` | the types that tensors hold, and tensors as the kernels read and write them |
+//! | 2 | `dropout` | which weights are dropped |
+//! | 1 | `gemm/microkernel`, `gemm/transpose` | small blocks of products in registers; rows to lanes and back |
+//! | 1 | `mask` | which keys are visible |
+//! | 1 | `math` | exp and tanh |
+//! | 1 | `alloc`, `scratch`, `schedule` | allocation that may fail; a thread's memory; tasks |
+//! | 0 | `matrix` | matrices in slices, checked once |
+//! | 0 | `simd`, `tiles`, `layout` | f32 and f64 as vectors; tile sizes; the order of a result's axes |
+//! | 0 | `philox`, `error` | random numbers; every way an input can be wrong |
+//!
+//! # Unsafe code
+//!
+//! The kernels read and write through pointers, and are safe functions: what they are given are [matrices](self#the-map) that
+//! can only be made from slices that hold them, and they assert that the sizes of their operands fit. Inner loops are
+//! `unsafe fn` that such a function calls. Results that several tasks write at the same time are `Shared`: its one
+//! `unsafe fn` hands out the rows of a task, and each caller says why no two tasks have a row in common.
+#![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+
+mod alloc;
+mod attention;
+mod decode;
+pub mod dropout;
+mod dtype;
+mod error;
+mod gemm;
+mod layout;
+pub mod mask;
+mod math;
+mod matrix;
+mod operands;
+pub mod philox;
+mod prefill;
+mod problem;
+mod schedule;
+mod score_mods;
+mod scratch;
+mod simd;
+mod softmax;
+mod tiles;
+
+pub use alloc::reserve;
+pub use attention::{BackwardOptions, Element, Gradients, Incoming, Output, Saved, backward, forward};
+pub use dropout::Dropout;
+pub use dtype::Number;
+pub use error::{Error, MaskError};
+pub use layout::Layout;
+pub use problem::{BiasView, Problem, ProblemOptions, View};
+pub use simd::SimdFloat;

@@ -1,0 +1,224 @@
+//! The rules that a mask is made of, and whether they fit the scores.
+
+use std::sync::Arc;
+
+use super::ScoreShape;
+use super::table::Table;
+use crate::error::MaskError;
+
+/// A value that every sequence of the batch shares, or one for each.
+#[derive(Clone, Debug)]
+pub enum PerSequence<T> {
+    /// All sequences share it.
+    Same(T),
+    /// Sequence `b` has value `b`.
+    Each(Arc<[T]>),
+}
+
+impl<T> PerSequence<T> {
+    pub(super) fn get(&self, b: usize) -> &T {
+        match self {
+            PerSequence::Same(value) => value,
+            PerSequence::Each(values) => &values[b],
+        }
+    }
+}
+
+/// Position of the first query among the keys; none means kv_len - q_len: the last query stands at the last key.
+pub type Offset = Option<PerSequence<usize>>;
+
+/// One condition on (sequence, head, query, key), or two combined.
+///
+/// # Examples
+///
+/// ```
+/// use attention_kernels::mask::{PerSequence, Rule, ScoreShape};
+/// use std::sync::Arc;
+///
+/// // Causal, and the first sequence holds 2 keys.
+/// let causal = Rule::Band { below: None, above: Some(0), offset: None };
+/// let lengths = Rule::FirstKeys(PerSequence::Each([2, 4].into()));
+/// let rule = Rule::Both(Arc::new((causal, lengths)));
+/// let shape = ScoreShape::from((2, 1, 4, 4));
+/// rule.check(&shape)?;
+/// assert!(rule.allows(&shape, 0, 0, 3, 1) && !rule.allows(&shape, 0, 0, 3, 2));
+/// assert_eq!(rule.visible_keys(&shape, (0, 0), &(0..4), 0..4), 0..2);
+/// # Ok::<(), attention_kernels::MaskError>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub enum Rule {
+    /// Every query may attend to every key.
+    #[default]
+    Full,
+    /// -below <= key - position of the query <= above.
+    Band {
+        /// How far before the query's position keys may stand; none is no limit.
+        below: Option<i64>,
+        /// How far behind it.
+        above: Option<i64>,
+        /// Where the queries stand.
+        offset: Offset,
+    },
+    /// The first keys, as many as the number says.
+    FirstKeys(PerSequence<usize>),
+    /// Keys of the same document as the query.
+    Documents {
+        /// The document of every key. A query belongs to the document at its position.
+        ids: PerSequence<Arc<[u32]>>,
+        /// Where the queries stand.
+        offset: Offset,
+    },
+    /// What a boolean tensor says.
+    Table(Arc<Table>),
+    /// The last `count` keys are visible to every query; the rule speaks of those before them.
+    Extra {
+        /// The rule for the other keys.
+        rule: Arc<Rule>,
+        /// How many keys there are behind them.
+        count: usize,
+    },
+    /// What both rules allow.
+    Both(Arc<(Rule, Rule)>),
+    /// What either rule allows.
+    Either(Arc<(Rule, Rule)>),
+}
+
+impl Rule {
+    /// Whether every query may attend to every key.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Rule::Full)
+    }
+
+    /// The same rule with the first query of each sequence at position `offset` among the keys.
+    pub fn with_offset(self, offset: &PerSequence<usize>) -> Self {
+        let both =
+            |pair: &(Rule, Rule)| Arc::new((pair.0.clone().with_offset(offset), pair.1.clone().with_offset(offset)));
+        match self {
+            Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset.clone()) },
+            Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset.clone()) },
+            Rule::Extra { rule, count } => {
+                Rule::Extra { rule: Arc::new(rule.as_ref().clone().with_offset(offset)), count }
+            }
+            Rule::Both(pair) => Rule::Both(both(&pair)),
+            Rule::Either(pair) => Rule::Either(both(&pair)),
+            other => other,
+        }
+    }
+
+    /// Whether the rule may differ between sequences.
+    pub fn varies_by_sequence(&self) -> bool {
+        match self {
+            Rule::Full => false,
+            Rule::Band { offset, .. } => matches!(offset, Some(PerSequence::Each(_))),
+            Rule::FirstKeys(lengths) => matches!(lengths, PerSequence::Each(_)),
+            Rule::Documents { ids, offset } => {
+                matches!(ids, PerSequence::Each(_)) || matches!(offset, Some(PerSequence::Each(_)))
+            }
+            Rule::Table(table) => table.dims[0] != 1,
+            Rule::Extra { rule, .. } => rule.varies_by_sequence(),
+            Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_sequence() || pair.1.varies_by_sequence(),
+        }
+    }
+
+    /// Whether the rule may differ between heads.
+    pub fn varies_by_head(&self) -> bool {
+        match self {
+            Rule::Table(table) => table.dims[1] != 1,
+            Rule::Extra { rule, .. } => rule.varies_by_head(),
+            Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_head() || pair.1.varies_by_head(),
+            _ => false,
+        }
+    }
+
+    /// Whether the rule fits scores of this shape.
+    ///
+    /// # Errors
+    ///
+    /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents of another length or with queries
+    /// outside it, more extra keys than keys, a table that doesn't broadcast to the scores.
+    pub fn check(&self, shape: &ScoreShape) -> Result<(), MaskError> {
+        match self {
+            Rule::Full | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
+            Rule::Band { offset, .. } => check_offsets(offset, shape),
+            Rule::FirstKeys(PerSequence::Each(lengths)) => check_key_lengths(lengths, shape),
+            Rule::Documents { ids, offset } => check_documents(ids, offset, shape),
+            Rule::Table(table) => table.check(shape),
+            Rule::Extra { count, .. } if *count > shape.kv_len => Err(MaskError {
+                part: "extra keys",
+                expected: format!("at most kv_len {}", shape.kv_len),
+                got: format!("{count}"),
+            }),
+            Rule::Extra { rule, count } => rule.check(&without(shape, *count)),
+            Rule::Both(pair) | Rule::Either(pair) => pair.0.check(shape).and_then(|()| pair.1.check(shape)),
+        }
+    }
+}
+
+/// Where query `i` of sequence `b` stands among the keys; before the first of them if there are more queries than keys.
+pub(super) fn position(shape: &ScoreShape, offset: &Offset, b: usize, i: usize) -> i64 {
+    let first = match offset {
+        None => signed(shape.kv_len) - signed(shape.q_len),
+        Some(offset) => signed(*offset.get(b)),
+    };
+    first.saturating_add(signed(i))
+}
+
+/// A size as a position; the greatest position if it is beyond.
+pub(super) fn signed(size: usize) -> i64 {
+    i64::try_from(size).unwrap_or(i64::MAX)
+}
+
+/// The scores without those of the last `count` keys.
+pub(super) fn without(shape: &ScoreShape, count: usize) -> ScoreShape {
+    ScoreShape { kv_len: shape.kv_len.saturating_sub(count), ..*shape }
+}
+
+fn check_one_each(part: &'static str, count: usize, shape: &ScoreShape) -> Result<(), MaskError> {
+    if count == shape.batch {
+        return Ok(());
+    }
+    let expected = format!("one for each of {} sequences", shape.batch);
+    Err(MaskError { part, expected, got: format!("{count}") })
+}
+
+fn check_offsets(offset: &Offset, shape: &ScoreShape) -> Result<(), MaskError> {
+    match offset {
+        Some(PerSequence::Each(offsets)) => check_one_each("offsets", offsets.len(), shape),
+        _ => Ok(()),
+    }
+}
+
+fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), MaskError> {
+    check_one_each("key lengths", lengths.len(), shape)?;
+    match lengths.iter().find(|&&len| len > shape.kv_len) {
+        None => Ok(()),
+        Some(len) => Err(MaskError {
+            part: "key lengths",
+            expected: format!("at most kv_len {}", shape.kv_len),
+            got: format!("{len}"),
+        }),
+    }
+}
+
+fn check_documents(ids: &PerSequence<Arc<[u32]>>, offset: &Offset, shape: &ScoreShape) -> Result<(), MaskError> {
+    let error = |expected, got| Err(MaskError { part: "documents", expected, got });
+    let rows = match ids {
+        PerSequence::Same(ids) => std::slice::from_ref(ids),
+        PerSequence::Each(rows) if rows.len() == shape.batch => rows,
+        PerSequence::Each(rows) => {
+            return error(format!("one row for each of {} sequences", shape.batch), format!("{} rows", rows.len()));
+        }
+    };
+    if let Some(row) = rows.iter().find(|row| row.len() != shape.kv_len) {
+        return error(format!("documents of {} keys together", shape.kv_len), format!("{} keys", row.len()));
+    }
+    check_offsets(offset, shape)?;
+    let alike = !matches!(offset, Some(PerSequence::Each(_)));
+    for b in 0..if alike { 1 } else { shape.batch } {
+        let (first, end) = (position(shape, offset, b, 0), position(shape, offset, b, shape.q_len));
+        if first < 0 || end > signed(shape.kv_len) {
+            return error(format!("queries at positions 0 to {}", shape.kv_len), format!("positions {first} to {end}"));
+        }
+    }
+    Ok(())
+}

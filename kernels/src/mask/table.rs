@@ -1,0 +1,91 @@
+//! A boolean tensor as a mask.
+
+use std::ops::Range;
+
+use super::{Coverage, ScoreShape};
+use crate::error::MaskError;
+
+/// A boolean tensor (batch or 1, num_heads or 1, q_len or 1, kv_len or 1), row by row.
+#[derive(Debug)]
+pub struct Table {
+    pub(super) dims: [usize; 4],
+    allowed: Vec<bool>,
+}
+
+impl Table {
+    /// `allowed` holds the entries row by row; true means that the query may attend to the key.
+    ///
+    /// # Errors
+    ///
+    /// Another number of entries than `dims` says.
+    pub fn new(dims: [usize; 4], allowed: Vec<bool>) -> Result<Self, MaskError> {
+        let entries = dims.iter().try_fold(1usize, |entries, &dim| entries.checked_mul(dim));
+        if entries != Some(allowed.len()) {
+            let expected = format!("one entry for each of {dims:?}");
+            return Err(MaskError { part: "tensor", expected, got: allowed.len().to_string() });
+        }
+        Ok(Self { dims, allowed })
+    }
+
+    pub(super) fn check(&self, shape: &ScoreShape) -> Result<(), MaskError> {
+        let scores = [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
+        if self.dims.iter().zip(scores).all(|(&dim, size)| dim == size || dim == 1) {
+            return Ok(());
+        }
+        Err(MaskError {
+            part: "tensor",
+            expected: format!("a shape that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}"),
+            got: format!("{:?}", self.dims),
+        })
+    }
+
+    /// The index of the entry of query `i` and key `j`, and the strides of queries and of keys.
+    fn index(&self, (b, h): (usize, usize), i: usize, j: usize) -> (usize, usize, usize) {
+        let at = |axis: usize, index: usize| if self.dims[axis] == 1 { 0 } else { index };
+        let row = (at(0, b) * self.dims[1] + at(1, h)) * self.dims[2] + at(2, i);
+        (row * self.dims[3] + at(3, j), at(2, self.dims[3]), at(3, 1))
+    }
+
+    pub(super) fn get(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
+        self.allowed[self.index((b, h), i, j).0]
+    }
+
+    /// How many rows of the table the queries `q` have.
+    fn distinct(&self, q: &Range<usize>) -> usize {
+        if self.dims[2] == 1 { q.len().min(1) } else { q.len() }
+    }
+
+    /// Whether any query of `q` may attend to key `j`.
+    pub(super) fn is_seen(&self, at: (usize, usize), q: &Range<usize>, j: usize) -> bool {
+        let (first, query_stride, _) = self.index(at, q.start, j);
+        (0..self.distinct(q)).any(|i| self.allowed[first + i * query_stride])
+    }
+
+    pub(super) fn hidden(&self, at: (usize, usize), q: &Range<usize>, j: usize, hide: &mut dyn FnMut(Range<usize>)) {
+        let (first, query_stride, _) = self.index(at, q.start, j);
+        if query_stride == 0 {
+            if !self.allowed[first] {
+                hide(q.clone());
+            }
+            return;
+        }
+        for i in (0..q.len()).filter(|i| !self.allowed[first + i * query_stride]) {
+            hide(q.start + i..q.start + i + 1);
+        }
+    }
+
+    pub(super) fn tile(&self, at: (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
+        let (first, query_stride, key_stride) = self.index(at, q.start, k.start);
+        let keys = if key_stride == 0 { 1 } else { k.len() };
+        let value = self.allowed[first];
+        let is_mixed =
+            |i: usize| self.allowed[first + i * query_stride..][..keys].iter().any(|&allowed| allowed != value);
+        if (0..self.distinct(q)).any(is_mixed) {
+            Coverage::Some
+        } else if value {
+            Coverage::All
+        } else {
+            Coverage::None
+        }
+    }
+}

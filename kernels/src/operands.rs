@@ -1,0 +1,101 @@
+//! A problem as the kernels see it.
+
+use std::any::TypeId;
+use std::ops::Range;
+
+use crate::dropout::Dropout;
+use crate::dtype::{Number, Source};
+use crate::mask::{Coverage, Rule, ScoreShape};
+use crate::problem::{BiasView, Problem, ProblemOptions};
+use crate::simd::SimdFloat;
+
+/// A problem for kernels that compute in `R`, whatever type the tensors hold.
+pub(crate) struct Operands<'a, R> {
+    pub(crate) q: &'a dyn Source<R>,
+    pub(crate) k: &'a dyn Source<R>,
+    pub(crate) v: &'a dyn Source<R>,
+    pub(crate) dim: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) kv_heads: usize,
+    /// Query heads that share a key head.
+    pub(crate) group: usize,
+    /// Whether the tensors hold bf16.
+    pub(crate) is_bf16: bool,
+    pub(crate) shape: ScoreShape,
+    pub(crate) scale: f64,
+    pub(crate) softcap: Option<f64>,
+    pub(crate) mask: &'a Rule,
+    pub(crate) bias: Option<BiasView<'a, R>>,
+    pub(crate) slopes: Option<&'a [R]>,
+    pub(crate) dropout: Option<Dropout>,
+}
+
+impl<E: Number> Problem<'_, E> {
+    /// The problem without the type of its tensors.
+    pub(crate) fn operands(&self) -> Operands<'_, E::Float> {
+        let ProblemOptions { softcap, mask, bias, slopes, dropout, .. } = *self.options();
+        let ([q, k, v], shape) = (self.views(), self.shape());
+        let [_, kv_heads, _, value_dim] = v.dims();
+        Operands {
+            q,
+            k,
+            v,
+            dim: q.dims()[3],
+            value_dim,
+            kv_heads,
+            group: shape.num_heads / kv_heads,
+            is_bf16: TypeId::of::<E>() == TypeId::of::<half::bf16>(),
+            shape,
+            scale: self.scale(),
+            softcap,
+            mask,
+            bias,
+            slopes,
+            dropout,
+        }
+    }
+}
+
+impl<R: SimdFloat> Operands<'_, R> {
+    /// Multiplications of the forward pass without a mask.
+    pub(crate) fn work(&self) -> usize {
+        let ScoreShape { batch, num_heads, q_len, kv_len } = self.shape;
+        let sizes = [num_heads, q_len, kv_len, self.dim + self.value_dim];
+        sizes.into_iter().fold(batch, usize::saturating_mul)
+    }
+
+    /// Whether anything is done to the scores of a tile.
+    pub(crate) fn modifies(&self, coverage: Coverage) -> bool {
+        self.softcap.is_some() || self.bias.is_some() || self.slopes.is_some() || coverage == Coverage::Some
+    }
+
+    pub(crate) fn slope(&self, (b, h): (usize, usize)) -> Option<R> {
+        let (slopes, heads) = (self.slopes?, self.shape.num_heads);
+        Some(slopes[if slopes.len() == heads { h } else { b * heads + h }])
+    }
+
+    /// The part of `keys` outside which no query of the tile may attend to any key, and whether all may inside.
+    ///
+    /// # Panics
+    ///
+    /// If the mask gives keys that are not among `keys`.
+    #[inline(always)]
+    pub(crate) fn visible(
+        &self,
+        at: (usize, usize),
+        queries: &Range<usize>,
+        keys: Range<usize>,
+    ) -> (Range<usize>, Coverage) {
+        if self.mask.is_full() {
+            return (keys, Coverage::All);
+        }
+        let (rule, shape) = (self.mask, &self.shape);
+        let visible = rule.visible_keys(shape, at, queries, keys.clone());
+        let is_inside = keys.start <= visible.start && visible.start <= visible.end && visible.end <= keys.end;
+        assert!(is_inside, "visible keys lie among those asked for");
+        let coverage = if visible.is_empty() { Coverage::None } else { rule.tile(shape, at, queries, &visible) };
+        // Two rules may have visible keys, and none together.
+        let end = if coverage == Coverage::None { visible.start } else { visible.end };
+        (visible.start..end, coverage)
+    }
+}

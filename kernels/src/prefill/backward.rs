@@ -1,0 +1,337 @@
+//! The backward pass: weights are computed once more from the log-sum-exp, block by block.
+//!
+//! | forward | backward |
+//! |---|---|
+//! | s = scale · q·kᵀ | dq = scale · ds·k, dk = scale · dsᵀ·q |
+//! | p = exp(s - lse) | ds = p ∘ (dp - δ), where δ = Σ do ∘ o - dlse |
+//! | o = (p ∘ drop)·v | dp = drop ∘ do·vᵀ, dv = (p ∘ drop)ᵀ·do |
+//!
+//! Source: Dao, "FlashAttention-2" (2023), algorithm 2; the term with dlse from d lse / ds = p.
+
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+
+use pulp::{Simd, WithSimd};
+
+use super::backward_pieces::{BlockPieces, Pieces};
+use super::gradients::{Gradients, QueryRow};
+use crate::dtype::Source;
+use crate::error::Error;
+use crate::gemm::microkernel::{VECTORS, panel_width};
+use crate::gemm::{DotRows, Gemm};
+use crate::mask::Coverage;
+use crate::matrix::{Matrix, MatrixMut};
+use crate::operands::Operands;
+use crate::score_mods::{Tile, softcap_gradient};
+use crate::simd::SimdFloat;
+use crate::softmax::weights_and_gradients;
+use crate::tiles::{BackwardTiles, MAX_PANELS};
+
+/// A task: the keys `keys` of one key head, and all queries that look at them.
+pub(crate) struct Backward<'a, R> {
+    pub(crate) operands: &'a Operands<'a, R>,
+    pub(crate) tiles: BackwardTiles,
+    /// The gradient of the context: (batch, num_heads, q_len, value_dim).
+    pub(crate) grad_context: &'a dyn Source<R>,
+    /// (batch, num_heads, q_len): what the backward pass needs of each query.
+    pub(crate) rows: &'a [QueryRow<R>],
+    pub(crate) sequence: usize,
+    pub(crate) kv_head: usize,
+    pub(crate) keys: Range<usize>,
+    /// Whether to compute with the NaN-safe kernels.
+    pub(crate) nan_safe: bool,
+    pub(crate) gradients: Gradients<'a, R>,
+    /// Set if a result is not finite.
+    pub(crate) is_not_finite: &'a AtomicBool,
+}
+
+/// The rows of a tile's keys.
+struct TileRows<'m, R> {
+    keys: DotRows<'m, R>,
+    keys_to_sum: Matrix<'m, R>,
+    values: DotRows<'m, R>,
+}
+
+/// What a task keeps for one panel, and for a tile of it.
+struct TilePanels<'s, R> {
+    /// \[operands(d)\]\[W\]
+    queries: &'s [R],
+    /// \[operands(value_dim)\]\[W\]
+    grads: &'s [R],
+    /// \[W\]
+    logsumexp: &'s [R],
+    /// \[W\]
+    delta: &'s [R],
+    /// \[key\]\[W\], with a softcap.
+    tanhs: Option<MatrixMut<'s, R>>,
+    /// \[key\]\[W\], with dropout.
+    factors: Option<MatrixMut<'s, R>>,
+}
+
+impl<R: SimdFloat> WithSimd for Backward<'_, R> {
+    type Output = Result<(), Error>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) -> Result<(), Error> {
+        let operands = self.operands;
+        let (d, dv, q_len) = (operands.dim, operands.value_dim, operands.shape.q_len);
+        let gemm = if self.nan_safe { Gemm::NanSafe } else { Gemm::new::<S>(operands.is_bf16, d, dv) };
+        let mut scratch = None;
+        let mut pieces = Pieces::new(operands, self.tiles, self.keys.len(), gemm, panel_width::<R, S>(), &mut scratch)?;
+        pieces.grad_keys.fill(R::ZERO);
+        pieces.grad_values.fill(R::ZERO);
+        let (group, block) = (operands.group, self.tiles.panels * panel_width::<R, S>());
+        for head in self.kv_head * group..(self.kv_head + 1) * group {
+            for start in (0..q_len).step_by(block) {
+                self.query_block(simd, gemm, head, start..(start + block).min(q_len), &mut pieces);
+            }
+        }
+        self.write_grad_keys_and_values(&pieces);
+        Ok(())
+    }
+}
+
+impl<R: SimdFloat> Backward<'_, R> {
+    /// A block of queries of one head against all keys of the task.
+    #[inline(always)]
+    fn query_block<S: Simd>(
+        &mut self,
+        simd: S,
+        gemm: Gemm,
+        head: usize,
+        queries: Range<usize>,
+        pieces: &mut Pieces<R>,
+    ) {
+        let at = (self.sequence, head);
+        let mut is_packed = false;
+        for start in self.keys.clone().step_by(self.tiles.keys) {
+            let keys = start..(start + self.tiles.keys).min(self.keys.end);
+            let (keys, _) = self.operands.visible(at, &queries, keys);
+            if keys.is_empty() {
+                continue;
+            }
+            if !is_packed {
+                self.pack(simd, gemm, at, &queries, pieces);
+                is_packed = true;
+            }
+            self.key_block(simd, gemm, at, &queries, keys, pieces);
+        }
+        if !is_packed {
+            pieces.block.grad_queries.fill(R::ZERO);
+        }
+        self.write_grad_queries(simd, head, &queries, pieces);
+    }
+
+    /// Packs the block's queries and the gradients of their contexts, both ways: as panels, and as rows to sum over.
+    #[inline(always)]
+    fn pack<S: Simd>(&self, simd: S, gemm: Gemm, at: (usize, usize), queries: &Range<usize>, pieces: &mut Pieces<R>) {
+        let (operands, block) = (self.operands, &mut pieces.block);
+        let (scale, one) = (R::from_f64(operands.scale), R::ONE);
+        // A block of keys is at least as long as one of queries, so that its memory serves to widen them.
+        gemm.pack::<R, S>(simd, operands.q, at, queries, scale, pieces.keys, block.queries);
+        gemm.pack::<R, S>(simd, self.grad_context, at, queries, one, pieces.values, block.grads);
+        gemm.query_rows(operands.q, at, queries, scale, pieces.keys, block.query_rows);
+        gemm.query_rows(self.grad_context, at, queries, one, pieces.values, block.grad_rows);
+        block.grad_queries.fill(R::ZERO);
+        let shape = operands.shape;
+        let rows = &self.rows[(at.0 * shape.num_heads + at.1) * shape.q_len..][queries.clone()];
+        let missing = QueryRow { logsumexp: R::INFINITY, delta: R::ZERO };
+        let rows = rows.iter().copied().chain(std::iter::repeat(missing));
+        for (row, (logsumexp, delta)) in rows.zip(block.logsumexp.iter_mut().zip(&mut *block.delta)) {
+            (*logsumexp, *delta) = (row.logsumexp, row.delta);
+        }
+    }
+
+    /// A block of queries against a block of keys.
+    #[inline(always)]
+    fn key_block<S: Simd>(
+        &mut self,
+        simd: S,
+        gemm: Gemm,
+        at: (usize, usize),
+        queries: &Range<usize>,
+        block: Range<usize>,
+        pieces: &mut Pieces<R>,
+    ) {
+        let operands = self.operands;
+        let width = panel_width::<R, S>();
+        let kv_at = (at.0, self.kv_head);
+        let keys = gemm.dot_rows(operands.k, kv_at, block.clone(), pieces.keys);
+        let values = gemm.dot_rows(operands.v, kv_at, block.clone(), pieces.values);
+        let mut keys_to_sum = match keys {
+            DotRows::Floats(rows) => rows,
+            DotRows::Bf16(_) => gemm.sum_rows(operands.k, kv_at, block.clone(), pieces.keys_to_sum),
+        };
+        let mut phase = 0;
+        let panels = queries.len().div_ceil(width);
+        let mut visible: [Range<usize>; MAX_PANELS] = std::array::from_fn(|_| 0..0);
+        for (panel, visible) in visible.iter_mut().enumerate().take(panels) {
+            let first_query = queries.start + panel * width;
+            let of_panel = first_query..(first_query + width).min(queries.end);
+            let (range, coverage) = operands.visible(at, &of_panel, block.clone());
+            *visible = range.start - block.start..range.end - block.start;
+            self.zero_outside(gemm.operands(width), panel, visible, block.len(), &mut pieces.block);
+            if range.is_empty() {
+                continue;
+            }
+            let skip = visible.start;
+            if gemm.phase(skip) != phase {
+                phase = gemm.phase(skip);
+                let shifted = block.start + phase..block.end;
+                keys_to_sum = gemm.sum_rows(operands.k, kv_at, shifted, pieces.keys_to_sum);
+            }
+            let rows = TileRows {
+                keys: keys.part(skip, range.len()),
+                keys_to_sum: keys_to_sum.skip(gemm.operands(skip - phase)),
+                values: values.part(skip, range.len()),
+            };
+            let tile = Tile { at, first_query, queries: of_panel.len(), keys: range };
+            self.tile(simd, gemm, &tile, coverage, (panel, skip), rows, &mut pieces.block);
+        }
+        self.sum_visible(simd, gemm, &block, &visible[..panels], pieces);
+    }
+
+    /// Adds to the gradients of keys and values. Keys that the same panels look at are multiplied together.
+    #[inline(always)]
+    fn sum_visible<S: Simd>(
+        &self,
+        simd: S,
+        gemm: Gemm,
+        block: &Range<usize>,
+        visible: &[Range<usize>],
+        pieces: &mut Pieces<R>,
+    ) {
+        let panels_of = |key: usize| {
+            let sees = |panel: &usize| visible[*panel].contains(&key);
+            let first = (0..visible.len()).find(sees);
+            first.map(|first| first..(0..visible.len()).rfind(sees).unwrap_or(first) + 1)
+        };
+        let mut start = 0;
+        while start < block.len() {
+            let panels = panels_of(start);
+            let end = (start + 1..block.len()).find(|&key| panels_of(key) != panels).unwrap_or(block.len());
+            if let Some(panels) = panels {
+                self.add_grad_keys_and_values(simd, gemm, block.start + start, start..end, panels, pieces);
+            }
+            start = end;
+        }
+    }
+
+    /// Zeros the weights and gradients of scores that a panel doesn't compute, but that lie between those that it does.
+    #[inline(always)]
+    fn zero_outside(
+        &self,
+        operands: usize,
+        panel: usize,
+        visible: &Range<usize>,
+        keys: usize,
+        block: &mut BlockPieces<R>,
+    ) {
+        let panels = self.tiles.panels;
+        for key in (0..keys).filter(|key| !visible.contains(key)) {
+            let lanes = (key * panels + panel) * operands..(key * panels + panel + 1) * operands;
+            block.weights[lanes.clone()].fill(R::ZERO);
+            block.grad_scores[lanes].fill(R::ZERO);
+        }
+    }
+
+    /// Weights, gradients of scores, and the share of the tile's keys in the gradients of a panel's queries. The tile is that of
+    /// panel `panel` and of the keys from `first_key` of the block on.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // one more than clippy's seven
+    fn tile<S: Simd>(
+        &mut self,
+        simd: S,
+        gemm: Gemm,
+        tile: &Tile,
+        coverage: Coverage,
+        (panel, first_key): (usize, usize),
+        rows: TileRows<R>,
+        block: &mut BlockPieces<R>,
+    ) {
+        let (operands, width, count) = (self.operands, panel_width::<R, S>(), tile.keys.len());
+        let (d, dv) = (operands.dim, operands.value_dim);
+        let (row, stride) = (gemm.operands(width), self.tiles.panels * gemm.operands(width));
+        let first = first_key * stride + panel * row;
+        let packed_weights = MatrixMut::new(&mut block.weights[first..], count, row, stride);
+        let packed_grads = MatrixMut::new(&mut block.grad_scores[first..], count, row, stride);
+        // Numbers that will be pairs are computed elsewhere.
+        let (mut weights, mut grads, pairs) = match gemm.bf16_dot() {
+            Some(dot) => (
+                MatrixMut::new(block.tile_weights, count, width, width),
+                MatrixMut::new(block.tile_grads, count, width, width),
+                Some((dot, packed_weights, packed_grads)),
+            ),
+            None => (packed_weights, packed_grads, None),
+        };
+        let panels = TilePanels {
+            queries: &block.queries[panel * gemm.operands(d) * width..],
+            grads: &block.grads[panel * gemm.operands(dv) * width..],
+            logsumexp: &block.logsumexp[panel * width..],
+            delta: &block.delta[panel * width..],
+            tanhs: operands.softcap.map(|_| MatrixMut::new(block.tanhs, count, width, width)),
+            factors: operands.dropout.map(|_| MatrixMut::new(block.factors, count, width, width)),
+        };
+        self.weights_and_grads(simd, gemm, tile, coverage, &rows, panels, (&mut weights, &mut grads));
+        if let Some((dot, packed_weights, packed_grads)) = pairs {
+            dot.narrow_along(weights.as_ref().cast(), packed_weights.cast());
+            dot.narrow_along(grads.as_ref().cast(), packed_grads.cast());
+        }
+
+        // dq = scale · ds·k, where the scale is left to the end
+        let one = [R::splat(simd, R::ONE); VECTORS];
+        let grad_queries = &mut block.grad_queries[panel * d * width..];
+        for start in (0..count).step_by(self.tiles.longest_sum) {
+            let count = self.tiles.longest_sum.min(count - start);
+            let keys = rows.keys_to_sum.skip(gemm.operands(start));
+            gemm.accumulate::<R, S>(simd, grad_queries, one, keys, grads.part(start, count));
+        }
+    }
+
+    /// The weights of a tile and the gradients of its scores, and their share in the gradient of the bias.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // one more than clippy's seven
+    fn weights_and_grads<S: Simd>(
+        &mut self,
+        simd: S,
+        gemm: Gemm,
+        tile: &Tile,
+        coverage: Coverage,
+        rows: &TileRows<R>,
+        mut panels: TilePanels<R>,
+        (weights, grads): (&mut MatrixMut<R>, &mut MatrixMut<R>),
+    ) {
+        let operands = self.operands;
+        let mut unused = [R::splat(simd, R::ZERO); VECTORS];
+
+        // s = scale · q·kᵀ
+        let scale = R::from_f64(operands.scale);
+        gemm.dot_products::<R, S, false>(simd, scale, panels.queries, rows.keys, weights.reborrow(), &mut unused);
+        let tanhs = panels.tanhs.as_mut().map(MatrixMut::reborrow);
+        tile.modify(simd, operands, coverage, weights.reborrow(), tanhs);
+
+        // dp = do·vᵀ
+        gemm.dot_products::<R, S, false>(simd, R::ONE, panels.grads, rows.values, grads.reborrow(), &mut unused);
+
+        // p = exp(s - lse), ds = p ∘ (drop ∘ dp - δ)
+        if let Some(factors) = &mut panels.factors {
+            tile.dropout_factors(simd, operands, factors.reborrow());
+        }
+        let factors = panels.factors.as_ref().map(MatrixMut::as_ref);
+        let (logsumexp, delta) = (panels.logsumexp, panels.delta);
+        weights_and_gradients::<R, S>(simd, logsumexp, delta, weights.reborrow(), grads.reborrow(), factors);
+        if self.nan_safe {
+            tile.zero_hidden(operands, coverage, weights.reborrow());
+            tile.zero_hidden(operands, coverage, grads.reborrow());
+        }
+        if let Some(bias) = &mut self.gradients.bias {
+            bias.add(simd, tile, grads.as_ref());
+        }
+        if let Some(tanhs) = panels.tanhs {
+            softcap_gradient::<R, S>(simd, tanhs.as_ref(), grads.reborrow());
+            if self.nan_safe {
+                tile.zero_hidden(operands, coverage, grads.reborrow());
+            }
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! The forward pass: online softmax over blocks of keys.
+//!
+//! Source: Dao, "FlashAttention-2" (2023), algorithm 1.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use crate::dtype::Sink;
+use crate::error::Error;
+use crate::gemm::microkernel::{pad, panel_width};
+use crate::gemm::nan_safe::{all_finite, must_repeat};
+use crate::gemm::pack::unpack;
+use crate::gemm::{DotRows, Gemm};
+use crate::mask::Coverage;
+use crate::matrix::{Matrix, MatrixMut};
+use crate::operands::Operands;
+use crate::score_mods::Tile;
+use crate::scratch::{Scratch, pieces};
+use crate::simd::SimdFloat;
+use crate::softmax::{inverse_and_logsumexp, maxima, online_update, panel_row};
+use crate::tiles::ForwardTiles;
+
+/// A task: the queries `queries` of one head.
+pub(crate) struct Forward<'a, R> {
+    pub(crate) operands: &'a Operands<'a, R>,
+    pub(crate) tiles: ForwardTiles,
+    /// Sequence and head.
+    pub(crate) at: (usize, usize),
+    pub(crate) queries: Range<usize>,
+    /// A row of value_dim for each query.
+    pub(crate) context: &'a mut dyn Sink<R>,
+    /// One for each query.
+    pub(crate) logsumexp: &'a mut [MaybeUninit<R>],
+}
+
+/// What a task keeps for its panels, each piece panel after panel.
+struct Panels<'s, R> {
+    /// \[operands(d)\]\[W\]
+    queries: &'s mut [R],
+    /// \[value_dim\]\[W\], not yet divided by the total
+    sums: &'s mut [R],
+    /// \[W\]: the greatest score so far
+    largest: &'s mut [R],
+    /// \[W\]: the sum of exponentials so far
+    total: &'s mut [R],
+    tile: TilePieces<'s, R>,
+    /// The keys of a block, widened
+    keys: &'s mut [R],
+    /// The values of a block, widened or interleaved
+    values: &'s mut [R],
+}
+
+/// What a task keeps for one tile.
+struct TilePieces<'s, R> {
+    /// \[key\]\[W\]
+    scores: &'s mut [R],
+    /// \[key\]\[W\], with dropout
+    factors: &'s mut [R],
+}
+
+/// One panel of [`Panels`].
+struct Panel<'s, R> {
+    queries: &'s [R],
+    sums: &'s mut [R],
+    largest: &'s mut [R],
+    total: &'s mut [R],
+}
+
+impl<R: SimdFloat> WithSimd for Forward<'_, R> {
+    type Output = Result<(), Error>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) -> Result<(), Error> {
+        let width = panel_width::<R, S>();
+        let count = self.queries.len().div_ceil(width);
+        let (d, dv, keys) = (self.operands.dim, self.operands.value_dim, self.tiles.keys);
+        let mut scratch = None;
+        pieces!(
+            scratch, R:
+            queries: d * width * count,
+            sums: dv * width * count,
+            largest: width * count,
+            total: width * count,
+            scores: keys * width,
+            factors: if self.operands.dropout.is_some() { keys * width } else { 0 },
+            keys: keys * d,
+            values: keys * pad(dv),
+        );
+        let tile = TilePieces { scores, factors };
+        let mut panels = Panels { queries, sums, largest, total, tile, keys, values };
+        self.over_keys(simd, Gemm::new::<S>(self.operands.is_bf16, d, dv), &mut panels);
+        let is_finite = self.finish(simd, &mut panels);
+        if must_repeat(self.operands.mask, is_finite) {
+            self.over_keys(simd, Gemm::NanSafe, &mut panels);
+            self.finish(simd, &mut panels);
+        }
+        Ok(())
+    }
+}
+
+impl<R: SimdFloat> Forward<'_, R> {
+    #[inline(always)]
+    fn over_keys<S: Simd>(&self, simd: S, gemm: Gemm, panels: &mut Panels<R>) {
+        let operands = self.operands;
+        let scale = R::from_f64(operands.scale);
+        gemm.pack::<R, S>(simd, operands.q, self.at, &self.queries, scale, panels.keys, panels.queries);
+        panels.sums.fill(R::ZERO);
+        panels.largest.fill(R::LOWEST);
+        panels.total.fill(R::ZERO);
+        let kv_len = operands.shape.kv_len;
+        for start in (0..kv_len).step_by(self.tiles.keys) {
+            let block = start..(start + self.tiles.keys).min(kv_len);
+            let (block, _) = operands.visible(self.at, &self.queries, block);
+            if !block.is_empty() {
+                self.block(simd, gemm, block, panels);
+            }
+        }
+    }
+
+    /// All panels against one block of keys.
+    #[inline(always)]
+    fn block<S: Simd>(&self, simd: S, gemm: Gemm, block: Range<usize>, panels: &mut Panels<R>) {
+        let operands = self.operands;
+        let (width, d, dv) = (panel_width::<R, S>(), operands.dim, operands.value_dim);
+        let kv_at = (self.at.0, self.at.1 / operands.group);
+        let keys = gemm.dot_rows(operands.k, kv_at, block.clone(), panels.keys);
+        let mut values = gemm.sum_rows(operands.v, kv_at, block.clone(), panels.values);
+        let mut phase = 0;
+        for panel in 0..self.queries.len().div_ceil(width) {
+            let first_query = self.queries.start + panel * width;
+            let queries = first_query..(first_query + width).min(self.queries.end);
+            let (visible, coverage) = operands.visible(self.at, &queries, block.clone());
+            if visible.is_empty() {
+                continue;
+            }
+            let skip = visible.start - block.start;
+            if gemm.phase(skip) != phase {
+                phase = gemm.phase(skip);
+                values = gemm.sum_rows(operands.v, kv_at, block.start + phase..block.end, panels.values);
+            }
+            let keys = keys.part(skip, visible.len());
+            let values = values.skip(gemm.operands(skip - phase));
+            let tile = Tile { at: self.at, first_query, queries: queries.len(), keys: visible };
+            let panel = Panel {
+                queries: &panels.queries[panel * gemm.operands(d) * width..],
+                sums: &mut panels.sums[panel * dv * width..],
+                largest: &mut panels.largest[panel * width..],
+                total: &mut panels.total[panel * width..],
+            };
+            self.tile(simd, gemm, &tile, coverage, panel, (keys, values), &mut panels.tile);
+        }
+    }
+
+    /// One panel against the keys of a tile.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // one more than clippy's seven
+    fn tile<S: Simd>(
+        &self,
+        simd: S,
+        gemm: Gemm,
+        tile: &Tile,
+        coverage: Coverage,
+        panel: Panel<R>,
+        (keys, values): (DotRows<R>, Matrix<R>),
+        pieces: &mut TilePieces<R>,
+    ) {
+        let operands = self.operands;
+        let (width, count) = (panel_width::<R, S>(), tile.keys.len());
+        let scale = R::from_f64(operands.scale);
+        let mut scores = MatrixMut::new(pieces.scores, count, width, width);
+        let mut largest = *panel_row::<R, S>(panel.largest);
+        if operands.modifies(coverage) {
+            gemm.dot_products::<R, S, false>(simd, scale, panel.queries, keys, scores.reborrow(), &mut largest);
+            tile.modify(simd, operands, coverage, scores.reborrow(), None);
+            maxima(simd, scores.as_ref(), &mut largest);
+        } else {
+            gemm.dot_products::<R, S, true>(simd, scale, panel.queries, keys, scores.reborrow(), &mut largest);
+        }
+        let factor = online_update(simd, scores, largest, panel.largest, panel.total);
+        if operands.dropout.is_some() {
+            tile.dropout_factors(simd, operands, MatrixMut::new(pieces.factors, count, width, width));
+            let weights = pieces.scores[..count * width].iter_mut();
+            weights.zip(&*pieces.factors).for_each(|(weight, factor)| *weight *= *factor);
+        }
+        let weights = MatrixMut::new(pieces.scores, count, width, width);
+        gemm.accumulate::<R, S>(simd, panel.sums, factor, values, weights);
+    }
+
+    /// Divides by the totals and writes the results. Says whether all of them are finite.
+    #[inline(always)]
+    fn finish<S: Simd>(&mut self, simd: S, panels: &mut Panels<R>) -> bool {
+        let (width, dv) = (panel_width::<R, S>(), self.operands.value_dim);
+        let count = self.queries.len();
+        assert_eq!(self.logsumexp.len(), count, "a log-sum-exp for each query");
+        for (i, to) in self.logsumexp.iter_mut().enumerate() {
+            let (inverse, logsumexp) = inverse_and_logsumexp(panels.largest[i], panels.total[i]);
+            to.write(logsumexp);
+            panels.total[i] = inverse;
+        }
+        let mut is_finite = true;
+        for (panel, sums) in panels.sums.chunks_exact_mut(dv * width).enumerate() {
+            let count = width.min(count - panel * width);
+            let inverse = &panels.total[panel * width..][..width];
+            for sums in sums.chunks_exact_mut(width) {
+                sums.iter_mut().zip(inverse).for_each(|(sum, inverse)| *sum *= *inverse);
+                is_finite &= all_finite(&sums[..count]);
+            }
+            unpack::<R, S>(simd, sums, dv, count, R::ONE, panels.values, self.context, panel * width);
+        }
+        is_finite
+    }
+}

@@ -1,0 +1,292 @@
+//! The softmax of every pass: online over tiles, merged from splits, and its gradient.
+//!
+//! Source of the online softmax: Milakov, Gimelshein, "Online normalizer calculation for softmax" (2018).
+
+use pulp::Simd;
+
+use crate::gemm::microkernel::{Row, VECTORS};
+use crate::math::exp;
+use crate::matrix::{Matrix, MatrixMut};
+use crate::schedule::DECODE_TASKS;
+use crate::simd::{SimdFloat, as_vectors, as_vectors_mut};
+
+/// e^(s - shift): exactly 1 where both are equal.
+#[inline(always)]
+fn exponential<R: SimdFloat, S: Simd>(simd: S, s: R::Vector<S>, shift: R::Vector<S>) -> R::Vector<S> {
+    exp::<R, S>(simd, R::vsub(simd, s, shift))
+}
+
+/// The vectors of a panel's row.
+#[inline(always)]
+pub(crate) fn panel_row<R: SimdFloat, S: Simd>(row: &[R]) -> &Row<R, S> {
+    as_vectors::<R, S>(row).first_chunk().expect("a row of a panel")
+}
+
+/// As [`panel_row`], to write.
+#[inline(always)]
+pub(crate) fn panel_row_mut<R: SimdFloat, S: Simd>(row: &mut [R]) -> &mut Row<R, S> {
+    as_vectors_mut::<R, S>(row).first_chunk_mut().expect("a row of a panel")
+}
+
+/// `largest` becomes the greatest of itself and the scores \[key\]\[W\], lane by lane.
+#[inline(always)]
+pub(crate) fn maxima<R: SimdFloat, S: Simd>(simd: S, scores: Matrix<R>, largest: &mut Row<R, S>) {
+    for j in 0..scores.rows() {
+        let row = panel_row::<R, S>(scores.row(j));
+        for (largest, score) in largest.iter_mut().zip(row) {
+            *largest = R::max(simd, *largest, *score);
+        }
+    }
+}
+
+/// One step of the online softmax of a panel: scores \[key\]\[W\] become exponentials relative to `now`, the greatest so far, and
+/// are added to `total`. What was summed before relative to `largest`, the greatest before, is to be multiplied by the
+/// result.
+#[inline(always)]
+pub(crate) fn online_update<R: SimdFloat, S: Simd>(
+    simd: S,
+    mut scores: MatrixMut<R>,
+    now: Row<R, S>,
+    largest: &mut [R],
+    total: &mut [R],
+) -> Row<R, S> {
+    let (largest, total) = (panel_row_mut::<R, S>(largest), panel_row_mut::<R, S>(total));
+    let mut factor = *largest;
+    let mut sum = *total;
+    for v in 0..VECTORS {
+        factor[v] = exponential::<R, S>(simd, largest[v], now[v]);
+        sum[v] = R::vmul(simd, factor[v], sum[v]);
+    }
+    for j in 0..scores.rows() {
+        let row = panel_row_mut::<R, S>(scores.row(j));
+        for v in 0..VECTORS {
+            let power = exponential::<R, S>(simd, row[v], now[v]);
+            sum[v] = R::vadd(simd, sum[v], power);
+            row[v] = power;
+        }
+    }
+    (*largest, *total) = (now, sum);
+    factor
+}
+
+/// One step of the online softmax of a single row: as [`online_update`] for `count` scores, followed by room for a whole
+/// vector. Gives what was summed before is to be multiplied by, if it changes.
+#[inline(always)]
+pub(crate) fn online_update_of_row<R: SimdFloat, S: Simd>(
+    simd: S,
+    scores: &mut [R],
+    count: usize,
+    largest: &mut R,
+    total: &mut R,
+) -> Option<R> {
+    // The scores behind the last count nothing.
+    let scores = &mut scores[..count.next_multiple_of(R::lanes::<S>())];
+    scores[count..].fill(-R::INFINITY);
+    let before = *largest;
+    let mut greatest = R::splat(simd, before);
+    for scores in as_vectors::<R, S>(scores) {
+        greatest = R::max(simd, greatest, *scores);
+    }
+    *largest = R::reduce_max(simd, greatest);
+    let shift = R::splat(simd, *largest);
+    let mut sum = R::splat(simd, R::ZERO);
+    for scores in as_vectors_mut::<R, S>(scores) {
+        let power = exponential::<R, S>(simd, *scores, shift);
+        sum = R::vadd(simd, sum, power);
+        *scores = power;
+    }
+    let factor = R::from_f64((before.to_f64() - largest.to_f64()).exp());
+    *total = *total * factor + R::reduce_add(simd, sum);
+    (*largest != before).then_some(factor)
+}
+
+/// 1 / total, which makes weights of exponentials, and the log-sum-exp. If there was no key: 0, which makes the context zero, and
+/// minus infinity.
+#[inline(always)]
+pub(crate) fn inverse_and_logsumexp<R: SimdFloat>(largest: R, total: R) -> (R, R) {
+    if total == R::ZERO {
+        (R::ZERO, -R::INFINITY)
+    } else {
+        (R::ONE / total, R::from_f64(largest.to_f64() + total.to_f64().ln()))
+    }
+}
+
+/// What a split of the keys gives for a row: the greatest score, the sum of exponentials relative to it, and the sum of the
+/// values weighted by them.
+#[derive(Clone, Copy)]
+pub(crate) struct Partial<'a, R> {
+    largest: R,
+    total: R,
+    sums: &'a [R],
+}
+
+impl<'a, R: SimdFloat> Partial<'a, R> {
+    /// Numbers of a partial result.
+    pub(crate) fn size(value_dim: usize) -> usize {
+        value_dim + 2
+    }
+
+    /// Reads what [`Partial::write`] wrote.
+    pub(crate) fn read(numbers: &'a [R]) -> Self {
+        Self { largest: numbers[0], total: numbers[1], sums: &numbers[2..] }
+    }
+
+    pub(crate) fn write(numbers: &mut [R], largest: R, total: R, sums: &[R]) {
+        (numbers[0], numbers[1]) = (largest, total);
+        numbers[2..].copy_from_slice(sums);
+    }
+}
+
+/// The context of a row from at most [`DECODE_TASKS`] partial results, in their order; gives the log-sum-exp.
+pub(crate) fn merge<'a, R: SimdFloat>(partials: impl Iterator<Item = Partial<'a, R>> + Clone, context: &mut [R]) -> R {
+    let largest = partials.clone().map(|partial| partial.largest).fold(R::LOWEST, |a, b| if b > a { b } else { a });
+    let mut shares = [0.0; DECODE_TASKS];
+    for (share, partial) in shares.iter_mut().zip(partials.clone()) {
+        *share = (partial.largest.to_f64() - largest.to_f64()).exp();
+    }
+    let total: f64 = partials.clone().zip(&shares).map(|(partial, share)| partial.total.to_f64() * share).sum();
+    let is_empty = total == 0.0;
+    for (c, to) in context.iter_mut().enumerate() {
+        let sum: f64 = partials.clone().zip(&shares).map(|(partial, share)| partial.sums[c].to_f64() * share).sum();
+        *to = R::from_f64(if is_empty { 0.0 } else { sum / total });
+    }
+    if is_empty { -R::INFINITY } else { R::from_f64(largest.to_f64() + total.ln()) }
+}
+
+/// The backward pass of the softmax of a panel: p = e^(s - lse) takes the place of s in `weights`, and ds = p ∘ (dp - δ) that of
+/// dp in `grads`, all \[key\]\[W\]. With dropout, dp is multiplied by the factors before, and p after.
+#[inline(always)]
+pub(crate) fn weights_and_gradients<R: SimdFloat, S: Simd>(
+    simd: S,
+    logsumexp: &[R],
+    delta: &[R],
+    mut weights: MatrixMut<R>,
+    mut grads: MatrixMut<R>,
+    factors: Option<Matrix<R>>,
+) {
+    let (logsumexp, delta) = (panel_row::<R, S>(logsumexp), panel_row::<R, S>(delta));
+    for j in 0..weights.rows() {
+        let (weights, grads) = (panel_row_mut::<R, S>(weights.row(j)), panel_row_mut::<R, S>(grads.row(j)));
+        let factors = factors.map(|factors| panel_row::<R, S>(factors.row(j)));
+        for v in 0..VECTORS {
+            let p = exponential::<R, S>(simd, weights[v], logsumexp[v]);
+            let mut dp = grads[v];
+            let mut dropped = p;
+            if let Some(factors) = factors {
+                dp = R::vmul(simd, dp, factors[v]);
+                dropped = R::vmul(simd, p, factors[v]);
+            }
+            weights[v] = dropped;
+            grads[v] = R::vmul(simd, p, R::vsub(simd, dp, delta[v]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gemm::microkernel::panel_width;
+    use crate::gemm::microkernel::tests::{close, numbers};
+    use crate::simd::with_every_simd;
+
+    /// Scores of two tiles \[key\]\[W\], the last of which is hidden.
+    fn tiles<R: SimdFloat>(width: usize) -> Vec<R> {
+        let mut scores = numbers::<R>(1, 10 * width);
+        scores.iter_mut().for_each(|x| *x *= R::from_f64(5.0));
+        scores[9 * width] = -R::INFINITY;
+        scores
+    }
+
+    fn check_online<R: SimdFloat, S: Simd>(simd: S) {
+        let width = panel_width::<R, S>();
+        let scores = tiles::<R>(width);
+        let mut powers = scores.clone();
+        let (mut largest, mut total) = (vec![R::LOWEST; width], vec![R::ZERO; width]);
+        let mut factors = [R::splat(simd, R::ONE); VECTORS];
+        for tile in [0..6, 6..10] {
+            let tile = &mut powers[tile.start * width..tile.end * width];
+            let mut now = *panel_row::<R, S>(&largest);
+            let rows = tile.len() / width;
+            maxima(simd, Matrix::new(tile, rows, width, width), &mut now);
+            factors = online_update(simd, MatrixMut::new(tile, rows, width, width), now, &mut largest, &mut total);
+        }
+        let mut factor = vec![R::ZERO; width];
+        *panel_row_mut::<R, S>(&mut factor) = factors;
+        for w in 0..width {
+            let column = |j: usize| scores[j * width + w].to_f64();
+            let greatest = (0..10).map(column).fold(f64::MIN, f64::max);
+            let sum: f64 = (0..10).map(|j| (column(j) - greatest).exp()).sum();
+            assert!(largest[w].to_f64() == greatest && close(total[w], sum));
+            let (_, logsumexp) = inverse_and_logsumexp(largest[w], total[w]);
+            assert!(close(logsumexp, greatest + sum.ln()));
+            // Weights of the first tile need the factor.
+            let first = powers[w].to_f64() * factor[w].to_f64();
+            assert!(close(R::from_f64(first), (column(0) - greatest).exp()));
+        }
+    }
+
+    fn check_row<R: SimdFloat, S: Simd>(simd: S) {
+        let scores: Vec<R> = numbers(2, 50);
+        let (mut largest, mut total, mut sum) = (R::LOWEST, R::ZERO, R::ZERO);
+        for part in [0..19, 19..50] {
+            let mut row = vec![R::from_f64(7.0); 64];
+            row[..part.len()].copy_from_slice(&scores[part.clone()]);
+            let factor = online_update_of_row(simd, &mut row, part.len(), &mut largest, &mut total);
+            sum = row[..part.len()].iter().fold(sum * factor.unwrap_or(R::ONE), |sum, &x| sum + x);
+        }
+        let greatest = scores.iter().map(|x| x.to_f64()).fold(f64::MIN, f64::max);
+        let expected: f64 = scores.iter().map(|x| (x.to_f64() - greatest).exp()).sum();
+        assert!(largest.to_f64() == greatest && close(total, expected) && close(sum, expected));
+    }
+
+    fn check_gradients<R: SimdFloat, S: Simd>(simd: S) {
+        let width = panel_width::<R, S>();
+        let [scores, dp, factors] = [3, 4, 5].map(|seed| numbers::<R>(seed, 3 * width));
+        let (logsumexp, delta) = (numbers::<R>(6, width), numbers::<R>(7, width));
+        for dropout in [false, true] {
+            let (mut weights, mut grads) = (scores.clone(), dp.clone());
+            let matrix = |data| MatrixMut::new(data, 3, width, width);
+            let (weights_of, grads_of) = (matrix(&mut weights), matrix(&mut grads));
+            let factors_of = dropout.then(|| Matrix::new(&factors, 3, width, width));
+            weights_and_gradients(simd, &logsumexp, &delta, weights_of, grads_of, factors_of);
+            for i in 0..3 * width {
+                let factor = if dropout { factors[i].to_f64() } else { 1.0 };
+                let p = (scores[i].to_f64() - logsumexp[i % width].to_f64()).exp();
+                assert!(close(weights[i], p * factor));
+                assert!(close(grads[i], p * (dp[i].to_f64() * factor - delta[i % width].to_f64())));
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_is_its_definition() {
+        with_every_simd!(|simd| {
+            check_online::<f32, S>(simd);
+            check_online::<f64, S>(simd);
+            check_row::<f32, S>(simd);
+            check_row::<f64, S>(simd);
+            check_gradients::<f32, S>(simd);
+            check_gradients::<f64, S>(simd);
+        });
+    }
+
+    #[test]
+    fn merged_splits_are_the_whole() {
+        // Scores 1 and 3 with values 10 and 20; a split without keys between them.
+        let partials = [[1.0, 1.0, 10.0], [f64::MIN / 2.0, 0.0, 0.0], [3.0, 1.0, 20.0]];
+        let mut context = [0.0];
+        let logsumexp = merge(partials.iter().map(|numbers| Partial::read(numbers)), &mut context);
+        let weights = [1f64.exp(), 3f64.exp()];
+        let sum = weights[0] + weights[1];
+        assert!(close(context[0], (10.0 * weights[0] + 20.0 * weights[1]) / sum) && close(logsumexp, sum.ln()));
+    }
+
+    #[test]
+    fn row_without_keys_has_a_zero_context() {
+        let partials = [[f32::MIN / 2.0, 0.0, 0.0]];
+        let mut context = [1.0];
+        let logsumexp = merge(partials.iter().map(|numbers| Partial::read(numbers)), &mut context);
+        assert_eq!((context[0], logsumexp), (0.0, f32::NEG_INFINITY));
+        assert_eq!(inverse_and_logsumexp(f32::LOWEST, 0.0), (0.0, f32::NEG_INFINITY));
+    }
+}

@@ -1,0 +1,63 @@
+//! Keys and values that a layer appends to the given ones, as PyTorch's `nn.MultiheadAttention` does with `add_bias_kv`
+//! and `add_zero_attn`. Every query may attend to them.
+
+use candle_core::{D, Result, Tensor};
+
+use crate::error::AttentionError;
+use crate::sdpa::AttentionOptions;
+
+/// The keys and values to append: first the learned ones, then those of zeros.
+#[derive(Clone, Debug)]
+pub(crate) struct BiasKv {
+    /// `bias_k` (num_kv_heads · head_dim) and `bias_v` (num_kv_heads · value_dim).
+    pub(crate) learned: Option<(Tensor, Tensor)>,
+    pub(crate) zeros: bool,
+}
+
+impl BiasKv {
+    /// Appends the extra keys and values to those given, (batch, kv_len, num_kv_heads, dim), and extends mask and bias.
+    pub(crate) fn append(
+        &self,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+    ) -> Result<(Tensor, Tensor, AttentionOptions)> {
+        let count = usize::from(self.learned.is_some()) + usize::from(self.zeros);
+        if count == 0 {
+            return Ok((key, value, options));
+        }
+        let kv_len = key.dim(1)?;
+        let (bias_k, bias_v) = self.learned.as_ref().map(|(bias_k, bias_v)| (bias_k, bias_v)).unzip();
+        let (key, value) = (self.extend(&key, bias_k)?, self.extend(&value, bias_v)?);
+        let attn_bias = options.attn_bias.as_ref().map(|bias| pad_bias(bias, kv_len, count)).transpose()?;
+        let attn_mask = options.attn_mask.with_extra_keys(count);
+        Ok((key, value, AttentionOptions { attn_mask, attn_bias, ..options }))
+    }
+
+    fn extend(&self, x: &Tensor, learned: Option<&Tensor>) -> Result<Tensor> {
+        let (batch, _, heads, dim) = x.dims4()?;
+        let mut parts = vec![x.contiguous()?];
+        if let Some(learned) = learned {
+            let one = learned.reshape((1, 1, heads, dim))?;
+            parts.push(one.broadcast_as((batch, 1, heads, dim))?.contiguous()?);
+        }
+        if self.zeros {
+            parts.push(Tensor::zeros((batch, 1, heads, dim), x.dtype(), x.device())?);
+        }
+        Tensor::cat(&parts, 1)
+    }
+}
+
+/// Extends a bias with zeros for the extra keys.
+fn pad_bias(bias: &Tensor, kv_len: usize, count: usize) -> Result<Tensor> {
+    let mut dims = bias.dims().to_vec();
+    match dims.last_mut() {
+        Some(last) if *last == 1 || *last == kv_len => *last = kv_len,
+        Some(_) => {
+            let expected = format!("one that broadcasts to kv_len {kv_len}");
+            return Err(AttentionError::Shape { tensor: "attn_bias", expected, shape: dims }.into());
+        }
+        None => dims.push(kv_len),
+    }
+    bias.broadcast_as(dims)?.pad_with_zeros(D::Minus1, 0, count)
+}

@@ -1,0 +1,183 @@
+//! Attention over keys and values that were computed earlier: those of earlier tokens, or those of a memory.
+
+use candle_core::Tensor;
+
+use crate::check::check_device;
+use crate::error::{AttentionError, Result};
+use crate::layer::core::Core;
+use crate::layer::kv_cache::{KvCache, Staged, check_sequences};
+use crate::layer::options::{ForwardOptions, ForwardOutput};
+use crate::sdpa::AttentionOptions;
+use crate::sdpa::reference;
+
+/// The keys and values that a [`CrossAttention`](crate::CrossAttention) layer computes from a memory. They are computed
+/// once by [`project`](crate::CrossAttention::project) and can be attended to any number of times.
+///
+/// They depend on the parameters of the layer: after a step of an optimiser, project the memory again.
+#[derive(Clone, Debug)]
+pub struct ProjectedMemory {
+    /// (batch, kv_len, num_kv_heads, head_dim)
+    key: Tensor,
+    /// (batch, kv_len, num_kv_heads, value_dim)
+    value: Tensor,
+    has_batch: bool,
+}
+
+impl ProjectedMemory {
+    /// The projected memories of the given sequences, in this order. A sequence may be given several times, as in beam
+    /// search.
+    ///
+    /// # Errors
+    ///
+    /// A sequence index outside the batch.
+    pub fn select(&self, sequences: &[usize]) -> Result<Self> {
+        check_sequences(sequences, self.key.dim(0)?)?;
+        let indices: Vec<_> = sequences.iter().map(|&b| b as u32).collect();
+        let indices = Tensor::from_vec(indices, sequences.len(), self.key.device())?;
+        let select = |x: &Tensor| -> candle_core::Result<Tensor> {
+            match x.elem_count() * sequences.len() {
+                // candle can't select from an empty tensor on CUDA. An empty result has no contents, only a shape.
+                0 => Tensor::zeros([&[sequences.len()], &x.dims()[1..]].concat(), x.dtype(), x.device()),
+                _ => x.contiguous()?.index_select(&indices, 0),
+            }
+        };
+        Ok(Self { key: select(&self.key)?, value: select(&self.value)?, has_batch: true })
+    }
+}
+
+impl Core {
+    /// An empty cache for a batch of this size.
+    pub(super) fn new_cache(&self, batch: usize) -> Result<KvCache> {
+        let weight = self.k_proj.weight();
+        KvCache::new(&self.config, batch, weight.dtype(), weight.device())
+    }
+
+    /// Attention of the tokens of `x`, which follow those of the cache. The first `added[b]` tokens of sequence `b` are
+    /// added to the cache; all of them if not given.
+    pub(super) fn attend_cached(
+        &self,
+        x: &Tensor,
+        added: Option<&[usize]>,
+        cache: &mut KvCache,
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.check_input("input", x, self.config.embed_dim)?;
+        check_options(options, cache)?;
+        let has_batch = x.rank() == 3;
+        let x = if has_batch { x.clone() } else { x.unsqueeze(0)? };
+        let (batch, len, _) = x.dims3()?;
+        let weight = self.k_proj.weight();
+        cache.check(&self.config, weight.dtype(), weight.device(), batch)?;
+        let all = vec![len; cache.batch()];
+        let added = added.unwrap_or(&all);
+        cache.check_added(added, len)?;
+
+        let query = self.queries(&x, cache.lengths())?;
+        let (key, value) = self.keys_and_values([&x, &x], cache.lengths())?;
+        let staged = cache.stage(&key, &value)?;
+        let (key, value) = staged.key_value()?;
+        let output = self.attend_heads(&query.detach(), key, value, self.cached_options(options, &staged)?)?;
+        cache.commit(staged, added);
+        output.map(|tensor| if has_batch { Ok(tensor.detach()) } else { tensor.detach().squeeze(0) })
+    }
+
+    /// The options of one call. The queries of a sequence follow its cached keys, whose number can differ between
+    /// sequences.
+    fn cached_options(&self, options: &ForwardOptions, staged: &Staged) -> Result<AttentionOptions> {
+        let mut options = self.attention_options(options);
+        if let Some(offset) = staged.common_offset() {
+            options.attn_mask = options.attn_mask.with_offset(offset);
+            return Ok(options);
+        }
+        options.attn_mask = options.attn_mask.with_offsets(staged.offsets());
+        if let Some(slopes) = options.alibi_slopes.take() {
+            // The slopes would align the last query of every sequence with the last key, so they are replaced by a
+            // bias.
+            let bias = slopes.reshape((1, (), 1, 1))?.broadcast_mul(&distances(staged, &slopes)?)?.neg()?;
+            options.attn_bias = Some(match &options.attn_bias {
+                Some(own) => {
+                    check_device("attn_bias", own, &bias)?;
+                    own.to_dtype(bias.dtype())?.broadcast_add(&bias)?
+                }
+                None => bias,
+            });
+        }
+        Ok(options)
+    }
+
+    /// Projects keys from one memory (batch, kv_len, kv_dim) and values from another (batch, kv_len, value_input_dim).
+    /// Both may lack the batch axis.
+    pub(super) fn project_memory(&self, memories: [&Tensor; 2]) -> Result<ProjectedMemory> {
+        self.check_memory(memories)?;
+        let has_batch = memories[0].rank() == 3;
+        let batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
+        let (key, value) = self.keys_and_values([&batch(memories[0])?, &batch(memories[1])?], &[0])?;
+        // The keys of a head are stored contiguously, since every call reads them in this order.
+        let by_head = |x: Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+        Ok(ProjectedMemory { key: by_head(key)?, value: by_head(value)?, has_batch })
+    }
+
+    /// As [`Core::attend_to_memory`], with a memory that has been projected.
+    pub(super) fn attend_projected(
+        &self,
+        x: &Tensor,
+        memory: &ProjectedMemory,
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.check_input("input", x, self.config.embed_dim)?;
+        self.check_projected(memory)?;
+        let x_3 = if memory.has_batch { x.clone() } else { x.unsqueeze(0)? };
+        if (x.rank() == 3) != memory.has_batch || x_3.dim(0)? != memory.key.dim(0)? {
+            let expected = match memory.has_batch {
+                true => format!("(batch, len, dim) with batch {}, that of the memory", memory.key.dim(0)?),
+                false => "(len, dim), since the memory has no batch axis".to_string(),
+            };
+            return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
+        }
+        let query = self.queries(&x_3, &[0])?;
+        let output =
+            self.attend_heads(&query, memory.key.clone(), memory.value.clone(), self.attention_options(options))?;
+        if memory.has_batch { Ok(output) } else { output.map(|tensor| tensor.squeeze(0)) }
+    }
+
+    /// Checks that a layer with the same heads, dtype and device has projected the memory.
+    fn check_projected(&self, memory: &ProjectedMemory) -> Result<()> {
+        let config = &self.config;
+        for (tensor, x, dim) in [("key", &memory.key, config.head_dim()), ("value", &memory.value, config.value_dim())]
+        {
+            if x.dims()[2..] != [config.num_kv_heads(), dim] {
+                let expected = format!("(batch, kv_len, {}, {dim}), as this layer projects it", config.num_kv_heads());
+                return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
+            }
+            self.check_dtype_and_device(tensor, x)?;
+        }
+        Ok(())
+    }
+}
+
+/// Refuses options that a cache can't serve.
+fn check_options(options: &ForwardOptions, cache: &KvCache) -> Result<(), AttentionError> {
+    let refuse = |part, expected: &str, got: &str| {
+        Err(AttentionError::Cache { part, expected: expected.into(), got: got.into() })
+    };
+    if options.train {
+        return refuse("train", "false, since no gradient flows through a cache", "true");
+    }
+    if options.position_offset != 0 {
+        let got = options.position_offset.to_string();
+        return refuse("position_offset", "0, since the cache counts the positions itself", &got);
+    }
+    if cache.has_window() && !(options.attn_mask.is_full() && options.attn_bias.is_none()) {
+        let expected = "no attn_mask and no attn_bias, since with a sliding window only some keys are held";
+        return refuse("options", expected, "one");
+    }
+    Ok(())
+}
+
+/// |position of the query - position of the key| for each sequence, (batch, 1, q_len, kv_len).
+fn distances(staged: &Staged, like: &Tensor) -> Result<Tensor> {
+    let (q_len, kv_len) = (staged.q_len(), staged.kv_len());
+    let queries = staged.offsets().iter().flat_map(|&offset| offset..offset + q_len);
+    let distances = reference::distances(queries.map(|query| query as f64), kv_len, like)?;
+    Ok(distances.reshape((staged.offsets().len(), 1, q_len, kv_len))?)
+}

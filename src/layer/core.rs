@@ -1,0 +1,269 @@
+//! [`Core`]: what self- and cross-attention share. Projections, heads, attention, and the projection of the output.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use attention_kernels::philox;
+use candle_core::{Result as CandleResult, Tensor, Var};
+use candle_nn::{Linear, RmsNorm, VarBuilder};
+
+use crate::check::check_device;
+use crate::checkpoint::{Header, LayerKind, Parameters};
+use crate::error::{AttentionError, Result};
+use crate::layer::bias_kv::BiasKv;
+use crate::layer::config::SelfAttentionConfig;
+use crate::layer::init;
+use crate::layer::options::{ForwardOptions, ForwardOutput};
+use crate::layer::projection::project;
+use crate::rotary::RotaryEmbedding;
+use crate::sdpa::grad_connect::connected;
+use crate::sdpa::head_layout::HeadLayout;
+use crate::sdpa::{AttentionOptions, attention};
+
+/// The parameters of a layer, and the computation with them.
+#[derive(Clone, Debug)]
+pub(super) struct Core {
+    pub(super) kind: LayerKind,
+    pub(super) config: SelfAttentionConfig,
+    pub(super) q_proj: Linear,
+    pub(super) k_proj: Linear,
+    pub(super) v_proj: Linear,
+    pub(super) o_proj: Option<Linear>,
+    qk_norm: Option<(RmsNorm, RmsNorm)>,
+    sinks: Option<Tensor>,
+    bias_kv: BiasKv,
+    alibi_slopes: Option<Tensor>,
+    rotary: Option<RotaryEmbedding>,
+    dropout_seed: u64,
+    pub(super) dropout_calls: Arc<AtomicU64>,
+}
+
+impl Core {
+    pub(super) fn new(kind: LayerKind, config: &SelfAttentionConfig, vb: &VarBuilder) -> Result<Self> {
+        init::check(kind, config, vb.dtype())?;
+        Self::from_parameters(kind, config, init::create(config, vb)?, &vb.prefix())
+    }
+
+    /// A layer with these parameters, which are exactly those of its config. `prefix` is its name in the model.
+    pub(super) fn from_parameters(
+        kind: LayerKind,
+        config: &SelfAttentionConfig,
+        parameters: Parameters,
+        prefix: &str,
+    ) -> Result<Self> {
+        let find = |name: &str| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
+        let linear = |weight, bias| find(weight).map(|weight| Linear::new(weight, find(bias)));
+        let required = |weight, bias| {
+            linear(weight, bias).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {weight}")))
+        };
+        let norm = |name, eps| find(name).map(|weight| RmsNorm::new(weight, eps));
+        let eps = config.qk_norm_eps.unwrap_or_default();
+        let q_proj = required("q_proj.weight", "q_proj.bias")?;
+        let (dtype, device) = (q_proj.weight().dtype(), q_proj.weight().device());
+        let slopes = || init::alibi_slopes(config.num_heads, dtype, device);
+        Ok(Self {
+            kind,
+            k_proj: required("k_proj.weight", "k_proj.bias")?,
+            v_proj: required("v_proj.weight", "v_proj.bias")?,
+            o_proj: linear("o_proj.weight", "o_proj.bias"),
+            qk_norm: norm("q_norm.weight", eps).zip(norm("k_norm.weight", eps)),
+            sinks: find("sinks"),
+            bias_kv: BiasKv { learned: find("bias_k").zip(find("bias_v")), zeros: config.add_zero_attn },
+            alibi_slopes: config.alibi.then(slopes).transpose()?,
+            rotary: config.rotary.as_ref().map(|rotary| RotaryEmbedding::new(rotary, config.head_dim())).transpose()?,
+            dropout_seed: philox::named_seed(config.seed, &init::full_name(prefix, "dropout")),
+            dropout_calls: Arc::default(),
+            config: config.clone(),
+            q_proj,
+        })
+    }
+
+    /// A copy of the layer in which every parameter is a new variable.
+    pub(super) fn trainable(&self) -> Result<Self> {
+        let variable = |(name, tensor): (&'static str, &Tensor)| Ok((name, Var::from_tensor(tensor)?.into_inner()));
+        let parameters = self.parameters().into_iter().map(variable).collect::<CandleResult<_>>()?;
+        let trainable = Self::from_parameters(self.kind, &self.config, parameters, "")?;
+        let calls = Arc::new(AtomicU64::new(self.dropout_calls.load(Ordering::Relaxed)));
+        Ok(Self { dropout_seed: self.dropout_seed, dropout_calls: calls, ..trainable })
+    }
+
+    pub(super) fn header(&self) -> Header {
+        Header { layer: self.kind, config: self.config.clone() }
+    }
+
+    /// Every parameter with its name, always in the same order.
+    pub(super) fn parameters(&self) -> Vec<(&'static str, &Tensor)> {
+        let tensor_of = |name: &str| match name {
+            "q_proj.weight" => Some(self.q_proj.weight()),
+            "k_proj.weight" => Some(self.k_proj.weight()),
+            "v_proj.weight" => Some(self.v_proj.weight()),
+            "o_proj.weight" => self.o_proj.as_ref().map(Linear::weight),
+            "q_proj.bias" => self.q_proj.bias(),
+            "k_proj.bias" => self.k_proj.bias(),
+            "v_proj.bias" => self.v_proj.bias(),
+            "o_proj.bias" => self.o_proj.as_ref().and_then(Linear::bias),
+            "q_norm.weight" => self.qk_norm.as_ref().map(|(q_norm, _)| q_norm.weight()),
+            "k_norm.weight" => self.qk_norm.as_ref().map(|(_, k_norm)| k_norm.weight()),
+            "sinks" => self.sinks.as_ref(),
+            "bias_k" => self.bias_kv.learned.as_ref().map(|(bias_k, _)| bias_k),
+            "bias_v" => self.bias_kv.learned.as_ref().map(|(_, bias_v)| bias_v),
+            _ => None,
+        };
+        let names = self.config.parameters();
+        names.iter().filter_map(|parameter| Some((parameter.name, tensor_of(parameter.name)?))).collect()
+    }
+
+    /// Self-attention over `x` (batch, len, embed_dim) or (len, embed_dim).
+    pub(super) fn attend_to_itself(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
+        self.check_input("input", x, self.config.embed_dim)?;
+        if x.rank() == 3 {
+            return self.attend(x, [x, x], options);
+        }
+        let x = x.unsqueeze(0)?;
+        self.attend(&x, [&x, &x], options)?.map(|tensor| tensor.squeeze(0))
+    }
+
+    /// Cross-attention: queries from `x` (batch, q_len, embed_dim), keys from `key` (batch, kv_len, kv_dim), values
+    /// from `value` (batch, kv_len, value_input_dim). All three may lack the batch axis.
+    pub(super) fn attend_to_memory(
+        &self,
+        x: &Tensor,
+        [key, value]: [&Tensor; 2],
+        options: &ForwardOptions,
+    ) -> Result<ForwardOutput> {
+        self.check_input("input", x, self.config.embed_dim)?;
+        self.check_memory([key, value])?;
+        if x.rank() != key.rank() || (x.rank() == 3 && x.dim(0)? != key.dim(0)?) {
+            let expected = format!("the batch of the input, whose shape is {:?}", x.dims());
+            return Err(AttentionError::Shape { tensor: "memory", expected, shape: key.dims().to_vec() }.into());
+        }
+        if x.rank() == 3 {
+            return self.attend(x, [key, value], options);
+        }
+        let (key, value) = (key.unsqueeze(0)?, value.unsqueeze(0)?);
+        self.attend(&x.unsqueeze(0)?, [&key, &value], options)?.map(|tensor| tensor.squeeze(0))
+    }
+
+    /// Attention over checked input with a batch axis.
+    fn attend(&self, x: &Tensor, sources: [&Tensor; 2], options: &ForwardOptions) -> Result<ForwardOutput> {
+        let positions = [options.position_offset];
+        let query = self.queries(x, &positions)?;
+        let (key, value) = self.keys_and_values(sources, &positions)?;
+        self.attend_heads(&query, key, value, self.attention_options(options))
+    }
+
+    /// Queries (batch, len, num_heads, head_dim). `positions` holds the position of the first token of each sequence,
+    /// or a single one for all sequences.
+    pub(super) fn queries(&self, x: &Tensor, positions: &[usize]) -> Result<Tensor> {
+        let query = split_heads(&self.q_proj, x, self.config.num_heads, self.config.head_dim())?;
+        self.normalise_and_rotate(query, self.qk_norm.as_ref().map(|(q_norm, _)| q_norm), positions)
+    }
+
+    /// Keys (batch, len, num_kv_heads, head_dim) and values (batch, len, num_kv_heads, value_dim).
+    pub(super) fn keys_and_values(&self, [key, value]: [&Tensor; 2], positions: &[usize]) -> Result<(Tensor, Tensor)> {
+        let config = &self.config;
+        let key = split_heads(&self.k_proj, key, config.num_kv_heads(), config.head_dim())?;
+        let value = split_heads(&self.v_proj, value, config.num_kv_heads(), config.value_dim())?;
+        let k_norm = self.qk_norm.as_ref().map(|(_, k_norm)| k_norm);
+        Ok((self.normalise_and_rotate(key, k_norm, positions)?, value))
+    }
+
+    fn normalise_and_rotate(&self, x: Tensor, norm: Option<&RmsNorm>, positions: &[usize]) -> Result<Tensor> {
+        let x = match norm {
+            // candle's norm of an empty tensor panics on CUDA.
+            Some(norm) if x.elem_count() == 0 => connected(x, norm.weight())?,
+            // The differentiable form. `RmsNorm::forward` drops the gradient without an error.
+            Some(norm) => norm.forward_diff(&x)?,
+            None => x,
+        };
+        match &self.rotary {
+            Some(rotary) => Ok(rotary.apply_each(&x.transpose(1, 2)?, positions)?.transpose(1, 2)?),
+            None => Ok(x),
+        }
+    }
+
+    /// Computes the output from queries, keys and values (batch, len, heads, dim).
+    pub(super) fn attend_heads(
+        &self,
+        query: &Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+    ) -> Result<ForwardOutput> {
+        let (batch, q_len, _, _) = query.dims4()?;
+        let (key, value, options) = self.bias_kv.append(key, value, options)?;
+        let attended = attention([query, &key, &value], HeadLayout::Blhd, &options)?;
+        let output = [batch, q_len, self.config.output_dim()];
+        let output = match &self.o_proj {
+            Some(o_proj) => project(o_proj, &attended.context, &output)?,
+            None => attended.context.reshape(&output)?,
+        };
+        Ok(ForwardOutput { output, weights: attended.weights, logsumexp: attended.logsumexp })
+    }
+
+    pub(super) fn attention_options(&self, options: &ForwardOptions) -> AttentionOptions {
+        let dropout_p = if options.train { self.config.dropout_p } else { 0.0 };
+        let dropout_seed = if dropout_p > 0.0 {
+            philox::nth_seed(self.dropout_seed, self.dropout_calls.fetch_add(1, Ordering::Relaxed))
+        } else {
+            0
+        };
+        AttentionOptions {
+            scale: self.config.scale,
+            softcap: self.config.softcap,
+            attn_mask: self.config.mask() & options.attn_mask.clone(),
+            attn_bias: options.attn_bias.clone(),
+            alibi_slopes: self.alibi_slopes.clone(),
+            sinks: self.sinks.clone(),
+            dropout_p,
+            dropout_seed,
+            backend: options.backend,
+            return_weights: options.return_weights,
+            return_logsumexp: options.return_logsumexp,
+        }
+    }
+
+    /// Checks the memories of the keys and of the values. If both are the same tensor with the same expected size, it
+    /// is checked once.
+    pub(super) fn check_memory(&self, [key, value]: [&Tensor; 2]) -> Result<(), AttentionError> {
+        self.check_input("memory", key, self.config.kv_dim())?;
+        if key.id() == value.id() && self.config.kv_dim() == self.config.value_input_dim() {
+            return Ok(());
+        }
+        self.check_input("memory of the values", value, self.config.value_input_dim())?;
+        if value.dims()[..value.rank() - 1] != key.dims()[..key.rank() - 1] {
+            let (tensor, shape) = ("memory of the values", value.dims().to_vec());
+            let expected = format!("the batch and len of the memory of the keys, whose shape is {:?}", key.dims());
+            return Err(AttentionError::Shape { tensor, expected, shape });
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_input(&self, tensor: &'static str, x: &Tensor, dim: usize) -> Result<(), AttentionError> {
+        let shape = x.dims().to_vec();
+        if !matches!(x.rank(), 2 | 3) {
+            let expected = "2 axes (len, dim) or 3 (batch, len, dim)";
+            return Err(AttentionError::Rank { tensor, expected, shape });
+        }
+        if shape.last() != Some(&dim) {
+            let expected = format!("(len, {dim}) or (batch, len, {dim})");
+            return Err(AttentionError::Shape { tensor, expected, shape });
+        }
+        self.check_dtype_and_device(tensor, x)
+    }
+
+    pub(super) fn check_dtype_and_device(&self, tensor: &'static str, x: &Tensor) -> Result<(), AttentionError> {
+        let weight = self.q_proj.weight();
+        if x.dtype() != weight.dtype() {
+            let expected = format!("{:?}, that of the layer's parameters", weight.dtype());
+            return Err(AttentionError::DType { tensor, expected, got: x.dtype() });
+        }
+        check_device(tensor, x, weight)
+    }
+}
+
+/// Projects all tokens and splits the result into heads, (batch, len, heads, dim).
+fn split_heads(projection: &Linear, x: &Tensor, heads: usize, dim: usize) -> CandleResult<Tensor> {
+    let (batch, len, _) = x.dims3()?;
+    project(projection, x, &[batch, len, heads, dim])
+}

@@ -1,0 +1,83 @@
+//! The parameters of a layer: checked, created, initialised.
+
+use attention_kernels::philox;
+use candle_core::{DType, Device, Result as CandleResult, Tensor, Var};
+use candle_nn::VarBuilder;
+
+use crate::check::{check_dtype, compute_dtype};
+use crate::checkpoint::{LayerKind, Parameters};
+use crate::error::{AttentionError, Result};
+use crate::layer::config::{Init, Parameter, SelfAttentionConfig};
+
+/// Every parameter from the `VarBuilder`. Parameters that it has only just created are initialised from the config's
+/// seed.
+pub(crate) fn create(config: &SelfAttentionConfig, vb: &VarBuilder) -> CandleResult<Parameters> {
+    let parameters = config.parameters();
+    parameters.iter().map(|parameter| Ok((parameter.name, create_one(parameter, config.seed, vb)?))).collect()
+}
+
+fn create_one(parameter: &Parameter, seed: u64, vb: &VarBuilder) -> CandleResult<Tensor> {
+    let Parameter { name, shape, init } = parameter;
+    let bound = match shape[..] {
+        [outputs, inputs] => (6.0 / (inputs + outputs) as f64).sqrt(),
+        [entries] => (6.0 / (entries + entries) as f64).sqrt(),
+        _ => 0.0,
+    };
+    let (hint, count) = match init {
+        Init::XavierUniform => (candle_nn::Init::Uniform { lo: -bound, up: bound }, shape.iter().product()),
+        Init::Zeros => (candle_nn::Init::Const(0.0), 0),
+        Init::Ones => (candle_nn::Init::Const(1.0), 0),
+    };
+    let is_new = !vb.contains_tensor(name);
+    let tensor = vb.get_with_hints(shape.as_slice(), name, hint)?;
+    if is_new && *init == Init::XavierUniform && tensor.is_variable() {
+        // candle's CPU generator can't be seeded, so its numbers are replaced.
+        let numbers = philox::uniform(philox::named_seed(seed, &full_name(&vb.prefix(), name)), bound, count);
+        let numbers = Tensor::from_vec(numbers, shape.as_slice(), &Device::Cpu)?.to_dtype(tensor.dtype())?;
+        Var::from_tensor(&tensor)?.set(&numbers.to_device(tensor.device())?)?;
+    }
+    Ok(tensor)
+}
+
+/// The name of a parameter in the model.
+pub(crate) fn full_name(prefix: &str, name: &str) -> String {
+    format!("{prefix}.{name}")
+}
+
+/// Checks a config before any parameter is created, since a `VarMap` keeps the parameters of a layer that is then
+/// refused.
+pub(crate) fn check(kind: LayerKind, config: &SelfAttentionConfig, dtype: DType) -> Result<(), AttentionError> {
+    config.check()?;
+    check_kind(kind, config)?;
+    check_dtype("parameters", dtype)
+}
+
+/// Refuses a config that only the other kind of layer can have.
+fn check_kind(kind: LayerKind, config: &SelfAttentionConfig) -> Result<(), AttentionError> {
+    let refused = |field, expected, got| Err(AttentionError::Config { field, expected, got });
+    let same_tokens = || format!("embed_dim {}, since keys and values come from the same tokens", config.embed_dim);
+    match kind {
+        LayerKind::SelfAttention if config.kv_dim() != config.embed_dim => {
+            refused("kv_dim", same_tokens(), config.kv_dim().to_string())
+        }
+        LayerKind::SelfAttention if config.value_input_dim() != config.embed_dim => {
+            refused("value_input_dim", same_tokens(), config.value_input_dim().to_string())
+        }
+        LayerKind::CrossAttention if config.rotary.is_some() => {
+            refused("rotary", "none, since the two sequences share no positions".into(), "one".into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The slopes of ALiBi. If the number of heads n is a power of two: 2^(-8/n), 2^(-16/n), ... Otherwise the slopes for
+/// the next lower power of two, followed by every other slope for the next higher one. (Press et al., ICLR 2022,
+/// section 3 and the authors' code.)
+pub(crate) fn alibi_slopes(num_heads: usize, dtype: DType, device: &Device) -> CandleResult<Tensor> {
+    // A layer in f64 needs slopes in f64: slopes like 2^(-1/2) lose precision in f32.
+    let dtype = compute_dtype(dtype);
+    let geometric = |heads: usize| (1..=heads).map(move |i| 2f64.powf(-8.0 * i as f64 / heads as f64));
+    let lower = if num_heads.is_power_of_two() { num_heads } else { num_heads.next_power_of_two() / 2 };
+    let slopes = geometric(lower).chain(geometric(2 * lower).step_by(2)).take(num_heads);
+    Tensor::from_iter(slopes, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+}

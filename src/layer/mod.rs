@@ -1,0 +1,20 @@
+//! The layers: trainable projections around attention.
+
+pub(crate) mod bias_kv;
+mod cached;
+pub(crate) mod config;
+mod core;
+mod cross_attention;
+pub(crate) mod init;
+mod kv_cache;
+mod options;
+mod projection;
+mod self_attention;
+mod shared;
+
+pub use cached::ProjectedMemory;
+pub use config::SelfAttentionConfig;
+pub use cross_attention::{CrossAttention, cross_attention};
+pub use kv_cache::KvCache;
+pub use options::{ForwardOptions, ForwardOutput};
+pub use self_attention::{SelfAttention, self_attention};

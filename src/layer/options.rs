@@ -1,0 +1,55 @@
+//! The options and the output of one call of a layer.
+
+use candle_core::Tensor;
+
+use crate::error::{Error, Result};
+use crate::mask::Mask;
+use crate::sdpa::Backend;
+
+/// The options of one call of a layer, in addition to its config.
+#[derive(Clone, Debug, Default)]
+pub struct ForwardOptions {
+    /// Which keys each query may attend to. The config's own mask applies as well.
+    pub attn_mask: Mask,
+    /// Added to the scores: broadcasts to (batch, num_heads, q_len, kv_len), where kv_len doesn't count the extra keys.
+    /// It gets a gradient.
+    pub attn_bias: Option<Tensor>,
+    /// Whether dropout is on.
+    pub train: bool,
+    /// Position of the first token, for the rotary embedding.
+    pub position_offset: usize,
+    /// Which implementation computes the attention.
+    pub backend: Backend,
+    /// Whether to return [`ForwardOutput::weights`]. This changes no other number.
+    pub return_weights: bool,
+    /// Whether to return [`ForwardOutput::logsumexp`]. Half types are widened for it, which changes other numbers by
+    /// rounding. Numbers in f32 and f64 stay the same.
+    pub return_logsumexp: bool,
+}
+
+/// What a layer returns. If the input has no batch axis, none of these has one.
+#[derive(Clone, Debug)]
+pub struct ForwardOutput {
+    /// The output, (batch, len, output_dim).
+    pub output: Tensor,
+    /// The weights after the softmax, (batch, num_heads, q_len, kv_len), with one more column for each of the
+    /// [extra keys](crate::SelfAttentionConfig::extra_keys).
+    pub weights: Option<Tensor>,
+    /// ln Σ exp(scores), (batch, num_heads, q_len).
+    pub logsumexp: Option<Tensor>,
+}
+
+impl ForwardOutput {
+    pub(super) fn map(self, f: impl Fn(Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            output: f(self.output)?,
+            weights: self.weights.map(&f).transpose()?,
+            logsumexp: self.logsumexp.map(&f).transpose()?,
+        })
+    }
+
+    pub(super) fn with_weights(self) -> Result<(Tensor, Tensor)> {
+        let missing = || Error::Candle(candle_core::Error::msg("weights were not requested"));
+        Ok((self.output, self.weights.ok_or_else(missing)?))
+    }
+}

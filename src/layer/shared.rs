@@ -1,0 +1,162 @@
+//! The methods that both layers share: parameters and files.
+
+/// Implements the shared methods for a layer, which is a tuple struct around a [`Core`](crate::layer::core::Core).
+macro_rules! shared_methods {
+    ($Layer:ident) => {
+        impl $Layer {
+            /// Loads a layer that [`save`](Self::save) wrote. Its parameters are variables, so that training can
+            /// continue (see [`vars`](Self::vars)).
+            ///
+            /// # Errors
+            ///
+            /// A file that can't be read, isn't safetensors, holds no config or another kind of layer, or holds other
+            /// tensors than those of its config. The error names all missing and unexpected tensors and those of a
+            /// wrong shape.
+            pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+                let path = path.as_ref();
+                Self::from_bytes(&attention_files::read(path)?, device).map_err(|error| error.at(path))
+            }
+
+            /// As [`load`](Self::load), from the bytes of a file.
+            ///
+            /// # Errors
+            ///
+            /// As [`load`](Self::load).
+            pub fn from_bytes(bytes: &[u8], device: &Device) -> Result<Self> {
+                let (config, parameters, dtype) = checkpoint::from_bytes(bytes, Self::KIND, device)?;
+                init::check(Self::KIND, &config, dtype)?;
+                Ok(Self(Core::from_parameters(Self::KIND, &config, parameters, "")?))
+            }
+
+            /// A layer from weights that another program trained. The prefix of `vb` is the name of the attention in
+            /// the model, and `vb` holds the tensors that `layout` names. The parameters get the dtype of `vb`. The
+            /// config gives what a checkpoint doesn't contain: heads, scale, rotary embedding, masks.
+            ///
+            /// If `vb` holds variables (a `VarMap`), the parameters are variables too, with copies of the values. If it
+            /// doesn't (a file), they are constants: inference then records no graph. [`trainable`](Self::trainable)
+            /// makes them variables.
+            ///
+            /// # Errors
+            ///
+            /// An invalid config, or one with parameters that the layout has no name for; tensors that `vb` lacks,
+            /// holds in another shape, or holds although the config doesn't have them. One error names all of them.
+            pub fn from_layout(layout: Layout, config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
+                init::check(Self::KIND, config, vb.dtype())?;
+                let parameters = checkpoint::from_var_builder(layout, config, &vb)?;
+                Ok(Self(Core::from_parameters(Self::KIND, config, parameters, &vb.prefix())?))
+            }
+
+            /// As [`from_layout`](Self::from_layout), from a [`LayoutFile`] on disk. Its parameters are variables. Only
+            /// the tensors under the file's prefix are read.
+            ///
+            /// # Errors
+            ///
+            /// As [`from_layout`](Self::from_layout), and: a checkpoint that can't be read or lacks a shard; tensors of
+            /// several dtypes if the file names none; tensors under the prefix that the layout doesn't know; weights
+            /// that are NaN or infinite, or become so in the file's dtype. One error names all wrong tensors.
+            pub fn load_layout(config: &SelfAttentionConfig, file: &LayoutFile) -> Result<Self> {
+                init::check(Self::KIND, config, file.dtype.unwrap_or(DType::F32))?;
+                let parameters = checkpoint::from_file(file, config)?;
+                Ok(Self(Core::from_parameters(Self::KIND, config, parameters, &file.prefix)?))
+            }
+
+            /// A copy of the layer in which every parameter is a new variable, to train a layer that was loaded as
+            /// constants.
+            ///
+            /// # Errors
+            ///
+            /// Too little memory on the device.
+            pub fn trainable(&self) -> Result<Self> {
+                Ok(Self(self.0.trainable()?))
+            }
+
+            /// The config of the layer.
+            pub fn config(&self) -> &SelfAttentionConfig {
+                &self.0.config
+            }
+
+            /// W_Q: embed_dim -> num_heads · head_dim.
+            pub fn q_proj(&self) -> &Linear {
+                &self.0.q_proj
+            }
+
+            /// W_K: kv_dim -> num_kv_heads · head_dim.
+            pub fn k_proj(&self) -> &Linear {
+                &self.0.k_proj
+            }
+
+            /// W_V: value_input_dim -> num_kv_heads · value_dim.
+            pub fn v_proj(&self) -> &Linear {
+                &self.0.v_proj
+            }
+
+            /// W_O: num_heads · value_dim -> embed_dim.
+            pub fn o_proj(&self) -> Option<&Linear> {
+                self.0.o_proj.as_ref()
+            }
+
+            /// Every parameter with its name, always in the same order.
+            pub fn parameters(&self) -> Vec<(&'static str, &Tensor)> {
+                self.0.parameters()
+            }
+
+            /// The parameters that an optimiser can train, always in the same order. These are all parameters of a
+            /// layer that was loaded or built on a `VarMap`, and none of one built on a read-only `VarBuilder`.
+            pub fn vars(&self) -> Vec<Var> {
+                let tensors = self.0.parameters().into_iter().map(|(_, tensor)| tensor);
+                tensors.filter(|tensor| tensor.is_variable()).filter_map(|x| Var::from_tensor(x).ok()).collect()
+            }
+
+            /// How many training passes have used dropout so far. Each pass drops other weights. To continue a training
+            /// run, restore the count with [`set_dropout_calls`](Self::set_dropout_calls).
+            pub fn dropout_calls(&self) -> u64 {
+                self.0.dropout_calls.load(Ordering::Relaxed)
+            }
+
+            /// Sets [`dropout_calls`](Self::dropout_calls). Clones of this layer share the count.
+            pub fn set_dropout_calls(&self, calls: u64) {
+                self.0.dropout_calls.store(calls, Ordering::Relaxed);
+            }
+
+            /// Saves parameters and config to a safetensors file. The file is replaced as a whole or not at all.
+            ///
+            /// # Errors
+            ///
+            /// A folder that can't be written to, or a full disk. An earlier file is then unchanged.
+            pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+                Ok(attention_files::write(path.as_ref(), &self.to_bytes()?)?)
+            }
+
+            /// The bytes of the file that [`save`](Self::save) writes.
+            ///
+            /// # Errors
+            ///
+            /// Parameters that can't be copied from their device.
+            pub fn to_bytes(&self) -> Result<Vec<u8>> {
+                checkpoint::to_bytes(&self.0.header(), &self.0.parameters())
+            }
+
+            /// The parameters as another program names and arranges them, without a prefix, in the layer's dtype. They
+            /// are copies.
+            ///
+            /// # Errors
+            ///
+            /// A layer with parameters that the layout has no name for.
+            pub fn to_layout(&self, layout: Layout) -> Result<Vec<(String, Tensor)>> {
+                checkpoint::to_tensors(layout, &self.0.config, &self.0.parameters())
+            }
+
+            /// Saves the tensors of [`to_layout`](Self::to_layout) as a safetensors file. Each name is preceded by
+            /// `prefix` and a dot, unless the prefix is empty. The file is replaced as a whole or not at all.
+            ///
+            /// # Errors
+            ///
+            /// As [`to_layout`](Self::to_layout) and [`save`](Self::save).
+            pub fn save_layout(&self, layout: Layout, prefix: &str, path: impl AsRef<Path>) -> Result<()> {
+                let bytes = checkpoint::to_file(&self.to_layout(layout)?, prefix)?;
+                Ok(attention_files::write(path.as_ref(), &bytes)?)
+            }
+        }
+    };
+}
+pub(super) use shared_methods;

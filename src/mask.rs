@@ -1,0 +1,268 @@
+//! [`Mask`]: which keys each query may attend to.
+
+use std::ops::{BitAnd, BitOr};
+use std::sync::Arc;
+
+use attention_kernels::mask::{PerSequence, Rule, ScoreShape, Table};
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{AttentionError, Result};
+
+/// Which keys each query may attend to: `true` means *may attend*, always.
+///
+/// A mask is a description, not a matrix: its size doesn't grow with q_len x kv_len, unless it is made from a tensor.
+/// It gets the sizes when it is used, so that one mask works for every length.
+///
+/// Query `i` of `q_len` has position `i + kv_len - q_len` among the keys: the last query is aligned with the last key
+/// (bottom-right, as in FlashAttention). Decoding with a cache needs this alignment. If the cache has room for more
+/// keys than it holds, [`Mask::with_offset`] sets the position of the first query instead. PyTorch's `is_causal` aligns
+/// the first query with the first key (top-left). The two differ only if q_len != kv_len.
+///
+/// Masks combine: `a & b` allows what both masks allow, `a | b` what either mask allows.
+///
+/// A query that may attend to nothing gets a zero context and zero gradients, never NaN.
+///
+/// # Examples
+///
+/// ```
+/// use candle_attention::Mask;
+/// use candle_core::Device;
+///
+/// // Two sequences of 4 and 2 tokens, padded to 4. Each token attends to itself and the tokens before it.
+/// let mask = Mask::causal() & Mask::key_lengths(&[4, 2]);
+/// let seen = mask.to_tensor((2, 1, 4, 4), &Device::Cpu)?;
+/// assert_eq!(seen.get(0)?.get(0)?.to_vec2::<u8>()?, [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]);
+/// assert_eq!(seen.get(1)?.get(0)?.to_vec2::<u8>()?, [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]);
+///
+/// // Prefix language model: every token attends to a prompt of 2 tokens, and causally to the rest.
+/// let mask = Mask::prefix(2) | Mask::causal();
+/// let seen = mask.to_tensor((1, 1, 3, 3), &Device::Cpu)?;
+/// assert_eq!(seen.get(0)?.get(0)?.to_vec2::<u8>()?, [[1, 1, 0], [1, 1, 0], [1, 1, 1]]);
+/// # Ok::<(), candle_attention::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Mask(Rule);
+
+impl Mask {
+    /// Every query may attend to every key: no mask at all.
+    pub fn full() -> Self {
+        Self(Rule::Full)
+    }
+
+    /// Each query may attend to its own position and the positions before it.
+    pub fn causal() -> Self {
+        Self(Rule::Band { below: None, above: Some(0), offset: None })
+    }
+
+    /// Each query may attend to `left` positions before its own, its own, and `right` positions after it. `None` means
+    /// no limit on that side.
+    pub fn window(left: Option<usize>, right: Option<usize>) -> Self {
+        let distance = |side: usize| i64::try_from(side).unwrap_or(i64::MAX);
+        Self(Rule::Band { below: left.map(distance), above: right.map(distance), offset: None })
+    }
+
+    /// Causal attention to the last `width` positions, including the query's own (Mistral's `sliding_window`). With a
+    /// width of 0 no query may attend to any key.
+    pub fn sliding_window(width: usize) -> Self {
+        let below = i64::try_from(width).unwrap_or(i64::MAX) - 1;
+        Self(Rule::Band { below: Some(below), above: Some(0), offset: None })
+    }
+
+    /// Sequence `b` of the batch has `lengths[b]` keys. The keys after them are padding.
+    pub fn key_lengths(lengths: &[usize]) -> Self {
+        Self(Rule::FirstKeys(PerSequence::Each(lengths.into())))
+    }
+
+    /// Every query may attend to the first `len` keys. This is meant to be combined: `Mask::prefix(n) | Mask::causal()`
+    /// is the mask of a prefix language model.
+    pub fn prefix(len: usize) -> Self {
+        Self(Rule::FirstKeys(PerSequence::Same(len)))
+    }
+
+    /// Several documents packed into one sequence, one after the other. Each token may attend only to its own document
+    /// (block-diagonal). The lengths must add up to kv_len. Combine with [`Mask::causal`] to train a language model on
+    /// packed text.
+    pub fn documents(lengths: &[usize]) -> Self {
+        let ids = lengths.iter().zip(0u32..).flat_map(|(&len, id)| std::iter::repeat_n(id, len));
+        Self(Rule::Documents { ids: PerSequence::Same(ids.collect()), offset: None })
+    }
+
+    /// As [`Mask::documents`], with a separate packing for each sequence of the batch: `ids[b][j]` is the document of
+    /// key `j` in sequence `b`.
+    pub fn document_ids<Ids: AsRef<[u32]>>(ids: &[Ids]) -> Self {
+        let rows = ids.iter().map(|row| row.as_ref().into()).collect();
+        Self(Rule::Documents { ids: PerSequence::Each(rows), offset: None })
+    }
+
+    /// A boolean tensor, non-zero = may attend, of a shape that broadcasts to (batch, num_heads, q_len, kv_len),
+    /// aligned at the right as in PyTorch's `scaled_dot_product_attention`. Its values are copied to the CPU.
+    ///
+    /// # Errors
+    ///
+    /// A float tensor (an additive mask is an `attn_bias`), or a rank outside 2 to 4.
+    pub fn from_tensor(allowed: &Tensor) -> Result<Self> {
+        Ok(Self(Rule::Table(Arc::new(table(allowed, |x| x != 0)?))))
+    }
+
+    /// A boolean tensor of the opposite meaning, non-zero = may *not* attend, as `attn_mask` of PyTorch's
+    /// `nn.MultiheadAttention`. Shapes as in [`Mask::from_tensor`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Mask::from_tensor`].
+    pub fn from_blocked(blocked: &Tensor) -> Result<Self> {
+        Ok(Self(Rule::Table(Arc::new(table(blocked, |x| x == 0)?))))
+    }
+
+    /// A boolean tensor (batch, kv_len), non-zero = padding, as `key_padding_mask` of PyTorch's
+    /// `nn.MultiheadAttention`.
+    ///
+    /// # Errors
+    ///
+    /// A float tensor, or a rank other than 2.
+    pub fn from_padding_mask(padding: &Tensor) -> Result<Self> {
+        if padding.rank() != 2 {
+            return Err(AttentionError::Rank {
+                tensor: "padding mask",
+                expected: "2 axes (batch, kv_len)",
+                shape: padding.dims().to_vec(),
+            }
+            .into());
+        }
+        Self::from_blocked(&padding.unsqueeze(1)?.unsqueeze(1)?)
+    }
+
+    /// This mask with the first query at position `offset` among the keys, instead of the last query at the last key.
+    /// It applies to every part of the mask that depends on positions.
+    pub fn with_offset(self, offset: usize) -> Self {
+        Self(self.0.with_offset(&PerSequence::Same(offset)))
+    }
+
+    /// As [`Mask::with_offset`], with a separate offset for each sequence of the batch: `offsets[b]` for sequence `b`.
+    /// Sequences of different lengths in one cache need this.
+    ///
+    /// ```
+    /// use candle_attention::Mask;
+    /// use candle_core::Device;
+    ///
+    /// // One more token each for sequences of 2 and 0 tokens.
+    /// let mask = Mask::causal().with_offsets(&[2, 0]);
+    /// let seen = mask.to_tensor((2, 1, 1, 3), &Device::Cpu)?;
+    /// assert_eq!(seen.flatten_all()?.to_vec1::<u8>()?, [1, 1, 1, 1, 0, 0]);
+    /// # Ok::<(), candle_attention::Error>(())
+    /// ```
+    pub fn with_offsets(self, offsets: &[usize]) -> Self {
+        Self(self.0.with_offset(&PerSequence::Each(offsets.into())))
+    }
+
+    /// This mask for all keys except the last `count`, to which every query may attend. Such extra keys are, for
+    /// example, learned keys that are appended to those of the sequence. Positions, lengths and documents don't count
+    /// them.
+    ///
+    /// ```
+    /// use candle_attention::Mask;
+    /// use candle_core::Device;
+    ///
+    /// let seen = Mask::causal().with_extra_keys(1).to_tensor((1, 1, 2, 3), &Device::Cpu)?;
+    /// assert_eq!(seen.get(0)?.get(0)?.to_vec2::<u8>()?, [[1, 0, 1], [1, 1, 1]]);
+    /// # Ok::<(), candle_attention::Error>(())
+    /// ```
+    pub fn with_extra_keys(self, count: usize) -> Self {
+        match self.0 {
+            Rule::Full => self,
+            rule if count == 0 => Self(rule),
+            rule => Self(Rule::Extra { rule: Arc::new(rule), count }),
+        }
+    }
+
+    /// The rule behind the mask, for code that has checked the shape and reads many entries.
+    pub(crate) fn rule(&self) -> &Rule {
+        &self.0
+    }
+
+    /// Whether this is [`Mask::full`], which hides nothing and costs nothing.
+    pub fn is_full(&self) -> bool {
+        self.0.is_full()
+    }
+
+    /// Checks that this mask fits scores (batch, num_heads, q_len, kv_len).
+    ///
+    /// # Errors
+    ///
+    /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents that don't add up to
+    /// kv_len, more extra keys than keys, a tensor that doesn't broadcast to the scores.
+    pub fn check(&self, shape: (usize, usize, usize, usize)) -> Result<()> {
+        Ok(self.0.check(&shape.into())?)
+    }
+
+    /// The mask as a tensor of 0 and 1, (batch, num_heads, q_len, kv_len). The batch axis has size 1 if the mask is the
+    /// same for all sequences, and the head axis if it is the same for all heads.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mask::check`].
+    pub fn to_tensor(&self, shape: (usize, usize, usize, usize), device: &Device) -> Result<Tensor> {
+        let shape = ScoreShape::from(shape);
+        self.0.check(&shape)?;
+        let batch = if self.0.varies_by_sequence() { shape.batch } else { 1 };
+        let heads = if self.0.varies_by_head() { shape.num_heads } else { 1 };
+        let mut allowed = Vec::new();
+        for b in 0..batch {
+            for h in 0..heads {
+                for i in 0..shape.q_len {
+                    allowed.extend((0..shape.kv_len).map(|j| u8::from(self.0.allows(&shape, b, h, i, j))));
+                }
+            }
+        }
+        Ok(Tensor::from_vec(allowed, (batch, heads, shape.q_len, shape.kv_len), device)?)
+    }
+}
+
+/// Allows what both masks allow.
+impl BitAnd for Mask {
+    type Output = Mask;
+
+    fn bitand(self, other: Mask) -> Mask {
+        match (self.0, other.0) {
+            (Rule::Full, rule) | (rule, Rule::Full) => Mask(rule),
+            (a, b) => Mask(Rule::Both(Arc::new((a, b)))),
+        }
+    }
+}
+
+/// Allows what either mask allows.
+impl BitOr for Mask {
+    type Output = Mask;
+
+    fn bitor(self, other: Mask) -> Mask {
+        match (self.0, other.0) {
+            (Rule::Full, _) | (_, Rule::Full) => Mask(Rule::Full),
+            (a, b) => Mask(Rule::Either(Arc::new((a, b)))),
+        }
+    }
+}
+
+/// The entries of a boolean tensor as a table of allowed scores.
+fn table(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> Result<Table> {
+    if !tensor.dtype().is_int() {
+        return Err(AttentionError::DType {
+            tensor: "mask",
+            expected: "u8 or another integer (a float mask is added to the scores: pass it as attn_bias)".into(),
+            got: tensor.dtype(),
+        }
+        .into());
+    }
+    let rank = tensor.rank();
+    if !(2..=4).contains(&rank) {
+        return Err(AttentionError::Rank {
+            tensor: "mask",
+            expected: "2 to 4 axes that broadcast to (batch, num_heads, q_len, kv_len)",
+            shape: tensor.dims().to_vec(),
+        }
+        .into());
+    }
+    let mut dims = [1; 4];
+    dims[4 - rank..].copy_from_slice(tensor.dims());
+    let entries = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    Ok(Table::new(dims, entries.into_iter().map(allows).collect())?)
+}

@@ -1,0 +1,157 @@
+//! [`Checked`]: the inputs of one call, checked once.
+
+use attention_kernels::mask::ScoreShape;
+use candle_core::{DType, Tensor};
+
+use crate::check::{check_device, check_dtype, check_number};
+use crate::error::{AttentionError, Result};
+use crate::sdpa::head_layout::HeadLayout;
+use crate::sdpa::options::AttentionOptions;
+
+/// Inputs and options that have been checked against each other. Every backend takes this.
+pub(crate) struct Checked<'a> {
+    /// Query, key and value as given, in `layout`.
+    pub(crate) inputs: [&'a Tensor; 3],
+    /// The order of the axes of the inputs and of the context.
+    pub(crate) layout: HeadLayout,
+    /// (batch, num_heads, q_len, head_dim), a view of the query. `k` and `v` likewise.
+    pub(crate) q: Tensor,
+    /// (batch, num_kv_heads, kv_len, head_dim)
+    pub(crate) k: Tensor,
+    /// (batch, num_kv_heads, kv_len, value_dim)
+    pub(crate) v: Tensor,
+    pub(crate) options: &'a AttentionOptions,
+    pub(crate) scores: ScoreShape,
+    pub(crate) value_dim: usize,
+    pub(crate) scale: f64,
+}
+
+impl<'a> Checked<'a> {
+    /// Checks tensors of four axes in the given layout.
+    pub(crate) fn new(inputs: [&'a Tensor; 3], layout: HeadLayout, options: &'a AttentionOptions) -> Result<Self> {
+        let [q, k, v] = inputs.map(|x| layout.transpose(x));
+        let (q, k, v) = (q?, k?, v?);
+        check_tensors(&q, &k, &v)?;
+        check_numbers(options, q.dtype())?;
+        let (batch, num_heads, q_len, head_dim) = q.dims4()?;
+        let scores = ScoreShape { batch, num_heads, q_len, kv_len: k.dim(2)? };
+        check_options(&q, &scores, options)?;
+        let (value_dim, scale) = (v.dim(3)?, options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt()));
+        Ok(Self { inputs, layout, q, k, v, options, scores, value_dim, scale })
+    }
+}
+
+/// Checks that query, key and value have the same rank, from 2 to 4, and returns it.
+pub(super) fn check_ranks(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<usize, AttentionError> {
+    let rank = query.rank();
+    if !(2..=4).contains(&rank) {
+        return Err(AttentionError::Rank {
+            tensor: "query",
+            expected: "4 axes (batch, num_heads, q_len, head_dim), or 3 or 2 without num_heads and batch",
+            shape: query.dims().to_vec(),
+        });
+    }
+    for (tensor, x) in [("key", key), ("value", value)] {
+        if x.rank() != rank {
+            let expected = "as many axes as query";
+            return Err(AttentionError::Rank { tensor, expected, shape: x.dims().to_vec() });
+        }
+    }
+    Ok(rank)
+}
+
+fn check_tensors(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<()> {
+    let (batch, num_heads, q_len, head_dim) = query.dims4()?;
+    let (_, num_kv_heads, kv_len, _) = key.dims4()?;
+    let value_dim = value.dim(3)?;
+    check_dtype("query", query.dtype())?;
+    for (tensor, x, dim, last) in [("key", key, head_dim, "head_dim"), ("value", value, value_dim, "value_dim")] {
+        if x.dtype() != query.dtype() {
+            let expected = format!("{:?}, that of query", query.dtype());
+            return Err(AttentionError::DType { tensor, expected, got: x.dtype() }.into());
+        }
+        check_device(tensor, x, query)?;
+        if x.dims() != [batch, num_kv_heads, kv_len, dim] {
+            let expected = format!(
+                "(batch, num_kv_heads, kv_len, {last}) = {:?}, given query {:?} and key {:?}",
+                [batch, num_kv_heads, kv_len, dim],
+                query.dims(),
+                key.dims()
+            );
+            return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
+        }
+    }
+    if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
+        return Err(AttentionError::Heads { num_heads, num_kv_heads }.into());
+    }
+    if head_dim == 0 {
+        let expected = "(batch, num_heads, q_len, head_dim) with head_dim at least 1".into();
+        return Err(AttentionError::Shape { tensor: "query", expected, shape: query.dims().to_vec() }.into());
+    }
+    // A broadcast view can have a shape for which the result doesn't fit into memory.
+    for shape in [
+        [batch, num_heads, q_len, kv_len],
+        [batch, num_heads, q_len, head_dim.max(value_dim)],
+        [batch, num_kv_heads, kv_len, head_dim.max(value_dim)],
+    ] {
+        let bytes = shape.iter().try_fold(size_of::<f64>(), |bytes, &size| bytes.checked_mul(size));
+        if bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+            return Err(AttentionError::TooLarge { shape }.into());
+        }
+    }
+    for (tensor, x) in [("query", query), ("key", key), ("value", value)] {
+        if x.dims().iter().any(|&dim| i32::try_from(dim).is_err()) {
+            let expected = format!("at most {} along every axis", i32::MAX);
+            return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
+        }
+    }
+    Ok(())
+}
+
+fn check_numbers(options: &AttentionOptions, dtype: DType) -> Result<(), AttentionError> {
+    // All dtypes but f64 are computed in f32, which must be able to hold the number.
+    let representable = |x: f64| x.is_finite() && (dtype == DType::F64 || (x as f32).is_finite());
+    // The scores are divided by the softcap.
+    let invertible = |x: f64| representable(x) && representable(1.0 / x) && (dtype == DType::F64 || x as f32 > 0.0);
+    check_number("scale", options.scale, "a finite number", representable)?;
+    check_number("softcap", options.softcap, "a finite number above 0", |x| x > 0.0 && invertible(x))?;
+    check_number("dropout_p", Some(options.dropout_p), "a probability in [0, 1)", |x| (0.0..1.0).contains(&x))
+}
+
+fn check_options(query: &Tensor, shape: &ScoreShape, options: &AttentionOptions) -> Result<()> {
+    let &ScoreShape { batch, num_heads, q_len, kv_len } = shape;
+    let scores = [batch, num_heads, q_len, kv_len];
+    options.attn_mask.rule().check(shape)?;
+    if let Some(bias) = &options.attn_bias {
+        let broadcasts = bias.rank() <= 4
+            && bias.dims().iter().rev().zip(scores.iter().rev()).all(|(&dim, &size)| dim == size || dim == 1);
+        let expected = format!("that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}");
+        check_extra("attn_bias", bias, query, broadcasts, expected)?;
+    }
+    if let Some(slopes) = &options.alibi_slopes {
+        let fits = slopes.dims() == [num_heads] || slopes.dims() == [batch, num_heads];
+        let expected = format!("(num_heads) = [{num_heads}] or (batch, num_heads) = [{batch}, {num_heads}]");
+        check_extra("alibi_slopes", slopes, query, fits, expected)?;
+    }
+    if let Some(sinks) = &options.sinks {
+        let expected = format!("(num_heads) = [{num_heads}]");
+        check_extra("sinks", sinks, query, sinks.dims() == [num_heads], expected)?;
+    }
+    Ok(())
+}
+
+/// Checks a tensor other than query, key and value: any float dtype, the same device, a shape that fits.
+fn check_extra(
+    tensor: &'static str,
+    x: &Tensor,
+    query: &Tensor,
+    fits: bool,
+    expected: String,
+) -> Result<(), AttentionError> {
+    check_dtype(tensor, x.dtype())?;
+    check_device(tensor, x, query)?;
+    if !fits {
+        return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() });
+    }
+    Ok(())
+}

@@ -1,0 +1,380 @@
+//! The fast path: attention as one candle operation with a gradient. It allocates no q_len x kv_len matrix, except for
+//! the gradient of a bias of that size.
+//!
+//! This file connects candle's tensors with the kernels. It decides which calls the kernels can serve, makes views of
+//! the tensors' storage, and keeps what the backward pass needs: inputs, output and log-sum-exp.
+
+use std::sync::{Arc, OnceLock};
+
+use attention_kernels::{
+    self as kernels, BackwardOptions, BiasView, Dropout, Element, Number, Problem, ProblemOptions, View, reserve,
+};
+use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Shape, Storage, Tensor, WithDType};
+use half::{bf16, f16};
+
+use crate::check::compute_dtype;
+use crate::error::AttentionError;
+use crate::mask::Mask;
+use crate::sdpa::checks::Checked;
+use crate::sdpa::head_layout::HeadLayout;
+use crate::sdpa::options::AttentionOutput;
+use crate::sdpa::overflow::may_overflow;
+
+/// Context and log-sum-exp without weights, or the reason why only the reference can compute them.
+pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<AttentionOutput, AttentionError>> {
+    if let Some(reason) = unsupported(checked) {
+        return Ok(Err(reason));
+    }
+    let Checked { options, layout, scale, .. } = *checked;
+    let dtype = checked.q.dtype();
+    let want_logsumexp = options.return_logsumexp || options.sinks.is_some();
+    // The operation's result has one dtype, and a log-sum-exp needs at least f32.
+    let widen = |x: &Tensor| if want_logsumexp { x.to_dtype(compute_dtype(dtype)) } else { Ok(x.clone()) };
+    let [q, k, v] = checked.inputs.map(|x| unit_stride(&widen(x)?));
+    let (q, k, v) = (q?, k?, v?);
+    let compute = compute_dtype(dtype);
+    let constant = |x: &Option<Tensor>| x.as_ref().map(|x| x.detach().to_dtype(compute)).transpose();
+    let trained_bias = options.attn_bias.as_ref().filter(|bias| bias.track_op());
+    let op = FusedAttention {
+        scale,
+        softcap: options.softcap,
+        mask: options.attn_mask.clone(),
+        bias: if trained_bias.is_some() { None } else { constant(&options.attn_bias)? },
+        slopes: constant(&options.alibi_slopes)?.map(|slopes| slopes.contiguous()).transpose()?,
+        dropout: (options.dropout_p > 0.0).then_some(Dropout { p: options.dropout_p, seed: options.dropout_seed }),
+        packed: trained_bias.map(|_| PackedKv::new(&k, &v)),
+        layout,
+        pack_logsumexp: want_logsumexp,
+        logsumexp: Arc::default(),
+    };
+    let logsumexp = op.logsumexp.clone();
+    let result = match trained_bias {
+        // A candle operation takes at most three inputs. If the bias needs a gradient, key and value become one input.
+        Some(bias) => {
+            let kv = Tensor::cat(&[k.flatten_all()?, v.flatten_all()?], 0)?;
+            q.apply_op3(&kv, &bias.to_dtype(compute)?, op)?
+        }
+        None => q.apply_op3(&k, &v, op)?,
+    };
+    if logsumexp.get().is_some_and(LogSumExp::has_non_finite) && may_overflow(&checked.q, &checked.k, scale)? {
+        let (expected, got) = ("scores that don't overflow", "inputs so large that they do");
+        return Ok(Err(AttentionError::Backend { expected, got }));
+    }
+    Ok(Ok(unpack(checked, &result, want_logsumexp)?))
+}
+
+/// The reason why the kernels can't serve this call, if there is one.
+fn unsupported(checked: &Checked) -> Option<AttentionError> {
+    let refuse = |expected, got| Some(AttentionError::Backend { expected, got });
+    let Checked { q, k, v, options, .. } = checked;
+    if !matches!(q.device(), Device::Cpu) {
+        return refuse("tensors on the CPU", "another device");
+    }
+    if [q, k, v].iter().any(|tensor| tensor.elem_count() == 0) {
+        return refuse("tensors that are not empty", "an empty one");
+    }
+    if options.alibi_slopes.as_ref().is_some_and(Tensor::track_op) {
+        return refuse("ALiBi slopes that are constants", "slopes that want a gradient");
+    }
+    None
+}
+
+/// Context and log-sum-exp from the operation's result. If a log-sum-exp is wanted, the result holds it after the
+/// context.
+fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_core::Result<AttentionOutput> {
+    let Checked { scores, layout, value_dim, options, .. } = *checked;
+    let dtype = checked.q.dtype();
+    let rows = scores.batch * scores.num_heads * scores.q_len;
+    let shape = layout.shape(scores.batch, scores.num_heads, scores.q_len, value_dim);
+    if !with_logsumexp {
+        return Ok(AttentionOutput { context: result.reshape(shape)?, weights: None, logsumexp: None });
+    }
+    let mut context = result.narrow(0, 0, rows * value_dim)?.reshape(shape)?;
+    let logsumexp = result.narrow(0, rows * value_dim, rows)?;
+    let mut logsumexp = logsumexp.reshape((scores.batch, scores.num_heads, scores.q_len))?;
+    if let Some(sinks) = &options.sinks {
+        let bhld = layout.transpose(&context)?;
+        (context, logsumexp) = with_sinks(&bhld, &logsumexp, &sinks.to_dtype(compute_dtype(dtype))?)?;
+        context = layout.transpose(&context)?;
+    }
+    let logsumexp = options.return_logsumexp.then_some(logsumexp);
+    Ok(AttentionOutput { context: context.to_dtype(dtype)?, weights: None, logsumexp })
+}
+
+/// Context and log-sum-exp with sinks, from those without: lse' = ln(exp(lse) + exp(sink)) and context' = context ·
+/// exp(lse - lse'). A sink is a key with a learned score and a value of zero.
+fn with_sinks(context: &Tensor, logsumexp: &Tensor, sinks: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+    let sinks = sinks.reshape((1, (), 1))?.broadcast_as(logsumexp.shape())?;
+    let largest = logsumexp.detach().maximum(&sinks.detach())?;
+    // These rows have no visible key, and a sink of minus infinity.
+    let none = largest.eq(f64::NEG_INFINITY)?;
+    let largest = none.where_cond(&largest.zeros_like()?, &largest)?;
+    let sum = ((logsumexp - &largest)?.exp()? + (&sinks - &largest)?.exp()?)?;
+    let with_sink = (none.where_cond(&sum.ones_like()?, &sum)?.log()? + largest)?;
+    let share = (logsumexp - &with_sink)?.exp()?;
+    let with_sink = none.where_cond(logsumexp, &with_sink)?;
+    Ok((context.broadcast_mul(&share.unsqueeze(D::Minus1)?)?, with_sink))
+}
+
+/// `x` with stride 1 along the last axis. The kernels take any strides for the other axes.
+fn unit_stride(x: &Tensor) -> candle_core::Result<Tensor> {
+    if x.stride().last() == Some(&1) || x.dim(D::Minus1)? == 1 {
+        return Ok(x.clone());
+    }
+    // The copy of a broadcast view can be larger than memory, and candle aborts the process if it can't allocate it.
+    let bytes = x.elem_count().saturating_mul(x.dtype().size_in_bytes());
+    reserve::<u8>("copy of an input", bytes).map_err(AttentionError::from)?;
+    x.contiguous()
+}
+
+/// The layouts of key and value in the tensor that holds both, first the key and then the value.
+struct PackedKv {
+    key: Layout,
+    value: Layout,
+}
+
+impl PackedKv {
+    fn new(k: &Tensor, v: &Tensor) -> Self {
+        let value = Layout::contiguous_with_offset(v.shape().clone(), k.elem_count());
+        Self { key: Layout::contiguous(k.shape().clone()), value }
+    }
+}
+
+/// The log-sum-exp (batch, num_heads, q_len) of the forward pass.
+enum LogSumExp {
+    F32(Vec<f32>),
+    F64(Vec<f64>),
+}
+
+impl LogSumExp {
+    /// Whether a row is infinite or NaN: its query attends to nothing, its scores overflowed, or an input was not
+    /// finite.
+    fn has_non_finite(&self) -> bool {
+        match self {
+            LogSumExp::F32(x) => x.iter().any(|x| !x.is_finite()),
+            LogSumExp::F64(x) => x.iter().any(|x| !x.is_finite()),
+        }
+    }
+}
+
+/// A type of number that both candle and the kernels know, and the variant of [`LogSumExp`] for it.
+trait Stored: Element + Number<Float: WithDType> + WithDType {
+    fn save(logsumexp: Vec<Self::Float>) -> LogSumExp;
+    fn saved(logsumexp: &LogSumExp) -> Option<&[Self::Float]>;
+}
+
+macro_rules! stored {
+    ($($element:ty => $variant:ident),*) => {$(
+        impl Stored for $element {
+            fn save(logsumexp: Vec<Self::Float>) -> LogSumExp {
+                LogSumExp::$variant(logsumexp)
+            }
+            fn saved(logsumexp: &LogSumExp) -> Option<&[Self::Float]> {
+                match logsumexp {
+                    LogSumExp::$variant(x) => Some(x),
+                    _ => None,
+                }
+            }
+        }
+    )*};
+}
+
+stored!(f16 => F32, bf16 => F32, f32 => F32, f64 => F64);
+
+/// The operation of one call. Its inputs are query, key and value; or, with a trained bias, query, key and value in one
+/// tensor, and the bias.
+struct FusedAttention {
+    scale: f64,
+    softcap: Option<f64>,
+    mask: Mask,
+    /// A bias without a gradient.
+    bias: Option<Tensor>,
+    slopes: Option<Tensor>,
+    dropout: Option<Dropout>,
+    layout: HeadLayout,
+    packed: Option<PackedKv>,
+    pack_logsumexp: bool,
+    logsumexp: Arc<OnceLock<LogSumExp>>,
+}
+
+/// The three inputs of the operation.
+type Inputs<'a> = [(&'a CpuStorage, &'a Layout); 3];
+
+impl FusedAttention {
+    /// Builds the kernels' problem from the inputs, and runs `f` on it.
+    fn with_problem<E: Stored, T>(
+        &self,
+        inputs: Inputs,
+        f: impl FnOnce(&Problem<E>) -> candle_core::Result<T>,
+    ) -> candle_core::Result<T> {
+        let [(q, q_layout), (second, second_layout), (third, third_layout)] = inputs;
+        let q = self.view::<E>("query", q, q_layout)?;
+        let (k, v) = match &self.packed {
+            Some(packed) => {
+                let start = second_layout.start_offset();
+                let at = |layout: &Layout| {
+                    Layout::contiguous_with_offset(layout.shape().clone(), start + layout.start_offset())
+                };
+                (self.view::<E>("key", second, &at(&packed.key))?, self.view::<E>("value", second, &at(&packed.value))?)
+            }
+            None => (self.view::<E>("key", second, second_layout)?, self.view::<E>("value", third, third_layout)?),
+        };
+        let constant_bias = self.bias.as_ref().map(|bias| bias.storage_and_layout());
+        let bias = match (&self.packed, &constant_bias) {
+            (Some(_), _) => Some(bias_view::<E>(third, third_layout)?),
+            (None, Some((storage, layout))) => Some(bias_view::<E>(cpu_storage(storage)?, layout)?),
+            (None, None) => None,
+        };
+        let slopes = self.slopes.as_ref().map(|slopes| slopes.storage_and_layout());
+        let slopes = match &slopes {
+            Some((storage, layout)) => Some(&numbers::<E::Float>(storage, layout)?[..layout.shape().elem_count()]),
+            None => None,
+        };
+        let options = ProblemOptions {
+            scale: Some(self.scale),
+            softcap: self.softcap,
+            mask: self.mask.rule(),
+            bias,
+            slopes,
+            dropout: self.dropout,
+        };
+        f(&Problem::new(q, k, v, options).map_err(AttentionError::from)?)
+    }
+
+    fn view<'a, E: Stored>(
+        &self,
+        what: &'static str,
+        storage: &'a CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<View<'a, E>> {
+        let (shape, stride) = (layout.shape().dims4()?, layout.stride());
+        let dims = self.layout.bhld([shape.0, shape.1, shape.2, shape.3]);
+        let [batch, head, token, _] = self.layout.bhld([stride[0], stride[1], stride[2], 1]);
+        let data = &storage.as_slice::<E>()?[layout.start_offset()..];
+        Ok(View::new(what, data, [batch, head, token], dims).map_err(AttentionError::from)?)
+    }
+
+    fn forward<E: Stored>(&self, inputs: Inputs) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.with_problem::<E, _>(inputs, |problem| {
+            let [batch, heads, q_len, dv] = problem.context_dims();
+            let output = kernels::forward(problem, self.layout.in_memory()).map_err(AttentionError::from)?;
+            let kernels::Output { context: mut result, logsumexp } = output;
+            let shape = if self.pack_logsumexp {
+                // The operation then computes in f32 or f64, so that the log-sum-exp loses no precision.
+                result.extend(logsumexp.iter().map(|&x| E::narrow(x)));
+                Shape::from(result.len())
+            } else {
+                Shape::from(self.layout.shape(batch, heads, q_len, dv))
+            };
+            // The cell is empty, since an operation serves only one call.
+            let _ = self.logsumexp.set(E::save(logsumexp));
+            Ok((E::to_cpu_storage_owned(result), shape))
+        })
+    }
+
+    fn backward<E: Stored>(
+        &self,
+        args: [&Tensor; 3],
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<[Option<Tensor>; 3]> {
+        let guards = args.map(|arg| arg.storage_and_layout());
+        let [(s1, l1), (s2, l2), (s3, l3)] = &guards;
+        let inputs = [(cpu_storage(s1)?, *l1), (cpu_storage(s2)?, *l2), (cpu_storage(s3)?, *l3)];
+        let grads = self.with_problem::<E, _>(inputs, |problem| {
+            let dims = problem.context_dims();
+            let strides = self.layout.in_memory().strides(dims);
+            // Both hold the context, followed by the log-sum-exp if it is packed.
+            let (result, grad) = (result.detach(), grad.detach().contiguous()?);
+            let (result_guard, grad_guard) = (result.storage_and_layout(), grad.storage_and_layout());
+            let (result, grad) =
+                (numbers::<E>(&result_guard.0, result_guard.1)?, numbers::<E>(&grad_guard.0, grad_guard.1)?);
+            let context = |what, data| View::new(what, data, strides, dims).map_err(AttentionError::from);
+            let missing = || candle_core::Error::msg("fused attention: the forward pass has left no log-sum-exp");
+            let logsumexp = self.logsumexp.get().and_then(E::saved).ok_or_else(missing)?;
+            let saved = kernels::Saved { context: context("context", result)?, logsumexp };
+            let (entries, rows) = (dims.iter().product::<usize>(), logsumexp.len());
+            let grad_logsumexp = self.pack_logsumexp.then(|| E::as_floats(&grad[entries..][..rows])).flatten();
+            let incoming =
+                kernels::Incoming { context: context("gradient of the context", grad)?, logsumexp: grad_logsumexp };
+            let options = BackwardOptions { layout: self.layout.in_memory(), bias: self.packed.is_some() };
+            Ok(kernels::backward(problem, saved, incoming, options).map_err(AttentionError::from)?)
+        })?;
+        let q = args[0];
+        let grad_q = Tensor::from_vec(grads.q, q.shape(), q.device())?;
+        if self.packed.is_none() {
+            let grad_k = Tensor::from_vec(grads.k, args[1].shape(), q.device())?;
+            let grad_v = Tensor::from_vec(grads.v, args[2].shape(), q.device())?;
+            return Ok([Some(grad_q), Some(grad_k), Some(grad_v)]);
+        }
+        let mut kv = grads.k;
+        kv.extend(grads.v);
+        let grad_kv = Tensor::from_vec(kv, args[1].shape(), q.device())?;
+        let grad_bias = grads.bias.map(|bias| Tensor::from_vec(bias, args[2].shape(), q.device())).transpose()?;
+        Ok([Some(grad_q), Some(grad_kv), grad_bias])
+    }
+}
+
+impl CustomOp3 for FusedAttention {
+    fn name(&self) -> &'static str {
+        "fused-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let inputs = [(s1, l1), (s2, l2), (s3, l3)];
+        match s1 {
+            CpuStorage::F16(_) => self.forward::<f16>(inputs),
+            CpuStorage::BF16(_) => self.forward::<bf16>(inputs),
+            CpuStorage::F64(_) => self.forward::<f64>(inputs),
+            _ => self.forward::<f32>(inputs),
+        }
+    }
+
+    fn bwd(
+        &self,
+        arg1: &Tensor,
+        arg2: &Tensor,
+        arg3: &Tensor,
+        res: &Tensor,
+        grad_res: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let args = [arg1, arg2, arg3];
+        let [q, k, v] = match arg1.dtype() {
+            DType::F16 => self.backward::<f16>(args, res, grad_res),
+            DType::BF16 => self.backward::<bf16>(args, res, grad_res),
+            DType::F64 => self.backward::<f64>(args, res, grad_res),
+            _ => self.backward::<f32>(args, res, grad_res),
+        }?;
+        Ok((q, k, v))
+    }
+}
+
+fn cpu_storage(storage: &Storage) -> candle_core::Result<&CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => Err(candle_core::Error::msg("fused attention: expected a tensor on the CPU")),
+    }
+}
+
+/// The numbers of a tensor's storage, from its first on.
+fn numbers<'a, T: WithDType>(storage: &'a Storage, layout: &Layout) -> candle_core::Result<&'a [T]> {
+    Ok(&cpu_storage(storage)?.as_slice::<T>()?[layout.start_offset()..])
+}
+
+/// A bias with axes of length 1 before its own.
+fn bias_view<'a, E: Stored>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<BiasView<'a, E::Float>> {
+    let (mut dims, mut strides) = ([1; 4], [0; 4]);
+    let first = 4 - layout.shape().rank();
+    dims[first..].copy_from_slice(layout.dims());
+    strides[first..].copy_from_slice(layout.stride());
+    let data = &storage.as_slice::<E::Float>()?[layout.start_offset()..];
+    Ok(BiasView::new(data, dims, strides).map_err(AttentionError::from)?)
+}

@@ -1,0 +1,160 @@
+//! [`scaled_dot_product_attention`]: the function inside the layers.
+
+pub(crate) mod checks;
+mod fused;
+pub(crate) mod grad_connect;
+pub(crate) mod head_layout;
+mod options;
+mod overflow;
+pub(crate) mod reference;
+
+use std::sync::Once;
+
+use candle_core::{DType, Tensor};
+
+use crate::error::{AttentionError, Error, Result};
+use checks::Checked;
+use head_layout::HeadLayout;
+pub use options::{AttentionOptions, AttentionOutput, Backend};
+
+/// Attention: softmax(Q·Kᵀ · scale)·V for every head, with the additions of [`AttentionOptions`].
+///
+/// Every result is differentiable with respect to query, key, value, bias, slopes and sinks. Inputs may have any
+/// strides. Half types accumulate in f32. The same input and the same seed give the same numbers.
+///
+/// # Shapes
+///
+/// query (batch, num_heads, q_len, head_dim), key (batch, num_kv_heads, kv_len, head_dim), value (batch, num_kv_heads,
+/// kv_len, value_dim), where num_heads is a multiple of num_kv_heads: query head `h` uses key head `h / (num_heads /
+/// num_kv_heads)`. The context is (batch, num_heads, q_len, value_dim).
+///
+/// Tensors with three axes are (batch, len, dim) and those with two axes (len, dim), with one head. The results then
+/// lack the same axes.
+///
+/// # Errors
+///
+/// Ranks, shapes, dtypes or devices that don't fit together; head_dim 0; a scale, softcap or dropout_p outside its
+/// range; a mask, bias, slopes or sinks of another size. Empty inputs are no error: without queries or sequences the
+/// context is empty, and without keys it is zero.
+///
+/// # Examples
+///
+/// ```
+/// use candle_attention::{AttentionOptions, Mask, scaled_dot_product_attention};
+/// use candle_core::{Device, Tensor};
+///
+/// // Two keys; the query points along the first.
+/// let query = Tensor::new(&[[2f32, 0.]], &Device::Cpu)?;
+/// let key = Tensor::new(&[[1f32, 0.], [0., 1.]], &Device::Cpu)?;
+/// let value = Tensor::new(&[[10f32], [20.]], &Device::Cpu)?;
+/// let options = AttentionOptions { scale: Some(1.0), return_weights: true, ..Default::default() };
+/// let output = scaled_dot_product_attention(&query, &key, &value, &options)?;
+///
+/// // softmax([2, 0]) = [0.8808, 0.1192]
+/// let weights = output.weights.unwrap().to_vec2::<f32>()?;
+/// assert!((weights[0][0] - 0.8808).abs() < 1e-4);
+/// let context = output.context.to_vec2::<f32>()?;
+/// assert!((context[0][0] - 11.192).abs() < 1e-3);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// Source: Vaswani et al., "Attention Is All You Need" (NIPS 2017), section 3.2.
+pub fn scaled_dot_product_attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    options: &AttentionOptions,
+) -> Result<AttentionOutput> {
+    let rank = checks::check_ranks(query, key, value)?;
+    let four_axes = |x: &Tensor| match rank {
+        2 => x.unsqueeze(0)?.unsqueeze(0),
+        3 => x.unsqueeze(1),
+        _ => Ok(x.clone()),
+    };
+    let (query, key, value) = (four_axes(query)?, four_axes(key)?, four_axes(value)?);
+    let output = attention([&query, &key, &value], HeadLayout::Bhld, options)?;
+    let axes_of_input = |x: Tensor| match rank {
+        2 => x.squeeze(0)?.squeeze(0),
+        3 => x.squeeze(1),
+        _ => Ok(x),
+    };
+    Ok(AttentionOutput {
+        context: axes_of_input(output.context)?,
+        weights: output.weights.map(axes_of_input).transpose()?,
+        logsumexp: output.logsumexp.map(axes_of_input).transpose()?,
+    })
+}
+
+/// [`scaled_dot_product_attention`] for query, key and value of four axes in either layout. The context has the layout
+/// of the inputs. Weights are (batch, num_heads, q_len, kv_len) and log-sum-exp (batch, num_heads, q_len) in both.
+pub(crate) fn attention(
+    inputs: [&Tensor; 3],
+    layout: HeadLayout,
+    options: &AttentionOptions,
+) -> Result<AttentionOutput> {
+    let checked = Checked::new(inputs, layout, options)?;
+    let fused = match options.backend {
+        Backend::Reference => None,
+        Backend::Auto | Backend::Fused => Some(fused::attention(&checked)?),
+    };
+    match fused {
+        // The weights are computed separately, so that a request for them changes no other number.
+        Some(Ok(output)) if options.return_weights => {
+            let weights = reference::weights(&checked.q, &checked.k, options)?;
+            Ok(AttentionOutput { weights: Some(weights), ..output })
+        }
+        Some(Ok(output)) => Ok(output),
+        Some(Err(reason)) if options.backend == Backend::Fused => Err(reason.into()),
+        Some(Err(reason)) => {
+            warn_once_about_memory(&checked, &reason);
+            reference_attention(&checked)
+        }
+        None => reference_attention(&checked),
+    }
+}
+
+fn reference_attention(checked: &Checked) -> Result<AttentionOutput> {
+    let output = reference::attention(&checked.q, &checked.k, &checked.v, checked.options);
+    let output = output.map_err(|error| explain_memory(error, checked))?;
+    Ok(AttentionOutput { context: checked.layout.transpose(&output.context)?, ..output })
+}
+
+/// Warns that attention on a GPU holds all scores in memory. It warns only once, since on a GPU every call does so.
+fn warn_once_about_memory(checked: &Checked, reason: &AttentionError) {
+    static WARNED: Once = Once::new();
+    if !checked.q.device().is_cpu() {
+        WARNED.call_once(|| log::warn!("attention holds all scores in memory ({reason})"));
+    }
+}
+
+/// Replaces candle's error for a full GPU, which doesn't say which tensor was too large.
+fn explain_memory(error: candle_core::Error, checked: &Checked) -> Error {
+    if !error.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY") {
+        return error.into();
+    }
+    let scores = checked.scores;
+    // The checks have shown that the product doesn't overflow.
+    let count = scores.batch * scores.num_heads * scores.q_len * scores.kv_len;
+    let size = if checked.q.dtype() == DType::F64 { 8 } else { 4 };
+    AttentionError::Memory { what: "scores of all queries and keys on the GPU", bytes: count * size }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_full_gpu_says_of_what() -> Result<()> {
+        let q = Tensor::zeros((2, 3, 5, 4), DType::F32, &Device::Cpu)?;
+        let k = Tensor::zeros((2, 1, 7, 4), DType::F32, &Device::Cpu)?;
+        let options = AttentionOptions::default();
+        let checked = Checked::new([&q, &k, &k], HeadLayout::Bhld, &options)?;
+        let full = candle_core::Error::msg("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
+        let explained = explain_memory(full, &checked);
+        assert!(matches!(explained, Error::Attention(AttentionError::Memory { bytes: 840, .. })), "{explained}");
+        assert!(explain_memory(candle_core::Error::msg("another"), &checked).to_string().contains("another"));
+        Ok(())
+    }
+}

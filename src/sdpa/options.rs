@@ -1,0 +1,75 @@
+//! The options and the output of attention.
+
+use candle_core::Tensor;
+
+use crate::mask::Mask;
+
+/// Which implementation computes attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Backend {
+    /// The fused path if it can serve the call, otherwise the reference. The choice changes results only by rounding.
+    /// On a GPU it is the reference, which allocates all q_len x kv_len scores; a warning is logged once.
+    #[default]
+    Auto,
+    /// candle's tensor operations, with every score in memory.
+    Reference,
+    /// One operation without a q_len x kv_len matrix; an error if it can't serve the call.
+    Fused,
+}
+
+/// The options of [`scaled_dot_product_attention`](crate::scaled_dot_product_attention). The default is the plain
+/// formula, softmax(Q·Kᵀ / sqrt(head_dim))·V.
+///
+/// The steps in order: scores = Q·Kᵀ · scale; softcap; bias and ALiBi; mask; softmax; dropout.
+///
+/// ```
+/// use candle_attention::{AttentionOptions, Mask};
+///
+/// let options = AttentionOptions { attn_mask: Mask::causal(), softcap: Some(50.0), ..Default::default() };
+/// assert!(options.attn_bias.is_none());
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct AttentionOptions {
+    /// What the dot products are multiplied by; 1 / sqrt(head_dim) if not given. Finite; may be negative.
+    pub scale: Option<f64>,
+    /// Bounds the scores smoothly: softcap · tanh(scores / softcap). Finite and positive. (Gemma 2, section 2.)
+    pub softcap: Option<f64>,
+    /// Which keys each query may attend to.
+    pub attn_mask: Mask,
+    /// Added to the scores: a float tensor that broadcasts to (batch, num_heads, q_len, kv_len), aligned at the right.
+    /// It gets a gradient. Minus infinity masks a key.
+    pub attn_bias: Option<Tensor>,
+    /// Slopes of attention with linear biases (ALiBi), (num_heads) or (batch, num_heads): adds -slope · |position of
+    /// the query - position of the key| to the scores. The last query is aligned with the last key, whatever the mask's
+    /// offset. The slopes get a gradient. (Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022, section 3.)
+    pub alibi_slopes: Option<Tensor>,
+    /// One more score for each head, (num_heads), that takes its share of the softmax and has no value. Rows of weights
+    /// then sum to less than 1. The sinks get a gradient. (Xiao et al., "Efficient Streaming Language Models with
+    /// Attention Sinks", ICLR 2024, section 3; as learned in gpt-oss.)
+    pub sinks: Option<Tensor>,
+    /// The probability that a weight is dropped, in [0, 1). The other weights are multiplied by 1 / (1 - dropout_p).
+    pub dropout_p: f64,
+    /// Decides which weights are dropped. The same seed drops the same weights on every device.
+    pub dropout_seed: u64,
+    /// Which implementation computes the attention.
+    pub backend: Backend,
+    /// Whether to return [`AttentionOutput::weights`]. This changes no other number.
+    pub return_weights: bool,
+    /// Whether to return [`AttentionOutput::logsumexp`]. Half types are widened for it, which changes other numbers by
+    /// rounding. Numbers in f32 and f64 stay the same.
+    pub return_logsumexp: bool,
+}
+
+/// What attention returns. Every tensor is differentiable.
+#[derive(Clone, Debug)]
+pub struct AttentionOutput {
+    /// Weights · value, (batch, num_heads, q_len, value_dim), in the input's dtype.
+    pub context: Tensor,
+    /// The weights after the softmax and before dropout, (batch, num_heads, q_len, kv_len), in the input's dtype. Each
+    /// row sums to 1 minus the share of its sink, or to 0 if the query may attend to no key.
+    pub weights: Option<Tensor>,
+    /// ln Σ exp(scores) over the keys and the sink, (batch, num_heads, q_len), in f32 (f64 for f64 input). It is minus
+    /// infinity if the query may attend to no key and has no sink.
+    pub logsumexp: Option<Tensor>,
+}

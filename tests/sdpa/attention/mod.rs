@@ -1,0 +1,12 @@
+//! Laws of `scaled_dot_product_attention`.
+
+mod definition;
+mod dropout;
+mod dtypes;
+mod empty;
+mod equivalences;
+mod extremes;
+mod layout;
+mod masking;
+mod outputs;
+mod setup;

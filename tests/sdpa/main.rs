@@ -1,0 +1,13 @@
+//! `scaled_dot_product_attention` on both backends, with its masks; and attention without trainable weights.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod attention;
+mod fused;
+mod golden;
+mod gradients;
+mod hostile;
+mod mask;
+mod precision;
+mod simplified;
