@@ -138,7 +138,7 @@ fn blocks_stay_inside_their_tensors() {
     }
 }
 
-/// So long that tasks go to several threads, which miri watches for races; all but a few keys are masked, for its sake.
+/// Enough work for several threads, which miri watches for races. Almost all keys are masked, so that miri is quick.
 #[test]
 fn threads_write_apart() {
     use attention_kernels::mask::{PerSequence, Rule};

@@ -33,7 +33,8 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 
 #[test]
 fn every_source_compiles() {
-    for path in sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src")) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for path in ["src", "kernels/src"].iter().flat_map(|folder| sources(&root.join(folder))) {
         let source = fs::read_to_string(&path).unwrap();
         for architecture in ARCHITECTURES {
             if let Err(log) = compile(&source, &path.to_string_lossy(), architecture) {
