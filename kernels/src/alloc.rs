@@ -31,6 +31,13 @@ pub(crate) fn filled<T: Clone>(what: &'static str, count: usize, value: T) -> Re
     Ok(vector)
 }
 
+/// A copy of a slice.
+pub(crate) fn copy_of<T: Clone>(what: &'static str, slice: &[T]) -> Result<Vec<T>, Error> {
+    let mut vector = reserve(what, slice.len())?;
+    vector.extend_from_slice(slice);
+    Ok(vector)
+}
+
 /// The product of some sizes, or the error that memory can't hold as many elements.
 pub(crate) fn product(what: &'static str, sizes: &[usize]) -> Result<usize, Error> {
     let product = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));

@@ -45,13 +45,13 @@
 //! | 4 | `operands` | a problem without the type of its tensors |
 //! | 3 | `problem` | one call, checked |
 //! | 3 | `gemm/pack` | operands of products, in the order in which the kernels read them |
-//! | 2 | `gemm/bf16_dot`, `gemm/nan_safe` | products of bf16 in pairs; what happens to NaN and infinity behind a mask |
+//! | 2 | `gemm/bf16_dot`, `gemm/nan_safe` | products of bf16 in pairs; sums to which a weight of zero adds nothing |
 //! | 2 | `softmax` | every softmax: online, of splits, and backward; a row's maximum (plain scores: inside `gemm`) |
 //! | 2 | `dtype` | the types that tensors hold, and tensors as the kernels read and write them |
 //! | 2 | `dropout` | which weights are dropped |
 //! | 1 | `gemm/microkernel`, `gemm/transpose` | small blocks of products in registers; rows to lanes and back |
 //! | 1 | `mask` | which keys are visible |
-//! | 1 | `math` | exp and tanh |
+//! | 1 | `math`, `careful` | exp and tanh; what is computed again where a result is not finite |
 //! | 1 | `alloc`, `scratch`, `schedule` | allocation that may fail; a thread's memory; tasks |
 //! | 0 | `matrix` | matrices in slices, checked once |
 //! | 0 | `simd`, `tiles`, `layout` | f32 and f64 as vectors; tile sizes; the order of a result's axes |
@@ -67,6 +67,7 @@
 
 mod alloc;
 mod attention;
+mod careful;
 mod decode;
 pub mod dropout;
 mod dtype;
@@ -95,3 +96,4 @@ pub use error::{Error, MaskError};
 pub use layout::Layout;
 pub use problem::{BiasView, Problem, ProblemOptions, View};
 pub use simd::SimdFloat;
+pub use softmax::LogSumExp;

@@ -69,6 +69,11 @@ impl<R: SimdFloat> Operands<'_, R> {
         self.softcap.is_some() || self.bias.is_some() || self.slopes.is_some() || coverage == Coverage::Some
     }
 
+    /// Whether a key may be hidden from a query.
+    pub(crate) fn hides(&self) -> bool {
+        !self.mask.is_full() || self.bias.is_some()
+    }
+
     pub(crate) fn slope(&self, (b, h): (usize, usize)) -> Option<R> {
         let (slopes, heads) = (self.slopes?, self.shape.num_heads);
         Some(slopes[if slopes.len() == heads { h } else { b * heads + h }])

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::mask::PerSequence;
-use crate::{BackwardOptions, Incoming, Layout, MaskError, Saved, backward, forward};
+use crate::{BackwardOptions, Incoming, Layout, LogSumExp, MaskError, Saved, backward, forward};
 
 /// Enough numbers for every tensor here.
 const DATA: [f32; 4096] = [0.5; 4096];
@@ -187,7 +187,8 @@ fn slopes_of_another_number_of_heads_are_refused() {
 
 fn backward_error(context: [usize; 4], grad: [usize; 4], lse: usize, grad_lse: usize, bias: bool) -> Option<Error> {
     let problem = problem(ProblemOptions::default()).unwrap();
-    let saved = Saved { context: view(context), logsumexp: &DATA[..lse] };
+    let logsumexp = vec![LogSumExp::default(); lse];
+    let saved = Saved { context: view(context), logsumexp: &logsumexp };
     let incoming = Incoming { context: view(grad), logsumexp: Some(&DATA[..grad_lse]) };
     backward(&problem, saved, incoming, BackwardOptions { layout: Layout::HeadsFirst, bias }).err()
 }

@@ -24,13 +24,15 @@ pub(crate) struct Tile {
 }
 
 impl Tile {
-    /// Softcap, bias, ALiBi and the mask. With a softcap, tanh(s / cap) is left in `tanh`, if given, for the backward pass.
+    /// Softcap, bias, ALiBi and the mask. With a softcap, tanh(s / cap) is left in `tanh`, if given, for the backward pass. If
+    /// `is_careful`, a bias of minus infinity hides NaN as well.
     #[inline(always)]
     pub(crate) fn modify<R: SimdFloat, S: Simd>(
         &self,
         simd: S,
         operands: &Operands<R>,
         coverage: Coverage,
+        is_careful: bool,
         mut scores: MatrixMut<R>,
         tanh: Option<MatrixMut<R>>,
     ) {
@@ -39,6 +41,9 @@ impl Tile {
         }
         if let Some(bias) = operands.bias {
             self.add_bias(simd, bias, scores.reborrow());
+            if is_careful {
+                self.hide_by_bias(bias, scores.reborrow());
+            }
         }
         if let Some(slope) = operands.slope(self.at) {
             self.subtract_distances(operands, slope, scores.reborrow());
@@ -64,6 +69,18 @@ impl Tile {
             for j in 0..keys {
                 scores.row(j)[..queries].iter_mut().enumerate().for_each(|(i, s)| *s += from[i * si + j * sj]);
             }
+        }
+    }
+
+    /// Minus infinity where the bias is, even if the score was NaN.
+    fn hide_by_bias<R: SimdFloat>(&self, bias: BiasView<R>, mut scores: MatrixMut<R>) {
+        let [_, _, si, sj] = bias.strides();
+        let from = bias.from(self.at, self.first_query, self.keys.start);
+        for j in 0..self.keys.len() {
+            let row = &mut scores.row(j)[..self.queries];
+            row.iter_mut().enumerate().filter(|(i, _)| from[i * si + j * sj] == -R::INFINITY).for_each(|(_, s)| {
+                *s = -R::INFINITY;
+            });
         }
     }
 
@@ -167,7 +184,7 @@ mod tests {
         let (mut scores, mut tanhs) = (before.to_vec(), vec![0.0; before.len()]);
         let matrix = |data| MatrixMut::new(data, 7, width, width);
         let (scores_of, tanhs_of) = (matrix(&mut scores), matrix(&mut tanhs));
-        tile.modify(simd, &problem.operands(), Coverage::Some, scores_of, Some(tanhs_of));
+        tile.modify(simd, &problem.operands(), Coverage::Some, false, scores_of, Some(tanhs_of));
         (scores, tanhs)
     }
 

@@ -54,10 +54,12 @@ pub trait SimdFloat:
 
     const ZERO: Self;
     const ONE: Self;
-    /// Where a running maximum starts: a number below every score that can be told from minus infinity, whose distance to
-    /// any of them is finite.
+    /// The lowest finite number, where a running maximum starts. A score of minus infinity is infinitely far below it, so that
+    /// its exponential is zero even in a row that has no other score.
     const LOWEST: Self;
     const INFINITY: Self;
+    /// The largest power of two is 2^MAX_EXPONENT.
+    const MAX_EXPONENT: i32;
     /// Bits of the mantissa, without the one that isn't stored.
     const MANTISSA_BITS: u32;
     /// The exponent of the smallest normal number.
@@ -113,8 +115,9 @@ macro_rules! simd_float {
 
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
-            const LOWEST: Self = $float::MIN / 2.0;
+            const LOWEST: Self = $float::MIN;
             const INFINITY: Self = $float::INFINITY;
+            const MAX_EXPONENT: i32 = $float::MAX_EXP - 1;
             const MANTISSA_BITS: u32 = $mantissa_bits;
             const MIN_EXPONENT: f64 = $min_exponent;
 

@@ -4,11 +4,38 @@
 
 use pulp::Simd;
 
+use crate::careful::bounded;
 use crate::gemm::microkernel::{Row, VECTORS};
 use crate::math::exp;
 use crate::matrix::{Matrix, MatrixMut};
 use crate::schedule::DECODE_TASKS;
 use crate::simd::{SimdFloat, as_vectors, as_vectors_mut};
+
+/// ln Σ exp(scores) of a row, as a sum of two numbers. A single number would lose the second where scores are large, and the
+/// weights that the backward pass makes of it would not sum to 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LogSumExp<R> {
+    /// The greatest score; minus infinity for a query that may attend to nothing.
+    pub(crate) largest: R,
+    /// ln Σ exp(scores - largest)
+    pub(crate) log_total: R,
+}
+
+impl<R: SimdFloat> LogSumExp<R> {
+    /// Of the greatest score and the sum of exponentials relative to it, which is zero if there was no key.
+    #[inline(always)]
+    pub(crate) fn new(largest: R, total: f64) -> Self {
+        if total == 0.0 {
+            return Self { largest: -R::INFINITY, log_total: R::ZERO };
+        }
+        Self { largest, log_total: R::from_f64(total.ln()) }
+    }
+
+    /// The log-sum-exp as one number: minus infinity for a query that may attend to nothing.
+    pub fn value(self) -> R {
+        R::from_f64(self.largest.to_f64() + self.log_total.to_f64())
+    }
+}
 
 /// e^(s - shift): exactly 1 where both are equal.
 #[inline(always)]
@@ -52,11 +79,8 @@ pub(crate) fn online_update<R: SimdFloat, S: Simd>(
 ) -> Row<R, S> {
     let (largest, total) = (panel_row_mut::<R, S>(largest), panel_row_mut::<R, S>(total));
     let mut factor = *largest;
-    let mut sum = *total;
-    for v in 0..VECTORS {
-        factor[v] = exponential::<R, S>(simd, largest[v], now[v]);
-        sum[v] = R::vmul(simd, factor[v], sum[v]);
-    }
+    // A tile is summed on its own before it is added: a long sum would lose more to rounding.
+    let mut sum = [R::splat(simd, R::ZERO); VECTORS];
     for j in 0..scores.rows() {
         let row = panel_row_mut::<R, S>(scores.row(j));
         for v in 0..VECTORS {
@@ -65,12 +89,16 @@ pub(crate) fn online_update<R: SimdFloat, S: Simd>(
             row[v] = power;
         }
     }
-    (*largest, *total) = (now, sum);
+    for v in 0..VECTORS {
+        factor[v] = exponential::<R, S>(simd, largest[v], now[v]);
+        total[v] = R::mul_add(simd, factor[v], total[v], sum[v]);
+    }
+    *largest = now;
     factor
 }
 
 /// One step of the online softmax of a single row: as [`online_update`] for `count` scores, followed by room for a whole
-/// vector. Gives what was summed before is to be multiplied by, if it changes.
+/// vector.
 #[inline(always)]
 pub(crate) fn online_update_of_row<R: SimdFloat, S: Simd>(
     simd: S,
@@ -78,7 +106,7 @@ pub(crate) fn online_update_of_row<R: SimdFloat, S: Simd>(
     count: usize,
     largest: &mut R,
     total: &mut R,
-) -> Option<R> {
+) -> R {
     // The scores behind the last count nothing.
     let scores = &mut scores[..count.next_multiple_of(R::lanes::<S>())];
     scores[count..].fill(-R::INFINITY);
@@ -97,27 +125,22 @@ pub(crate) fn online_update_of_row<R: SimdFloat, S: Simd>(
     }
     let factor = R::from_f64((before.to_f64() - largest.to_f64()).exp());
     *total = *total * factor + R::reduce_add(simd, sum);
-    (*largest != before).then_some(factor)
+    factor
 }
 
-/// 1 / total, which makes weights of exponentials, and the log-sum-exp. If there was no key: 0, which makes the context zero, and
-/// minus infinity.
+/// 1 / total, which makes weights of exponentials; 0 if there was no key, which makes the context zero.
 #[inline(always)]
-pub(crate) fn inverse_and_logsumexp<R: SimdFloat>(largest: R, total: R) -> (R, R) {
-    if total == R::ZERO {
-        (R::ZERO, -R::INFINITY)
-    } else {
-        (R::ONE / total, R::from_f64(largest.to_f64() + total.to_f64().ln()))
-    }
+pub(crate) fn inverse_of_total<R: SimdFloat>(total: R) -> R {
+    if total == R::ZERO { R::ZERO } else { R::ONE / total }
 }
 
-/// What a split of the keys gives for a row: the greatest score, the sum of exponentials relative to it, and the sum of the
-/// values weighted by them.
+/// What a split of the keys gives for a row: the greatest score, the sum of exponentials relative to it, and the context of its
+/// own keys.
 #[derive(Clone, Copy)]
 pub(crate) struct Partial<'a, R> {
     largest: R,
     total: R,
-    sums: &'a [R],
+    context: &'a [R],
 }
 
 impl<'a, R: SimdFloat> Partial<'a, R> {
@@ -128,48 +151,68 @@ impl<'a, R: SimdFloat> Partial<'a, R> {
 
     /// Reads what [`Partial::write`] wrote.
     pub(crate) fn read(numbers: &'a [R]) -> Self {
-        Self { largest: numbers[0], total: numbers[1], sums: &numbers[2..] }
+        Self { largest: numbers[0], total: numbers[1], context: &numbers[2..] }
     }
 
-    pub(crate) fn write(numbers: &mut [R], largest: R, total: R, sums: &[R]) {
+    pub(crate) fn write(numbers: &mut [R], largest: R, total: R, context: &[R]) {
         (numbers[0], numbers[1]) = (largest, total);
-        numbers[2..].copy_from_slice(sums);
+        numbers[2..].copy_from_slice(context);
     }
 }
 
 /// The context of a row from at most [`DECODE_TASKS`] partial results, in their order; gives the log-sum-exp.
-pub(crate) fn merge<'a, R: SimdFloat>(partials: impl Iterator<Item = Partial<'a, R>> + Clone, context: &mut [R]) -> R {
+pub(crate) fn merge<'a, R: SimdFloat>(
+    partials: impl Iterator<Item = Partial<'a, R>> + Clone,
+    context: &mut [R],
+) -> LogSumExp<R> {
     let largest = partials.clone().map(|partial| partial.largest).fold(R::LOWEST, |a, b| if b > a { b } else { a });
     let mut shares = [0.0; DECODE_TASKS];
     for (share, partial) in shares.iter_mut().zip(partials.clone()) {
-        *share = (partial.largest.to_f64() - largest.to_f64()).exp();
+        *share = partial.total.to_f64() * (partial.largest.to_f64() - largest.to_f64()).exp();
     }
-    let total: f64 = partials.clone().zip(&shares).map(|(partial, share)| partial.total.to_f64() * share).sum();
-    let is_empty = total == 0.0;
-    for (c, to) in context.iter_mut().enumerate() {
-        let sum: f64 = partials.clone().zip(&shares).map(|(partial, share)| partial.sums[c].to_f64() * share).sum();
-        *to = R::from_f64(if is_empty { 0.0 } else { sum / total });
+    let total: f64 = shares.iter().sum();
+    if total == 0.0 {
+        context.fill(R::ZERO);
+    } else {
+        // The shares are divided by the total first, so that no sum is larger than what it is a mean of.
+        shares.iter_mut().for_each(|share| *share /= total);
+        for (c, to) in context.iter_mut().enumerate() {
+            let terms = partials.clone().zip(&shares).map(|(partial, share)| partial.context[c].to_f64() * share);
+            let sum: f64 = terms.sum();
+            let is_finite = partials.clone().all(|partial| partial.context[c].is_finite());
+            *to = if is_finite { bounded(R::from_f64(sum)) } else { R::from_f64(sum) };
+        }
     }
-    if is_empty { -R::INFINITY } else { R::from_f64(largest.to_f64() + total.ln()) }
+    LogSumExp::new(largest, total)
+}
+
+/// What the backward pass of the softmax needs of each query of a panel, \[W\] each.
+#[derive(Clone, Copy)]
+pub(crate) struct RowStatistics<'a, R> {
+    pub(crate) largest: &'a [R],
+    pub(crate) log_total: &'a [R],
+    pub(crate) delta: &'a [R],
 }
 
 /// The backward pass of the softmax of a panel: p = e^(s - lse) takes the place of s in `weights`, and ds = p ∘ (dp - δ) that of
-/// dp in `grads`, all \[key\]\[W\]. With dropout, dp is multiplied by the factors before, and p after.
+/// dp in `grads`, all \[key\]\[W\]. With dropout, dp is multiplied by the factors before, and p after. If `NAN_SAFE`, ds is zero
+/// where p is, whatever dp holds.
 #[inline(always)]
-pub(crate) fn weights_and_gradients<R: SimdFloat, S: Simd>(
+pub(crate) fn weights_and_gradients<R: SimdFloat, S: Simd, const NAN_SAFE: bool>(
     simd: S,
-    logsumexp: &[R],
-    delta: &[R],
+    rows: RowStatistics<R>,
     mut weights: MatrixMut<R>,
     mut grads: MatrixMut<R>,
     factors: Option<Matrix<R>>,
 ) {
-    let (logsumexp, delta) = (panel_row::<R, S>(logsumexp), panel_row::<R, S>(delta));
+    let largest = panel_row::<R, S>(rows.largest);
+    let log_total = panel_row::<R, S>(rows.log_total);
+    let delta = panel_row::<R, S>(rows.delta);
     for j in 0..weights.rows() {
         let (weights, grads) = (panel_row_mut::<R, S>(weights.row(j)), panel_row_mut::<R, S>(grads.row(j)));
         let factors = factors.map(|factors| panel_row::<R, S>(factors.row(j)));
         for v in 0..VECTORS {
-            let p = exponential::<R, S>(simd, weights[v], logsumexp[v]);
+            let p = exponential::<R, S>(simd, R::vsub(simd, weights[v], largest[v]), log_total[v]);
             let mut dp = grads[v];
             let mut dropped = p;
             if let Some(factors) = factors {
@@ -177,7 +220,8 @@ pub(crate) fn weights_and_gradients<R: SimdFloat, S: Simd>(
                 dropped = R::vmul(simd, p, factors[v]);
             }
             weights[v] = dropped;
-            grads[v] = R::vmul(simd, p, R::vsub(simd, dp, delta[v]));
+            let ds = R::vmul(simd, p, R::vsub(simd, dp, delta[v]));
+            grads[v] = if NAN_SAFE { R::select_zero(simd, p, p, ds) } else { ds };
         }
     }
 }
@@ -217,8 +261,9 @@ mod tests {
             let greatest = (0..10).map(column).fold(f64::MIN, f64::max);
             let sum: f64 = (0..10).map(|j| (column(j) - greatest).exp()).sum();
             assert!(largest[w].to_f64() == greatest && close(total[w], sum));
-            let (_, logsumexp) = inverse_and_logsumexp(largest[w], total[w]);
-            assert!(close(logsumexp, greatest + sum.ln()));
+            assert!(close(inverse_of_total(total[w]), 1.0 / sum));
+            let logsumexp = LogSumExp::new(largest[w], total[w].to_f64());
+            assert!(close(logsumexp.value(), greatest + sum.ln()));
             // Weights of the first tile need the factor.
             let first = powers[w].to_f64() * factor[w].to_f64();
             assert!(close(R::from_f64(first), (column(0) - greatest).exp()));
@@ -232,7 +277,7 @@ mod tests {
             let mut row = vec![R::from_f64(7.0); 64];
             row[..part.len()].copy_from_slice(&scores[part.clone()]);
             let factor = online_update_of_row(simd, &mut row, part.len(), &mut largest, &mut total);
-            sum = row[..part.len()].iter().fold(sum * factor.unwrap_or(R::ONE), |sum, &x| sum + x);
+            sum = row[..part.len()].iter().fold(sum * factor, |sum, &x| sum + x);
         }
         let greatest = scores.iter().map(|x| x.to_f64()).fold(f64::MIN, f64::max);
         let expected: f64 = scores.iter().map(|x| (x.to_f64() - greatest).exp()).sum();
@@ -242,16 +287,17 @@ mod tests {
     fn check_gradients<R: SimdFloat, S: Simd>(simd: S) {
         let width = panel_width::<R, S>();
         let [scores, dp, factors] = [3, 4, 5].map(|seed| numbers::<R>(seed, 3 * width));
-        let (logsumexp, delta) = (numbers::<R>(6, width), numbers::<R>(7, width));
+        let [largest, log_total, delta] = [6, 7, 8].map(|seed| numbers::<R>(seed, width));
+        let rows = RowStatistics { largest: &largest, log_total: &log_total, delta: &delta };
         for dropout in [false, true] {
             let (mut weights, mut grads) = (scores.clone(), dp.clone());
             let matrix = |data| MatrixMut::new(data, 3, width, width);
             let (weights_of, grads_of) = (matrix(&mut weights), matrix(&mut grads));
             let factors_of = dropout.then(|| Matrix::new(&factors, 3, width, width));
-            weights_and_gradients(simd, &logsumexp, &delta, weights_of, grads_of, factors_of);
+            weights_and_gradients::<R, S, false>(simd, rows, weights_of, grads_of, factors_of);
             for i in 0..3 * width {
                 let factor = if dropout { factors[i].to_f64() } else { 1.0 };
-                let p = (scores[i].to_f64() - logsumexp[i % width].to_f64()).exp();
+                let p = (scores[i].to_f64() - largest[i % width].to_f64() - log_total[i % width].to_f64()).exp();
                 assert!(close(weights[i], p * factor));
                 assert!(close(grads[i], p * (dp[i].to_f64() * factor - delta[i % width].to_f64())));
             }
@@ -273,20 +319,20 @@ mod tests {
     #[test]
     fn merged_splits_are_the_whole() {
         // Scores 1 and 3 with values 10 and 20; a split without keys between them.
-        let partials = [[1.0, 1.0, 10.0], [f64::MIN / 2.0, 0.0, 0.0], [3.0, 1.0, 20.0]];
+        let partials = [[1.0, 1.0, 10.0], [f64::LOWEST, 0.0, 0.0], [3.0, 1.0, 20.0]];
         let mut context = [0.0];
         let logsumexp = merge(partials.iter().map(|numbers| Partial::read(numbers)), &mut context);
         let weights = [1f64.exp(), 3f64.exp()];
         let sum = weights[0] + weights[1];
-        assert!(close(context[0], (10.0 * weights[0] + 20.0 * weights[1]) / sum) && close(logsumexp, sum.ln()));
+        assert!(close(context[0], (10.0 * weights[0] + 20.0 * weights[1]) / sum) && close(logsumexp.value(), sum.ln()));
     }
 
     #[test]
     fn row_without_keys_has_a_zero_context() {
-        let partials = [[f32::MIN / 2.0, 0.0, 0.0]];
+        let partials = [[f32::LOWEST, 0.0, 0.0]];
         let mut context = [1.0];
         let logsumexp = merge(partials.iter().map(|numbers| Partial::read(numbers)), &mut context);
-        assert_eq!((context[0], logsumexp), (0.0, f32::NEG_INFINITY));
-        assert_eq!(inverse_and_logsumexp(f32::LOWEST, 0.0), (0.0, f32::NEG_INFINITY));
+        assert_eq!((context[0], logsumexp.value()), (0.0, f32::NEG_INFINITY));
+        assert_eq!((inverse_of_total(0.0f32), LogSumExp::new(f32::LOWEST, 0.0)), (0.0, logsumexp));
     }
 }

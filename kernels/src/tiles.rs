@@ -39,12 +39,19 @@ pub(crate) struct BackwardTiles {
 pub(crate) struct DecodeTiles {
     /// More queries than this fill the lanes of a panel well enough for the forward pass.
     pub(crate) max_queries: usize,
-    /// With fewer keys, decoding doesn't wait for memory, and the forward pass is as fast. The choice depends on the shape
-    /// alone, so that a layer gives the same numbers whether it trains or not.
+    /// With fewer keys, decoding doesn't wait for memory, and the forward pass is as fast.
     pub(crate) min_keys: usize,
     /// Keys of a block, a multiple of all lanes: those of 128 entries (64 KB) stay in a second-level cache until all rows have
     /// had them.
     pub(crate) keys: usize,
+}
+
+impl DecodeTiles {
+    /// Whether scores of this size are decoded. It depends on the shape alone, so that a layer gives the same numbers whether it
+    /// trains or not.
+    pub(crate) fn suit(&self, q_len: usize, kv_len: usize) -> bool {
+        q_len <= self.max_queries && kv_len >= self.min_keys
+    }
 }
 
 impl TileSizes {

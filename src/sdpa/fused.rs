@@ -142,8 +142,8 @@ impl PackedKv {
 
 /// The log-sum-exp (batch, num_heads, q_len) of the forward pass.
 enum LogSumExp {
-    F32(Vec<f32>),
-    F64(Vec<f64>),
+    F32(Vec<kernels::LogSumExp<f32>>),
+    F64(Vec<kernels::LogSumExp<f64>>),
 }
 
 impl LogSumExp {
@@ -151,25 +151,25 @@ impl LogSumExp {
     /// finite.
     fn has_non_finite(&self) -> bool {
         match self {
-            LogSumExp::F32(x) => x.iter().any(|x| !x.is_finite()),
-            LogSumExp::F64(x) => x.iter().any(|x| !x.is_finite()),
+            LogSumExp::F32(x) => x.iter().any(|x| !x.value().is_finite()),
+            LogSumExp::F64(x) => x.iter().any(|x| !x.value().is_finite()),
         }
     }
 }
 
 /// A type of number that both candle and the kernels know, and the variant of [`LogSumExp`] for it.
 trait Stored: Element + Number<Float: WithDType> + WithDType {
-    fn save(logsumexp: Vec<Self::Float>) -> LogSumExp;
-    fn saved(logsumexp: &LogSumExp) -> Option<&[Self::Float]>;
+    fn save(logsumexp: Vec<kernels::LogSumExp<Self::Float>>) -> LogSumExp;
+    fn saved(logsumexp: &LogSumExp) -> Option<&[kernels::LogSumExp<Self::Float>]>;
 }
 
 macro_rules! stored {
     ($($element:ty => $variant:ident),*) => {$(
         impl Stored for $element {
-            fn save(logsumexp: Vec<Self::Float>) -> LogSumExp {
+            fn save(logsumexp: Vec<kernels::LogSumExp<Self::Float>>) -> LogSumExp {
                 LogSumExp::$variant(logsumexp)
             }
-            fn saved(logsumexp: &LogSumExp) -> Option<&[Self::Float]> {
+            fn saved(logsumexp: &LogSumExp) -> Option<&[kernels::LogSumExp<Self::Float>]> {
                 match logsumexp {
                     LogSumExp::$variant(x) => Some(x),
                     _ => None,
@@ -261,7 +261,7 @@ impl FusedAttention {
             let kernels::Output { context: mut result, logsumexp } = output;
             let shape = if self.pack_logsumexp {
                 // The operation then computes in f32 or f64, so that the log-sum-exp loses no precision.
-                result.extend(logsumexp.iter().map(|&x| E::narrow(x)));
+                result.extend(logsumexp.iter().map(|x| E::narrow(x.value())));
                 Shape::from(result.len())
             } else {
                 Shape::from(self.layout.shape(batch, heads, q_len, dv))

@@ -5,17 +5,18 @@ use std::sync::atomic::AtomicBool;
 
 use super::{BackwardOptions, Gradients, Incoming, Saved};
 use crate::alloc::{filled, product, reserve};
+use crate::careful::{Headroom, exponent_above, keep_finite, times_power_of_two};
 use crate::dtype::{Number, Source};
 use crate::error::Error;
-use crate::gemm::nan_safe::must_repeat;
 use crate::layout::Layout;
 use crate::matrix::Shared;
 use crate::operands::Operands;
 use crate::prefill::backward::Backward;
 use crate::prefill::gradients::{BiasGradient, Gradients as TaskGradients, QueryGradient, QueryRow};
-use crate::problem::Problem;
+use crate::problem::{Problem, View};
 use crate::schedule::{AccumulationGroups, Splits, for_each_chunk, run_tasks};
 use crate::simd::{SimdFloat, instruction_set};
+use crate::softmax::LogSumExp;
 use crate::tiles::TileSizes;
 
 /// Query rows of a parallel piece of work.
@@ -28,16 +29,58 @@ pub(super) fn backward<E: Number>(
     options: BackwardOptions,
 ) -> Result<Gradients<E>, Error> {
     check(problem, &saved, &incoming, options)?;
-    let rows = query_rows(problem, &saved, &incoming)?;
     let bias_dims = problem.options().bias.filter(|_| options.bias).map(|bias| bias.dims());
     let operands = problem.operands();
-    let pass = Pass { operands: &operands, grad_context: &incoming.context, rows: &rows, bias_dims };
-    let (gradients, is_finite) = pass.run::<E>(options.layout, false)?;
-    if !must_repeat(operands.mask, is_finite) {
-        return Ok(gradients);
+    let rows = query_rows(problem, &saved, &incoming, 0)?;
+    let pass = Pass { operands: &operands, grad_context: &incoming.context, rows: &rows, bias_dims, careful: None };
+    let (fast, is_finite) = pass.run::<E>(options.layout)?;
+    if is_finite {
+        return Ok(fast);
     }
-    drop(gradients);
-    Ok(pass.run::<E>(options.layout, true)?.0)
+    let headroom = headroom(problem, &incoming, bias_dims.is_some());
+    let rows = query_rows(problem, &saved, &incoming, headroom.grads)?;
+    let mut careful = Pass { rows: &rows, careful: Some(headroom), ..pass }.run::<E>(options.layout)?.0;
+    for (fast, careful) in [(fast.q, &mut careful.q), (fast.k, &mut careful.k), (fast.v, &mut careful.v)] {
+        keep_finite(&fast, careful, |x| x.widen().is_finite());
+    }
+    if let (Some(fast), Some(careful)) = (fast.bias, &mut careful.bias) {
+        keep_finite(&fast, careful, SimdFloat::is_finite);
+    }
+    Ok(careful)
+}
+
+/// By how much the careful pass makes its numbers smaller. The bounds are those of sums of as many terms as there are, each as
+/// large as the largest numbers make it; weights sum to 1.
+fn headroom<E: Number>(problem: &Problem<E>, incoming: &Incoming<E>, wants_bias: bool) -> Headroom {
+    let [q, k, v] = problem.views().map(exponent_of);
+    let (grad, scale) = (exponent_of(&incoming.context), exponent_above(problem.scale().abs()));
+    let shape = problem.shape();
+    let count = |count: usize| exponent_above(count as f64);
+    let queries = count(shape.num_heads * shape.q_len);
+    let all_queries = queries + if wants_bias { count(shape.batch) } else { 0 };
+    let dropout = problem.options().dropout.map_or(0, |dropout| exponent_above(1.0 / (1.0 - dropout.p)));
+    // One less than the largest exponent, for rounding.
+    let largest = E::Float::MAX_EXPONENT - 1;
+    // dp - δ, summed over queries by the gradient of a bias; and dv.
+    let of_logsumexp = exponent_of_all(incoming.logsumexp.into_iter().flatten().copied());
+    let scores = (grad + v + count(problem.v_dims()[3]) + dropout).max(of_logsumexp) + 1;
+    let grads = (scores + all_queries).max(grad + dropout + queries) - largest;
+    let grads = grads.max(0);
+    // dq, and dk.
+    let scores = scores - grads + k.max(q + scale + queries) - largest;
+    Headroom { grads, scores: scores.max(0) }
+}
+
+/// The exponent of a power of two that no finite number of a tensor is above.
+fn exponent_of<E: Number>(view: &View<E>) -> i32 {
+    let [batch, heads, len, _] = view.dims();
+    let rows = (0..batch * heads * len).map(|row| (row / (heads * len), row / len % heads, row % len));
+    exponent_of_all(rows.flat_map(|(b, h, i)| view.row(b, h, i)).map(|x| x.widen()))
+}
+
+fn exponent_of_all<R: SimdFloat>(numbers: impl Iterator<Item = R>) -> i32 {
+    let finite = numbers.map(|x| x.to_f64().abs()).filter(|x| x.is_finite());
+    exponent_above(finite.fold(0.0, f64::max))
 }
 
 fn check<E: Number>(
@@ -53,12 +96,13 @@ fn check<E: Number>(
         }
     }
     let rows = dims[0] * dims[1] * dims[2];
-    let lengths = [("log-sum-exp", Some(saved.logsumexp)), ("gradient of the log-sum-exp", incoming.logsumexp)];
-    for (what, slice) in lengths {
-        if let Some(slice) = slice
-            && slice.len() != rows
-        {
-            return Err(Error::Length { what, expected: format!("one for each of {rows} queries"), got: slice.len() });
+    let lengths = [
+        ("log-sum-exp", Some(saved.logsumexp.len())),
+        ("gradient of the log-sum-exp", incoming.logsumexp.map(<[_]>::len)),
+    ];
+    for (what, len) in lengths {
+        if let Some(got) = len.filter(|&len| len != rows) {
+            return Err(Error::Length { what, expected: format!("one for each of {rows} queries"), got });
         }
     }
     if options.bias && problem.options().bias.is_none() {
@@ -68,26 +112,28 @@ fn check<E: Number>(
     Ok(())
 }
 
-/// What each query brings to the backward pass.
+/// What each query brings to the backward pass, whose gradients are divided by 2^exponent.
 fn query_rows<E: Number>(
     problem: &Problem<E>,
     saved: &Saved<E>,
     incoming: &Incoming<E>,
+    exponent: i32,
 ) -> Result<Vec<QueryRow<E::Float>>, Error> {
     let shape = problem.shape();
+    let factor = times_power_of_two(E::Float::ONE, -exponent);
     let row = |index: usize| {
         let (head, i) = (index / shape.q_len, index % shape.q_len);
         let (b, h) = (head / shape.num_heads, head % shape.num_heads);
         let mut delta = E::Float::ZERO;
         for (o, grad) in saved.context.row(b, h, i).iter().zip(incoming.context.row(b, h, i)) {
-            delta += o.widen() * grad.widen();
+            delta += o.widen() * (grad.widen() * factor);
         }
         if let Some(grads) = incoming.logsumexp {
-            delta -= grads[index];
+            delta -= grads[index] * factor;
         }
-        let logsumexp = saved.logsumexp[index];
-        let logsumexp = if logsumexp == -E::Float::INFINITY { E::Float::INFINITY } else { logsumexp };
-        QueryRow { logsumexp, delta }
+        let LogSumExp { largest, log_total } = saved.logsumexp[index];
+        let largest = if largest == -E::Float::INFINITY { E::Float::INFINITY } else { largest };
+        QueryRow { largest, log_total, delta }
     };
     let count = saved.logsumexp.len();
     let mut rows = reserve("sums of the queries", count)?;
@@ -108,6 +154,7 @@ struct Pass<'a, R> {
     rows: &'a [QueryRow<R>],
     /// The bias's dims, if its gradient is wanted.
     bias_dims: Option<[usize; 4]>,
+    careful: Option<Headroom>,
 }
 
 /// The results, while tasks write them.
@@ -123,7 +170,7 @@ struct Results<'a, E: Number> {
 
 impl<R: SimdFloat> Pass<'_, R> {
     /// The gradients, and whether all of them are finite.
-    fn run<E: Number<Float = R>>(&self, layout: Layout, nan_safe: bool) -> Result<(Gradients<E>, bool), Error> {
+    fn run<E: Number<Float = R>>(&self, layout: Layout) -> Result<(Gradients<E>, bool), Error> {
         let operands = self.operands;
         let groups = AccumulationGroups::new(operands.shape.batch, operands.kv_heads, self.bias_dims);
         let splits = groups.splits(operands.shape.kv_len);
@@ -143,7 +190,7 @@ impl<R: SimdFloat> Pass<'_, R> {
             is_not_finite: AtomicBool::new(false),
         };
         run_tasks(operands.work(), groups.count() * splits.count, |task| {
-            self.task::<E>(&groups, &splits, task, layout, nan_safe, &results)
+            self.task::<E>(&groups, &splits, task, layout, &results)
         })?;
         let is_finite = !results.is_not_finite.into_inner();
         // SAFETY: every task has succeeded. Together they have all keys of all heads, and for each split all queries, and each
@@ -153,8 +200,12 @@ impl<R: SimdFloat> Pass<'_, R> {
             k.set_len(k_size);
             v.set_len(v_size);
         }
-        let q = E::from_floats("gradient of the query", sum_of_parts(q, q_size))?;
-        let bias = self.bias_dims.map(|_| sum_of_parts(bias, bias_size));
+        let (mut q, mut bias) = (sum_of_parts(q, q_size), self.bias_dims.map(|_| sum_of_parts(bias, bias_size)));
+        if let Some(headroom) = self.careful {
+            q.iter_mut().for_each(|x| *x = times_power_of_two(*x, headroom.grads + headroom.scores));
+            bias.iter_mut().flatten().for_each(|x| *x = times_power_of_two(*x, headroom.grads));
+        }
+        let q = E::from_floats("gradient of the query", q)?;
         Ok((Gradients { q, k, v, bias }, is_finite))
     }
 
@@ -165,7 +216,6 @@ impl<R: SimdFloat> Pass<'_, R> {
         splits: &Splits,
         task: usize,
         layout: Layout,
-        nan_safe: bool,
         results: &Results<E>,
     ) -> Result<(), Error> {
         let operands = self.operands;
@@ -198,7 +248,8 @@ impl<R: SimdFloat> Pass<'_, R> {
                 sequence,
                 kv_head,
                 keys: keys.clone(),
-                nan_safe,
+                is_decoded: TileSizes::new().decode.suit(operands.shape.q_len, operands.shape.kv_len),
+                careful: self.careful,
                 gradients: TaskGradients { q: q_gradient, k: &mut k_rows, v: &mut v_rows, bias },
                 is_not_finite: &results.is_not_finite,
             })?;

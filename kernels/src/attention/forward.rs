@@ -14,7 +14,7 @@ use crate::prefill::forward::Forward;
 use crate::problem::Problem;
 use crate::schedule::{Splits, run_tasks};
 use crate::simd::{SimdFloat, instruction_set};
-use crate::softmax::{Partial, merge};
+use crate::softmax::{LogSumExp, Partial, merge};
 use crate::tiles::{DecodeTiles, ForwardTiles, TileSizes};
 
 /// The results, while tasks write them.
@@ -22,21 +22,21 @@ struct Results<'a, E: Number> {
     context: Shared<'a, MaybeUninit<E>>,
     /// Strides of batch, heads and len.
     strides: [usize; 3],
-    logsumexp: Shared<'a, MaybeUninit<E::Float>>,
+    logsumexp: Shared<'a, MaybeUninit<LogSumExp<E::Float>>>,
 }
 
 pub(super) fn forward<E: Number>(problem: &Problem<E>, layout: Layout) -> Result<Output<E>, Error> {
     let dims = problem.context_dims();
     let rows = dims[0] * dims[1] * dims[2];
     let mut context: Vec<E> = reserve("context", rows * dims[3])?;
-    let mut logsumexp: Vec<E::Float> = reserve("log-sum-exp", rows)?;
+    let mut logsumexp: Vec<LogSumExp<E::Float>> = reserve("log-sum-exp", rows)?;
     let results = Results {
         context: Shared::new(&mut context.spare_capacity_mut()[..rows * dims[3]]),
         strides: layout.strides(dims),
         logsumexp: Shared::new(&mut logsumexp.spare_capacity_mut()[..rows]),
     };
     let (operands, tiles) = (problem.operands(), TileSizes::new());
-    if operands.shape.q_len <= tiles.decode.max_queries && operands.shape.kv_len >= tiles.decode.min_keys {
+    if tiles.decode.suit(operands.shape.q_len, operands.shape.kv_len) {
         decode(&operands, tiles.decode, &results)?;
     } else {
         prefill(&operands, tiles.forward, &results)?;

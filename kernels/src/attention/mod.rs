@@ -9,15 +9,15 @@ use crate::dtype::Number;
 use crate::error::Error;
 use crate::layout::Layout;
 use crate::problem::{Problem, View};
+use crate::softmax::LogSumExp;
 
 /// What the forward pass gives.
 #[derive(Clone, Debug)]
 pub struct Output<E: Number> {
     /// (batch, num_heads, q_len, value_dim), in the order in memory that was asked for.
     pub context: Vec<E>,
-    /// (batch, num_heads, q_len): the logarithm of the sum of the exponentials of each query's scores, minus infinity for a
-    /// query that may attend to nothing.
-    pub logsumexp: Vec<E::Float>,
+    /// (batch, num_heads, q_len)
+    pub logsumexp: Vec<LogSumExp<E::Float>>,
 }
 
 /// What the backward pass needs of the forward pass.
@@ -26,7 +26,7 @@ pub struct Saved<'a, E: Number> {
     /// (batch, num_heads, q_len, value_dim)
     pub context: View<'a, E>,
     /// (batch, num_heads, q_len)
-    pub logsumexp: &'a [E::Float],
+    pub logsumexp: &'a [LogSumExp<E::Float>],
 }
 
 /// The gradients of what the forward pass gave.

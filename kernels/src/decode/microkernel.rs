@@ -38,7 +38,7 @@ unsafe fn load_up_to_at<R: SimdFloat, S: Simd>(simd: S, from: *const R, count: u
 ///
 /// If the sizes don't fit.
 #[inline(always)]
-pub(super) fn dot_products<R: SimdFloat, S: Simd>(
+pub(crate) fn dot_products<R: SimdFloat, S: Simd>(
     simd: S,
     keys: Matrix<R>,
     queries: Matrix<R>,

@@ -6,23 +6,25 @@
 //!
 //! Source: Dao, Haziza, Massa, Sizov, "Flash-Decoding for long-context inference" (2023).
 
-mod microkernel;
+pub(crate) mod microkernel;
 
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
+use crate::alloc::copy_of;
+use crate::careful::{exponent_above, keep_finite, quotient, times_power_of_two};
 use crate::decode::microkernel::{add_values, dot_products};
 use crate::error::Error;
 use crate::gemm::microkernel::pad;
-use crate::gemm::nan_safe::{add_rows, all_finite, must_repeat};
+use crate::gemm::nan_safe::{add_rows, all_finite};
 use crate::mask::Coverage;
 use crate::matrix::{Matrix, MatrixMut};
 use crate::operands::Operands;
 use crate::score_mods::Tile;
 use crate::scratch::{Scratch, pieces};
 use crate::simd::SimdFloat;
-use crate::softmax::{Partial, online_update_of_row};
+use crate::softmax::{Partial, inverse_of_total, online_update_of_row};
 use crate::tiles::DecodeTiles;
 
 /// A task: a split of the keys of one key head. Its *rows* are the queries of the query heads that share it, head by head.
@@ -40,8 +42,10 @@ pub(crate) struct Decode<'a, R> {
 struct Pieces<'s, R> {
     /// \[row\]\[pad(d)\]
     queries: &'s mut [R],
-    /// \[row\]\[pad(value_dim)\]
+    /// \[row\]\[pad(value_dim)\]: weighted sums of values, at the end divided by the total.
     sums: &'s mut [R],
+    /// \[row\]\[pad(value_dim)\]: the sums of a block.
+    block_sums: &'s mut [R],
     /// \[row\]\[keys of a block\]: scores, then weights.
     weights: &'s mut [R],
     /// \[key\]\[q_len\], for what is done to the scores of one head.
@@ -50,6 +54,8 @@ struct Pieces<'s, R> {
     largest: &'s mut [R],
     /// \[row\]
     total: &'s mut [R],
+    /// \[row\]: what was summed before a block is multiplied by.
+    factors: &'s mut [R],
     /// The keys of a block, widened.
     keys: &'s mut [R],
     /// The values of a block, widened.
@@ -69,29 +75,45 @@ impl<R: SimdFloat> WithSimd for Decode<'_, R> {
             scratch, R:
             queries: pad(d) * rows,
             sums: pad(dv) * rows,
+            block_sums: pad(dv) * rows,
             weights: block * rows,
             scores: block * q_len,
             largest: rows,
             total: rows,
+            factors: rows,
             keys: block * d,
             values: block * dv,
         );
-        let mut pieces = Pieces { queries, sums, weights, scores, largest, total, keys, values };
-        self.over_keys(simd, &mut pieces, false);
-        if must_repeat(operands.mask, all_finite(pieces.sums)) {
-            self.over_keys(simd, &mut pieces, true);
+        let mut pieces = Pieces { queries, sums, block_sums, weights, scores, largest, total, factors, keys, values };
+        self.over_keys(simd, None, &mut pieces);
+        self.divide(0, &mut pieces);
+        if self.must_repeat(&pieces) {
+            self.carefully(simd, &mut pieces)?;
         }
-        self.finish(&pieces);
+        self.write(&pieces);
         Ok(())
     }
 }
 
 impl<R: SimdFloat> Decode<'_, R> {
+    /// The careful pass, whose results take the place of those that are not finite.
+    #[inline(never)]
+    fn carefully<S: Simd>(&self, simd: S, pieces: &mut Pieces<R>) -> Result<(), Error> {
+        let fast = copy_of("sums of a task", pieces.sums)?;
+        let kept = self.operands.dropout.map_or(1.0, |dropout| 1.0 - dropout.p);
+        let exponent = exponent_above(self.keys.len() as f64 / kept) + 1;
+        self.over_keys(simd, Some(times_power_of_two(R::ONE, -exponent)), pieces);
+        self.divide(exponent, pieces);
+        keep_finite(&fast, pieces.sums, R::is_finite);
+        Ok(())
+    }
+
+    /// `shrink`: what the weights are multiplied by in the careful pass, so that no sum over them overflows.
     #[inline(always)]
-    fn over_keys<S: Simd>(&self, simd: S, pieces: &mut Pieces<R>, nan_safe: bool) {
+    fn over_keys<S: Simd>(&self, simd: S, shrink: Option<R>, pieces: &mut Pieces<R>) {
         self.start(pieces);
         for start in self.keys.clone().step_by(self.tiles.keys) {
-            self.block(simd, start..(start + self.tiles.keys).min(self.keys.end), pieces, nan_safe);
+            self.block(simd, start..(start + self.tiles.keys).min(self.keys.end), shrink, pieces);
         }
     }
 
@@ -134,7 +156,7 @@ impl<R: SimdFloat> Decode<'_, R> {
     }
 
     #[inline(always)]
-    fn block<S: Simd>(&self, simd: S, block: Range<usize>, pieces: &mut Pieces<R>, nan_safe: bool) {
+    fn block<S: Simd>(&self, simd: S, block: Range<usize>, shrink: Option<R>, pieces: &mut Pieces<R>) {
         let block = self.visible(block);
         if block.is_empty() {
             return;
@@ -148,7 +170,7 @@ impl<R: SimdFloat> Decode<'_, R> {
         dot_products::<R, S>(simd, keys, queries, MatrixMut::new(pieces.weights, rows, count, stride));
         let tile = |head| Tile { at: self.at(head), first_query: 0, queries: q_len, keys: block.clone() };
         for head in 0..operands.group {
-            self.modify(simd, &tile(head), head, pieces);
+            self.modify(simd, &tile(head), head, shrink.is_some(), pieces);
         }
         for row in 0..rows {
             self.update_row(simd, row, count, pieces);
@@ -158,19 +180,28 @@ impl<R: SimdFloat> Decode<'_, R> {
                 self.drop_out(simd, &tile(head), head, pieces);
             }
         }
+        if let Some(shrink) = shrink {
+            pieces.weights.iter_mut().for_each(|weight| *weight *= shrink);
+        }
         let values = operands.v.rows(kv_at, block.clone(), pieces.values);
         let weights = Matrix::new(pieces.weights, rows, count, stride);
-        let mut sums = MatrixMut::new(pieces.sums, rows, pad(dv), pad(dv));
-        if nan_safe {
-            (0..rows).for_each(|row| add_rows(&mut sums.row(row)[..dv], weights.row(row), values));
+        // A block is summed on its own before it is added: a long sum would lose more to rounding.
+        pieces.block_sums.fill(R::ZERO);
+        let mut sums = MatrixMut::new(pieces.block_sums, rows, pad(dv), pad(dv));
+        if shrink.is_some() && operands.hides() {
+            (0..rows).for_each(|row| add_rows(simd, &mut sums.row(row)[..dv], weights.row(row), values));
         } else {
             add_values::<R, S>(simd, values, weights, sums);
+        }
+        let rows = pieces.sums.chunks_exact_mut(pad(dv)).zip(pieces.block_sums.chunks_exact(pad(dv)));
+        for ((sums, of_block), &factor) in rows.zip(&*pieces.factors) {
+            sums.iter_mut().zip(of_block).for_each(|(sum, of_block)| *sum = *sum * factor + *of_block);
         }
     }
 
     /// Softcap, bias, ALiBi and mask of one head, whose scores are turned to \[key\]\[query\] for it.
     #[inline(always)]
-    fn modify<S: Simd>(&self, simd: S, tile: &Tile, head: usize, pieces: &mut Pieces<R>) {
+    fn modify<S: Simd>(&self, simd: S, tile: &Tile, head: usize, is_careful: bool, pieces: &mut Pieces<R>) {
         let (operands, stride) = (self.operands, self.tiles.keys);
         let (queries, count) = (tile.queries, tile.keys.len());
         let coverage = operands.mask.tile(&operands.shape, tile.at, &(0..queries), &tile.keys);
@@ -183,7 +214,8 @@ impl<R: SimdFloat> Decode<'_, R> {
         for (j, scores) in pieces.scores.chunks_exact_mut(queries).enumerate().take(count) {
             scores.iter_mut().enumerate().for_each(|(i, score)| *score = weights[i * stride + j]);
         }
-        tile.modify(simd, operands, coverage, MatrixMut::new(pieces.scores, count, queries, queries), None);
+        let scores = MatrixMut::new(pieces.scores, count, queries, queries);
+        tile.modify(simd, operands, coverage, is_careful, scores, None);
         for (j, scores) in pieces.scores.chunks_exact(queries).enumerate().take(count) {
             scores.iter().enumerate().for_each(|(i, score)| weights[i * stride + j] = *score);
         }
@@ -199,20 +231,43 @@ impl<R: SimdFloat> Decode<'_, R> {
         }
     }
 
-    /// Turns a row's scores into exponentials and rescales what has been summed before.
+    /// Turns a row's scores into exponentials.
     #[inline(always)]
     fn update_row<S: Simd>(&self, simd: S, row: usize, count: usize, pieces: &mut Pieces<R>) {
         // The length of a block is a multiple of the lanes.
         let scores = &mut pieces.weights[row * self.tiles.keys..][..self.tiles.keys];
-        let factor = online_update_of_row(simd, scores, count, &mut pieces.largest[row], &mut pieces.total[row]);
-        if let Some(factor) = factor {
-            let dv = pad(self.operands.value_dim);
-            pieces.sums[row * dv..][..dv].iter_mut().for_each(|sum| *sum *= factor);
+        let (largest, total) = (&mut pieces.largest[row], &mut pieces.total[row]);
+        pieces.factors[row] = online_update_of_row(simd, scores, count, largest, total);
+    }
+
+    /// Divides the sums by the totals and multiplies them by 2^exponent, which is not zero in the careful pass.
+    #[inline(always)]
+    fn divide(&self, exponent: i32, pieces: &mut Pieces<R>) {
+        let is_mean = self.operands.dropout.is_none();
+        let rows = pieces.sums.chunks_exact_mut(pad(self.operands.value_dim));
+        for (sums, &total) in rows.zip(&*pieces.total) {
+            let inverse = times_power_of_two(inverse_of_total(total), exponent);
+            if exponent == 0 {
+                sums.iter_mut().for_each(|sum| *sum *= inverse);
+            } else {
+                sums.iter_mut().for_each(|sum| *sum = quotient(*sum, inverse, is_mean));
+            }
         }
     }
 
+    /// Whether the careful pass can make a result finite that isn't.
     #[inline(always)]
-    fn finish(&mut self, pieces: &Pieces<R>) {
+    fn must_repeat(&self, pieces: &Pieces<R>) -> bool {
+        if all_finite(pieces.sums) || self.operands.hides() {
+            return !all_finite(pieces.sums);
+        }
+        // Where nothing is hidden, a log-sum-exp that isn't finite stays so, and so does the row's context.
+        let rows = pieces.sums.chunks_exact(pad(self.operands.value_dim)).zip(&*pieces.total);
+        rows.into_iter().any(|(sums, total)| total.is_finite() && !all_finite(sums))
+    }
+
+    #[inline(always)]
+    fn write(&mut self, pieces: &Pieces<R>) {
         let dv = self.operands.value_dim;
         let partials = self.partials.chunks_exact_mut(Partial::<R>::size(dv));
         for (row, (to, sums)) in partials.zip(pieces.sums.chunks_exact(pad(dv))).enumerate() {

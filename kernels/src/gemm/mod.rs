@@ -26,8 +26,9 @@ pub(crate) enum Gemm {
     Plain,
     /// With pairs of bf16.
     Bf16(Bf16Dot),
-    /// With numbers, where a weight of zero adds nothing, even if its row is infinite or NaN. Slow: see [`nan_safe`].
-    NanSafe,
+    /// Scores as with pairs of bf16, if there are any, else as with numbers: to the last bit as the fast ways compute them. Sums
+    /// with numbers, where a weight of zero adds nothing, even if its row is infinite or NaN. Slow: see [`nan_safe`].
+    NanSafe(Option<Bf16Dot>),
 }
 
 /// Rows of a tensor to multiply with a panel.
@@ -57,18 +58,45 @@ impl Gemm {
         bf16_dot.map_or(Gemm::Plain, Gemm::Bf16)
     }
 
+    /// The same scores, with sums in which a weight of zero adds nothing.
+    pub(crate) fn nan_safe(self) -> Self {
+        Gemm::NanSafe(self.dot_in_pairs())
+    }
+
+    /// What computes dp = do·vᵀ: in the careful pass with numbers, which a sum of pairs could not be kept from overflowing.
+    pub(crate) fn of_gradients(self) -> Self {
+        if let Gemm::NanSafe(_) = self { Gemm::NanSafe(None) } else { self }
+    }
+
+    /// What multiplies rows with panels, if that goes by pairs.
     #[inline(always)]
-    pub(crate) fn bf16_dot(self) -> Option<Bf16Dot> {
+    pub(crate) fn dot_in_pairs(self) -> Option<Bf16Dot> {
+        match self {
+            Gemm::Bf16(dot) => Some(dot),
+            Gemm::NanSafe(dot) => dot,
+            Gemm::Plain => None,
+        }
+    }
+
+    /// What sums over rows, if that goes by pairs.
+    #[inline(always)]
+    pub(crate) fn sum_in_pairs(self) -> Option<Bf16Dot> {
         if let Gemm::Bf16(dot) = self { Some(dot) } else { None }
     }
 
-    /// Operands that `count` numbers of a row are; each takes the room of a number.
+    /// Rows of a panel for a row of `dim` numbers.
     #[inline(always)]
-    pub(crate) fn operands(self, count: usize) -> usize {
-        if self.bf16_dot().is_some() { count.div_ceil(2) } else { count }
+    pub(crate) fn panel_rows(self, dim: usize) -> usize {
+        if self.dot_in_pairs().is_some() { dim.div_ceil(2) } else { dim }
     }
 
-    /// Rows as panels \[operands(dim)\]\[W\]. If they are pairs, [`Gemm::dot_products`] multiplies by the factor, not this.
+    /// Operands that `count` numbers to sum over are; each takes the room of a number.
+    #[inline(always)]
+    pub(crate) fn operands(self, count: usize) -> usize {
+        if self.sum_in_pairs().is_some() { count.div_ceil(2) } else { count }
+    }
+
+    /// Rows as panels \[panel_rows(dim)\]\[W\]. If they are pairs, [`Gemm::dot_products`] multiplies by the factor, not this.
     /// `scratch` has room for the rows of a panel.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)] // those of `pack`
@@ -82,9 +110,9 @@ impl Gemm {
         scratch: &mut [R],
         panels: &mut [R],
     ) {
-        match self {
-            Gemm::Bf16(_) => pack_pairs::<R, S>(simd, source, at, range, scratch, panels),
-            _ => pack::<R, S>(simd, source, at, range, factor, scratch, panels),
+        match self.dot_in_pairs() {
+            Some(_) => pack_pairs::<R, S>(simd, source, at, range, scratch, panels),
+            None => pack::<R, S>(simd, source, at, range, factor, scratch, panels),
         }
     }
 
@@ -97,9 +125,9 @@ impl Gemm {
         range: Range<usize>,
         scratch: &'m mut [R],
     ) -> DotRows<'m, R> {
-        match self {
-            Gemm::Bf16(_) => DotRows::Bf16(source.bf16_rows(at, range).expect("a tensor of bf16")),
-            _ => DotRows::Floats(source.rows(at, range, scratch)),
+        match self.dot_in_pairs() {
+            Some(_) => DotRows::Bf16(source.bf16_rows(at, range).expect("a tensor of bf16")),
+            None => DotRows::Floats(source.rows(at, range, scratch)),
         }
     }
 
@@ -115,12 +143,12 @@ impl Gemm {
         scores: MatrixMut<R>,
         largest: &mut Row<R, S>,
     ) {
-        match (self, rows) {
-            (Gemm::Bf16(dot), DotRows::Bf16(rows)) => {
+        match (self.dot_in_pairs(), rows) {
+            (Some(dot), DotRows::Bf16(rows)) => {
                 let largest = cast_slice_mut::<R::Vector<S>, f32>(largest);
                 dot.dot_products::<MAX>(factor.to_f64() as f32, cast_slice(panel), rows, scores.cast(), largest);
             }
-            (_, DotRows::Floats(rows)) => {
+            (None, DotRows::Floats(rows)) => {
                 microkernel::dot_products::<R, S, MAX>(simd, panel, rows, scores, largest);
             }
             _ => unreachable!("rows and products of the same kind"),
@@ -139,7 +167,7 @@ impl Gemm {
         range: Range<usize>,
         scratch: &'m mut [R],
     ) -> Matrix<'m, R> {
-        let Some(dot) = self.bf16_dot() else { return source.rows(at, range, scratch) };
+        let Some(dot) = self.sum_in_pairs() else { return source.rows(at, range, scratch) };
         let rows = source.bf16_rows(at, range).expect("a tensor of bf16");
         let (pairs, dim, stride) = (rows.rows().div_ceil(2), rows.columns(), pad(rows.columns()));
         dot.interleave(rows, MatrixMut::new(&mut *scratch, pairs, stride, stride).cast());
@@ -162,7 +190,7 @@ impl Gemm {
         let count = self.operands(range.len());
         let (rows, behind) = to.split_at_mut(count * stride);
         behind.fill(R::ZERO);
-        if let Some(dot) = self.bf16_dot() {
+        if let Some(dot) = self.sum_in_pairs() {
             let from = source.bf16_rows(at, range.clone()).expect("a tensor of bf16");
             return dot.interleave(from, MatrixMut::new(rows, count, stride, stride).cast());
         }
@@ -177,7 +205,7 @@ impl Gemm {
     /// How many rows those to sum over have to be shifted by, so that the one that is `skip` behind the first starts a pair.
     #[inline(always)]
     pub(crate) fn phase(self, skip: usize) -> usize {
-        if self.bf16_dot().is_some() { skip % 2 } else { 0 }
+        if self.sum_in_pairs().is_some() { skip % 2 } else { 0 }
     }
 
     /// panel\[c\]\[W\] = factor\[W\] · panel\[c\]\[W\] + Σ_j rows\[j\]\[c\] · weights\[j\]\[W\]. Overwrites the weights.
@@ -192,7 +220,7 @@ impl Gemm {
     ) {
         match self {
             Gemm::Plain => microkernel::accumulate::<R, S>(simd, panel, factor, rows, weights.as_ref()),
-            Gemm::NanSafe => nan_safe::accumulate::<R, S>(simd, panel, factor, rows, weights.as_ref()),
+            Gemm::NanSafe(_) => nan_safe::accumulate::<R, S>(simd, panel, factor, rows, weights.as_ref()),
             Gemm::Bf16(dot) => {
                 let weights = dot.narrow_down(weights.cast());
                 let factor = cast_slice::<R::Vector<S>, f32>(&factor);
@@ -214,7 +242,7 @@ impl Gemm {
     ) {
         match self {
             Gemm::Plain => microkernel::outer_products::<R, S>(simd, out, weights, rows),
-            Gemm::NanSafe => nan_safe::outer_products::<R, S>(simd, out, weights, rows),
+            Gemm::NanSafe(_) => nan_safe::outer_products::<R, S>(simd, out, weights, rows),
             Gemm::Bf16(dot) => {
                 dot.outer_products(factor.to_f64() as f32, out.cast(), weights.cast(), rows.cast());
             }

@@ -1,21 +1,11 @@
-//! What the mask hides may hold anything, infinite numbers and NaN included, and must not change a result.
-//!
-//! A hidden key has a weight of zero, but zero times infinity is NaN. Comparing each weight with zero would be slow, so each
-//! pass computes with the plain kernels first. Only if a result is not finite and there is a mask, which
-//! [`must_repeat`] decides, it computes again with the kernels of this file, in which a weight of zero adds nothing.
-//! On data that is finite, both give the same bits. A result that is still not finite comes from a visible key, as it should.
+//! Sums to which a weight of zero adds nothing, even if its row is infinite or NaN: those of the [careful](crate::careful)
+//! pass. Comparing each weight with zero is slow. On data that is finite, these give the same bits as the microkernels.
 
 use pulp::Simd;
 
 use crate::gemm::microkernel::{Row, VECTORS};
-use crate::mask::Rule;
 use crate::matrix::{Matrix, MatrixMut};
-use crate::simd::{SimdFloat, as_vectors, as_vectors_mut, load};
-
-/// Whether a pass with the plain kernels has to be repeated with the NaN-safe ones.
-pub(crate) fn must_repeat(mask: &Rule, is_finite: bool) -> bool {
-    !is_finite && !mask.is_full()
-}
+use crate::simd::{SimdFloat, as_vectors, as_vectors_mut, load, load_up_to, store_up_to};
 
 /// Whether all numbers are finite.
 #[inline(always)]
@@ -71,12 +61,16 @@ pub(crate) fn outer_products<R: SimdFloat, S: Simd>(
     }
 }
 
-/// sums\[c\] += Σ_j weights\[j\] · rows\[j\]\[c\], where a weight of zero adds nothing, even if the row is infinite or NaN: the
-/// values of one query.
-pub(crate) fn add_rows<R: SimdFloat>(sums: &mut [R], weights: &[R], rows: Matrix<R>) {
-    for (j, &weight) in weights.iter().enumerate() {
-        if weight != R::ZERO {
-            sums.iter_mut().zip(rows.row(j)).for_each(|(sum, x)| *sum += weight * *x);
+/// sums\[c\] += Σ_j weights\[j\] · rows\[j\]\[c\] for the values of one query. To the last bit as decoding adds them, but a weight
+/// of zero adds nothing, even if the row is infinite or NaN.
+#[inline(always)]
+pub(crate) fn add_rows<R: SimdFloat, S: Simd>(simd: S, sums: &mut [R], weights: &[R], rows: Matrix<R>) {
+    let lanes = R::lanes::<S>();
+    for (j, &weight) in weights.iter().enumerate().filter(|(_, weight)| **weight != R::ZERO) {
+        let weight = R::splat(simd, weight);
+        for (sums, row) in sums.chunks_mut(lanes).zip(rows.row(j).chunks(lanes)) {
+            let (sum, x) = (load_up_to::<R, S>(simd, sums), load_up_to::<R, S>(simd, row));
+            store_up_to::<R, S>(sums, R::mul_add(simd, x, weight, sum));
         }
     }
 }
@@ -107,7 +101,7 @@ mod tests {
         let target = MatrixMut::new(&mut out, 1, lanes, lanes);
         outer_products(simd, target, Matrix::new(&weights, 1, 2, 2), Matrix::new(&rows, 2, lanes, lanes));
         assert!(out.iter().all(|&x| x == R::ONE));
-        add_rows(&mut out, &weights, Matrix::new(&rows, 2, lanes, lanes));
+        add_rows(simd, &mut out, &weights, Matrix::new(&rows, 2, lanes, lanes));
         assert!(out.iter().all(|&x| x.to_f64() == 2.0));
         assert!(all_finite(&out) && !all_finite(&rows));
     }
@@ -118,12 +112,5 @@ mod tests {
             check::<f32, S>(simd);
             check::<f64, S>(simd);
         });
-    }
-
-    #[test]
-    fn only_a_mask_can_hide_something() {
-        let causal = Rule::Band { below: None, above: Some(0), offset: None };
-        assert!(must_repeat(&causal, false));
-        assert!(!must_repeat(&causal, true) && !must_repeat(&Rule::Full, false));
     }
 }

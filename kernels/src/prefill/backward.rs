@@ -6,6 +6,9 @@
 //! | p = exp(s - lse) | ds = p ∘ (dp - δ), where δ = Σ do ∘ o - dlse |
 //! | o = (p ∘ drop)·v | dp = drop ∘ do·vᵀ, dv = (p ∘ drop)ᵀ·do |
 //!
+//! The scores are those of the forward pass to the last bit, computed by the same kernel in the same order: p = exp(s - lse)
+//! would magnify a difference of two roundings where scores are large.
+//!
 //! Source: Dao, "FlashAttention-2" (2023), algorithm 2; the term with dlse from d lse / ds = p.
 
 use std::ops::Range;
@@ -15,16 +18,18 @@ use pulp::{Simd, WithSimd};
 
 use super::backward_pieces::{BlockPieces, Pieces};
 use super::gradients::{Gradients, QueryRow};
+use crate::careful::{Headroom, times_power_of_two};
+use crate::decode::microkernel::dot_products as decode_dot_products;
 use crate::dtype::Source;
 use crate::error::Error;
-use crate::gemm::microkernel::{VECTORS, panel_width};
+use crate::gemm::microkernel::{VECTORS, pad, panel_width};
 use crate::gemm::{DotRows, Gemm};
 use crate::mask::Coverage;
 use crate::matrix::{Matrix, MatrixMut};
 use crate::operands::Operands;
 use crate::score_mods::{Tile, softcap_gradient};
 use crate::simd::SimdFloat;
-use crate::softmax::weights_and_gradients;
+use crate::softmax::{RowStatistics, weights_and_gradients};
 use crate::tiles::{BackwardTiles, MAX_PANELS};
 
 /// A task: the keys `keys` of one key head, and all queries that look at them.
@@ -38,8 +43,10 @@ pub(crate) struct Backward<'a, R> {
     pub(crate) sequence: usize,
     pub(crate) kv_head: usize,
     pub(crate) keys: Range<usize>,
-    /// Whether to compute with the NaN-safe kernels.
-    pub(crate) nan_safe: bool,
+    /// Whether the forward pass has decoded.
+    pub(crate) is_decoded: bool,
+    /// In the careful pass, what keeps the sums from overflowing.
+    pub(crate) careful: Option<Headroom>,
     pub(crate) gradients: Gradients<'a, R>,
     /// Set if a result is not finite.
     pub(crate) is_not_finite: &'a AtomicBool,
@@ -54,14 +61,13 @@ struct TileRows<'m, R> {
 
 /// What a task keeps for one panel, and for a tile of it.
 struct TilePanels<'s, R> {
-    /// \[operands(d)\]\[W\]
+    /// \[panel_rows(d)\]\[W\]
     queries: &'s [R],
-    /// \[operands(value_dim)\]\[W\]
+    /// The same queries as rows of pad(d), if they have been decoded, and room for their scores.
+    decode: Option<(Matrix<'s, R>, &'s mut [R])>,
+    /// \[panel_rows(value_dim)\]\[W\]
     grads: &'s [R],
-    /// \[W\]
-    logsumexp: &'s [R],
-    /// \[W\]
-    delta: &'s [R],
+    rows: RowStatistics<'s, R>,
     /// \[key\]\[W\], with a softcap.
     tanhs: Option<MatrixMut<'s, R>>,
     /// \[key\]\[W\], with dropout.
@@ -75,18 +81,20 @@ impl<R: SimdFloat> WithSimd for Backward<'_, R> {
     fn with_simd<S: Simd>(mut self, simd: S) -> Result<(), Error> {
         let operands = self.operands;
         let (d, dv, q_len) = (operands.dim, operands.value_dim, operands.shape.q_len);
-        let gemm = if self.nan_safe { Gemm::NanSafe } else { Gemm::new::<S>(operands.is_bf16, d, dv) };
-        let mut scratch = None;
-        let mut pieces = Pieces::new(operands, self.tiles, self.keys.len(), gemm, panel_width::<R, S>(), &mut scratch)?;
+        let gemm = Gemm::new::<S>(operands.is_bf16 && !self.is_decoded, d, dv);
+        let gemm = if self.careful.is_some() { gemm.nan_safe() } else { gemm };
+        let (width, mut scratch) = (panel_width::<R, S>(), None);
+        let (tiles, keys) = (self.tiles, self.keys.len());
+        let mut pieces = Pieces::new(operands, tiles, keys, gemm, width, self.is_decoded, &mut scratch)?;
         pieces.grad_keys.fill(R::ZERO);
         pieces.grad_values.fill(R::ZERO);
-        let (group, block) = (operands.group, self.tiles.panels * panel_width::<R, S>());
+        let (group, block) = (operands.group, self.tiles.panels * width);
         for head in self.kv_head * group..(self.kv_head + 1) * group {
             for start in (0..q_len).step_by(block) {
                 self.query_block(simd, gemm, head, start..(start + block).min(q_len), &mut pieces);
             }
         }
-        self.write_grad_keys_and_values(&pieces);
+        self.write_grad_keys_and_values(&mut pieces);
         Ok(())
     }
 }
@@ -126,19 +134,19 @@ impl<R: SimdFloat> Backward<'_, R> {
     #[inline(always)]
     fn pack<S: Simd>(&self, simd: S, gemm: Gemm, at: (usize, usize), queries: &Range<usize>, pieces: &mut Pieces<R>) {
         let (operands, block) = (self.operands, &mut pieces.block);
-        let (scale, one) = (R::from_f64(operands.scale), R::ONE);
+        let (scale, of_grads) = (R::from_f64(operands.scale), times_power_of_two(R::ONE, -self.headroom().grads));
         // A block of keys is at least as long as one of queries, so that its memory serves to widen them.
         gemm.pack::<R, S>(simd, operands.q, at, queries, scale, pieces.keys, block.queries);
-        gemm.pack::<R, S>(simd, self.grad_context, at, queries, one, pieces.values, block.grads);
+        gemm.of_gradients().pack::<R, S>(simd, self.grad_context, at, queries, of_grads, pieces.values, block.grads);
         gemm.query_rows(operands.q, at, queries, scale, pieces.keys, block.query_rows);
-        gemm.query_rows(self.grad_context, at, queries, one, pieces.values, block.grad_rows);
+        gemm.query_rows(self.grad_context, at, queries, of_grads, pieces.values, block.grad_rows);
         block.grad_queries.fill(R::ZERO);
         let shape = operands.shape;
         let rows = &self.rows[(at.0 * shape.num_heads + at.1) * shape.q_len..][queries.clone()];
-        let missing = QueryRow { logsumexp: R::INFINITY, delta: R::ZERO };
-        let rows = rows.iter().copied().chain(std::iter::repeat(missing));
-        for (row, (logsumexp, delta)) in rows.zip(block.logsumexp.iter_mut().zip(&mut *block.delta)) {
-            (*logsumexp, *delta) = (row.logsumexp, row.delta);
+        let missing = QueryRow { largest: R::INFINITY, log_total: R::ZERO, delta: R::ZERO };
+        for i in 0..block.delta.len() {
+            let row = rows.get(i).copied().unwrap_or(missing);
+            (block.largest[i], block.log_total[i], block.delta[i]) = (row.largest, row.log_total, row.delta);
         }
     }
 
@@ -157,7 +165,7 @@ impl<R: SimdFloat> Backward<'_, R> {
         let width = panel_width::<R, S>();
         let kv_at = (at.0, self.kv_head);
         let keys = gemm.dot_rows(operands.k, kv_at, block.clone(), pieces.keys);
-        let values = gemm.dot_rows(operands.v, kv_at, block.clone(), pieces.values);
+        let values = gemm.of_gradients().dot_rows(operands.v, kv_at, block.clone(), pieces.values);
         let mut keys_to_sum = match keys {
             DotRows::Floats(rows) => rows,
             DotRows::Bf16(_) => gemm.sum_rows(operands.k, kv_at, block.clone(), pieces.keys_to_sum),
@@ -256,7 +264,7 @@ impl<R: SimdFloat> Backward<'_, R> {
         let packed_weights = MatrixMut::new(&mut block.weights[first..], count, row, stride);
         let packed_grads = MatrixMut::new(&mut block.grad_scores[first..], count, row, stride);
         // Numbers that will be pairs are computed elsewhere.
-        let (mut weights, mut grads, pairs) = match gemm.bf16_dot() {
+        let (mut weights, mut grads, pairs) = match gemm.sum_in_pairs() {
             Some(dot) => (
                 MatrixMut::new(block.tile_weights, count, width, width),
                 MatrixMut::new(block.tile_grads, count, width, width),
@@ -264,11 +272,19 @@ impl<R: SimdFloat> Backward<'_, R> {
             ),
             None => (packed_weights, packed_grads, None),
         };
+        let lanes = panel * width..(panel + 1) * width;
+        let queries = &block.query_rows[lanes.start * pad(d)..];
         let panels = TilePanels {
-            queries: &block.queries[panel * gemm.operands(d) * width..],
-            grads: &block.grads[panel * gemm.operands(dv) * width..],
-            logsumexp: &block.logsumexp[panel * width..],
-            delta: &block.delta[panel * width..],
+            queries: &block.queries[panel * gemm.panel_rows(d) * width..],
+            decode: self
+                .is_decoded
+                .then(|| (Matrix::new(queries, tile.queries, pad(d), pad(d)), &mut *block.decoded_scores)),
+            grads: &block.grads[panel * gemm.of_gradients().panel_rows(dv) * width..],
+            rows: RowStatistics {
+                largest: &block.largest[lanes.clone()],
+                log_total: &block.log_total[lanes.clone()],
+                delta: &block.delta[lanes],
+            },
             tanhs: operands.softcap.map(|_| MatrixMut::new(block.tanhs, count, width, width)),
             factors: operands.dropout.map(|_| MatrixMut::new(block.factors, count, width, width)),
         };
@@ -306,32 +322,68 @@ impl<R: SimdFloat> Backward<'_, R> {
 
         // s = scale · q·kᵀ
         let scale = R::from_f64(operands.scale);
-        gemm.dot_products::<R, S, false>(simd, scale, panels.queries, rows.keys, weights.reborrow(), &mut unused);
+        match (panels.decode, rows.keys) {
+            (Some((queries, scores)), DotRows::Floats(keys)) => {
+                decoded_scores(simd, keys, queries, scores, weights.reborrow());
+            }
+            (_, keys) => {
+                gemm.dot_products::<R, S, false>(simd, scale, panels.queries, keys, weights.reborrow(), &mut unused);
+            }
+        }
         let tanhs = panels.tanhs.as_mut().map(MatrixMut::reborrow);
-        tile.modify(simd, operands, coverage, weights.reborrow(), tanhs);
+        tile.modify(simd, operands, coverage, self.careful.is_some(), weights.reborrow(), tanhs);
 
         // dp = do·vᵀ
-        gemm.dot_products::<R, S, false>(simd, R::ONE, panels.grads, rows.values, grads.reborrow(), &mut unused);
+        let (of_gradients, grads_of) = (gemm.of_gradients(), grads.reborrow());
+        of_gradients.dot_products::<R, S, false>(simd, R::ONE, panels.grads, rows.values, grads_of, &mut unused);
 
         // p = exp(s - lse), ds = p ∘ (drop ∘ dp - δ)
         if let Some(factors) = &mut panels.factors {
             tile.dropout_factors(simd, operands, factors.reborrow());
         }
         let factors = panels.factors.as_ref().map(MatrixMut::as_ref);
-        let (logsumexp, delta) = (panels.logsumexp, panels.delta);
-        weights_and_gradients::<R, S>(simd, logsumexp, delta, weights.reborrow(), grads.reborrow(), factors);
-        if self.nan_safe {
+        if self.careful.is_some() {
+            weights_and_gradients::<R, S, true>(simd, panels.rows, weights.reborrow(), grads.reborrow(), factors);
             tile.zero_hidden(operands, coverage, weights.reborrow());
             tile.zero_hidden(operands, coverage, grads.reborrow());
+        } else {
+            weights_and_gradients::<R, S, false>(simd, panels.rows, weights.reborrow(), grads.reborrow(), factors);
         }
         if let Some(bias) = &mut self.gradients.bias {
             bias.add(simd, tile, grads.as_ref());
         }
         if let Some(tanhs) = panels.tanhs {
             softcap_gradient::<R, S>(simd, tanhs.as_ref(), grads.reborrow());
-            if self.nan_safe {
-                tile.zero_hidden(operands, coverage, grads.reborrow());
-            }
         }
+        if let Some(headroom) = self.careful {
+            // tanh of a hidden score can be NaN.
+            tile.zero_hidden(operands, coverage, grads.reborrow());
+            let factor = times_power_of_two(R::ONE, -headroom.scores);
+            (0..grads.rows()).for_each(|j| grads.row(j).iter_mut().for_each(|grad| *grad *= factor));
+        }
+    }
+
+    /// What the numbers have been made smaller by.
+    #[inline(always)]
+    pub(super) fn headroom(&self) -> Headroom {
+        self.careful.unwrap_or_default()
+    }
+}
+
+/// The scores \[key\]\[W\] as [`decode`](crate::decode) computes them, from rows of queries. `scratch` has room for them.
+#[inline(always)]
+fn decoded_scores<R: SimdFloat, S: Simd>(
+    simd: S,
+    keys: Matrix<R>,
+    queries: Matrix<R>,
+    scratch: &mut [R],
+    mut scores: MatrixMut<R>,
+) {
+    let (count, rows) = (keys.rows(), queries.rows());
+    decode_dot_products(simd, keys, queries, MatrixMut::new(scratch, rows, count, count));
+    for j in 0..count {
+        let row = scores.row(j);
+        row.fill(R::ZERO);
+        row.iter_mut().take(rows).enumerate().for_each(|(i, score)| *score = scratch[i * count + j]);
     }
 }

@@ -13,7 +13,7 @@ pub(super) struct Pieces<'s, R> {
     pub(super) block: BlockPieces<'s, R>,
     /// The keys of a block, widened.
     pub(super) keys: &'s mut [R],
-    /// The keys of a block, interleaved, if they are pairs.
+    /// The keys of a block to sum over, if those to multiply with a panel are pairs.
     pub(super) keys_to_sum: &'s mut [R],
     /// The values of a block, widened.
     pub(super) values: &'s mut [R],
@@ -25,9 +25,9 @@ pub(super) struct Pieces<'s, R> {
 
 /// What a task keeps for a block of queries.
 pub(super) struct BlockPieces<'s, R> {
-    /// \[operands(d)\]\[W\] for each panel.
+    /// \[panel_rows(d)\]\[W\] for each panel.
     pub(super) queries: &'s mut [R],
-    /// \[operands(value_dim)\]\[W\] for each panel.
+    /// \[panel_rows(value_dim)\]\[W\] for each panel.
     pub(super) grads: &'s mut [R],
     /// \[d\]\[W\] for each panel.
     pub(super) grad_queries: &'s mut [R],
@@ -43,12 +43,16 @@ pub(super) struct BlockPieces<'s, R> {
     pub(super) tile_weights: &'s mut [R],
     /// \[key\]\[W\]
     pub(super) tile_grads: &'s mut [R],
+    /// \[query\]\[key\]: scores, before they are transposed.
+    pub(super) decoded_scores: &'s mut [R],
     /// \[key\]\[W\], with a softcap.
     pub(super) tanhs: &'s mut [R],
     /// \[key\]\[W\], with dropout.
     pub(super) factors: &'s mut [R],
+    /// \[W\] for each panel, as the two below.
+    pub(super) largest: &'s mut [R],
     /// \[W\] for each panel.
-    pub(super) logsumexp: &'s mut [R],
+    pub(super) log_total: &'s mut [R],
     /// \[W\] for each panel.
     pub(super) delta: &'s mut [R],
 }
@@ -56,17 +60,19 @@ pub(super) struct BlockPieces<'s, R> {
 impl<'s, R: SimdFloat> Pieces<'s, R> {
     /// Memory for a task of `key_count` keys, and blocks of queries in panels of `width`.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // what its sizes depend on
     pub(super) fn new(
         operands: &Operands<R>,
         BackwardTiles { panels, keys: count, .. }: BackwardTiles,
         key_count: usize,
         gemm: Gemm,
         width: usize,
+        is_decoded: bool,
         scratch: &'s mut Option<Scratch>,
     ) -> Result<Self, Error> {
         let (d, dv, block) = (operands.dim, operands.value_dim, panels * width);
         let if_wanted = |wanted: bool| if wanted { count * width } else { 0 };
-        let is_bf16 = gemm.bf16_dot().is_some();
+        let (dot_in_pairs, sum_in_pairs) = (gemm.dot_in_pairs().is_some(), gemm.sum_in_pairs().is_some());
         pieces!(
             scratch, R:
             queries: d * block,
@@ -76,16 +82,18 @@ impl<'s, R: SimdFloat> Pieces<'s, R> {
             grad_rows: pad(dv) * block,
             weights: count * block,
             grad_scores: count * block,
-            tile_weights: if_wanted(is_bf16),
-            tile_grads: if_wanted(is_bf16),
+            tile_weights: if_wanted(sum_in_pairs),
+            tile_grads: if_wanted(sum_in_pairs),
+            decoded_scores: if_wanted(is_decoded),
             tanhs: if_wanted(operands.softcap.is_some()),
             factors: if_wanted(operands.dropout.is_some()),
             keys: count * pad(d),
-            keys_to_sum: if is_bf16 { count * pad(d) } else { 0 },
+            keys_to_sum: if dot_in_pairs { count * pad(d) } else { 0 },
             values: count * dv,
             grad_keys: pad(d) * key_count,
             grad_values: pad(dv) * key_count,
-            logsumexp: block,
+            largest: block,
+            log_total: block,
             delta: block,
         );
         let block = BlockPieces {
@@ -98,9 +106,11 @@ impl<'s, R: SimdFloat> Pieces<'s, R> {
             grad_scores,
             tile_weights,
             tile_grads,
+            decoded_scores,
             tanhs,
             factors,
-            logsumexp,
+            largest,
+            log_total,
             delta,
         };
         Ok(Self { block, keys, keys_to_sum, values, grad_keys, grad_values })

@@ -7,6 +7,7 @@ use pulp::Simd;
 
 use super::backward::Backward;
 use super::backward_pieces::Pieces;
+use crate::careful::times_power_of_two;
 use crate::gemm::Gemm;
 use crate::gemm::microkernel::{pad, panel_width};
 use crate::gemm::nan_safe::all_finite;
@@ -51,8 +52,12 @@ impl<R: SimdFloat> Backward<'_, R> {
         }
     }
 
-    pub(super) fn write_grad_keys_and_values(&mut self, pieces: &Pieces<R>) {
+    pub(super) fn write_grad_keys_and_values(&mut self, pieces: &mut Pieces<R>) {
         let (d, dv, count) = (self.operands.dim, self.operands.value_dim, self.keys.len());
+        if let Some(headroom) = self.careful {
+            pieces.grad_keys.iter_mut().for_each(|x| *x = times_power_of_two(*x, headroom.grads + headroom.scores));
+            pieces.grad_values.iter_mut().for_each(|x| *x = times_power_of_two(*x, headroom.grads));
+        }
         self.look_at(pieces.grad_keys);
         self.look_at(pieces.grad_values);
         self.gradients.k.write(0, Matrix::new(pieces.grad_keys, count, d, pad(d)));

@@ -7,10 +7,12 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
+use crate::alloc::copy_of;
+use crate::careful::{exponent_above, keep_finite, quotient, times_power_of_two};
 use crate::dtype::Sink;
 use crate::error::Error;
 use crate::gemm::microkernel::{pad, panel_width};
-use crate::gemm::nan_safe::{all_finite, must_repeat};
+use crate::gemm::nan_safe::all_finite;
 use crate::gemm::pack::unpack;
 use crate::gemm::{DotRows, Gemm};
 use crate::mask::Coverage;
@@ -19,7 +21,7 @@ use crate::operands::Operands;
 use crate::score_mods::Tile;
 use crate::scratch::{Scratch, pieces};
 use crate::simd::SimdFloat;
-use crate::softmax::{inverse_and_logsumexp, maxima, online_update, panel_row};
+use crate::softmax::{LogSumExp, inverse_of_total, maxima, online_update, panel_row};
 use crate::tiles::ForwardTiles;
 
 /// A task: the queries `queries` of one head.
@@ -32,19 +34,29 @@ pub(crate) struct Forward<'a, R> {
     /// A row of value_dim for each query.
     pub(crate) context: &'a mut dyn Sink<R>,
     /// One for each query.
-    pub(crate) logsumexp: &'a mut [MaybeUninit<R>],
+    pub(crate) logsumexp: &'a mut [MaybeUninit<LogSumExp<R>>],
+}
+
+/// How a task computes.
+#[derive(Clone, Copy)]
+struct Way<R> {
+    gemm: Gemm,
+    /// What the weights are multiplied by in the careful pass, so that no sum over them overflows.
+    shrink: Option<R>,
 }
 
 /// What a task keeps for its panels, each piece panel after panel.
 struct Panels<'s, R> {
-    /// \[operands(d)\]\[W\]
+    /// \[panel_rows(d)\]\[W\]
     queries: &'s mut [R],
-    /// \[value_dim\]\[W\], not yet divided by the total
+    /// \[value_dim\]\[W\]: weighted sums of values, at the end divided by the total
     sums: &'s mut [R],
     /// \[W\]: the greatest score so far
     largest: &'s mut [R],
     /// \[W\]: the sum of exponentials so far
     total: &'s mut [R],
+    /// \[W\]: what the sums are multiplied by at the end
+    inverse: &'s mut [R],
     tile: TilePieces<'s, R>,
     /// The keys of a block, widened
     keys: &'s mut [R],
@@ -83,29 +95,45 @@ impl<R: SimdFloat> WithSimd for Forward<'_, R> {
             sums: dv * width * count,
             largest: width * count,
             total: width * count,
+            inverse: width * count,
             scores: keys * width,
             factors: if self.operands.dropout.is_some() { keys * width } else { 0 },
             keys: keys * d,
             values: keys * pad(dv),
         );
         let tile = TilePieces { scores, factors };
-        let mut panels = Panels { queries, sums, largest, total, tile, keys, values };
-        self.over_keys(simd, Gemm::new::<S>(self.operands.is_bf16, d, dv), &mut panels);
-        let is_finite = self.finish(simd, &mut panels);
-        if must_repeat(self.operands.mask, is_finite) {
-            self.over_keys(simd, Gemm::NanSafe, &mut panels);
-            self.finish(simd, &mut panels);
+        let mut panels = Panels { queries, sums, largest, total, inverse, tile, keys, values };
+        let gemm = Gemm::new::<S>(self.operands.is_bf16, d, dv);
+        self.over_keys(simd, Way { gemm, shrink: None }, &mut panels);
+        self.divide::<S>(0, &mut panels);
+        if self.must_repeat::<S>(&panels) {
+            self.carefully(simd, gemm, &mut panels)?;
         }
+        self.write(simd, &mut panels);
         Ok(())
     }
 }
 
 impl<R: SimdFloat> Forward<'_, R> {
+    /// The careful pass, whose results take the place of those that are not finite.
+    #[inline(never)]
+    fn carefully<S: Simd>(&mut self, simd: S, gemm: Gemm, panels: &mut Panels<R>) -> Result<(), Error> {
+        let fast = copy_of("sums of a task", panels.sums)?;
+        let operands = self.operands;
+        let kept = operands.dropout.map_or(1.0, |dropout| 1.0 - dropout.p);
+        let exponent = exponent_above(operands.shape.kv_len as f64 / kept) + 1;
+        let gemm = if operands.hides() { gemm.nan_safe() } else { gemm };
+        self.over_keys(simd, Way { gemm, shrink: Some(times_power_of_two(R::ONE, -exponent)) }, panels);
+        self.divide::<S>(exponent, panels);
+        keep_finite(&fast, panels.sums, R::is_finite);
+        Ok(())
+    }
+
     #[inline(always)]
-    fn over_keys<S: Simd>(&self, simd: S, gemm: Gemm, panels: &mut Panels<R>) {
+    fn over_keys<S: Simd>(&self, simd: S, way: Way<R>, panels: &mut Panels<R>) {
         let operands = self.operands;
         let scale = R::from_f64(operands.scale);
-        gemm.pack::<R, S>(simd, operands.q, self.at, &self.queries, scale, panels.keys, panels.queries);
+        way.gemm.pack::<R, S>(simd, operands.q, self.at, &self.queries, scale, panels.keys, panels.queries);
         panels.sums.fill(R::ZERO);
         panels.largest.fill(R::LOWEST);
         panels.total.fill(R::ZERO);
@@ -114,15 +142,15 @@ impl<R: SimdFloat> Forward<'_, R> {
             let block = start..(start + self.tiles.keys).min(kv_len);
             let (block, _) = operands.visible(self.at, &self.queries, block);
             if !block.is_empty() {
-                self.block(simd, gemm, block, panels);
+                self.block(simd, way, block, panels);
             }
         }
     }
 
     /// All panels against one block of keys.
     #[inline(always)]
-    fn block<S: Simd>(&self, simd: S, gemm: Gemm, block: Range<usize>, panels: &mut Panels<R>) {
-        let operands = self.operands;
+    fn block<S: Simd>(&self, simd: S, way: Way<R>, block: Range<usize>, panels: &mut Panels<R>) {
+        let (operands, gemm) = (self.operands, way.gemm);
         let (width, d, dv) = (panel_width::<R, S>(), operands.dim, operands.value_dim);
         let kv_at = (self.at.0, self.at.1 / operands.group);
         let keys = gemm.dot_rows(operands.k, kv_at, block.clone(), panels.keys);
@@ -144,12 +172,12 @@ impl<R: SimdFloat> Forward<'_, R> {
             let values = values.skip(gemm.operands(skip - phase));
             let tile = Tile { at: self.at, first_query, queries: queries.len(), keys: visible };
             let panel = Panel {
-                queries: &panels.queries[panel * gemm.operands(d) * width..],
+                queries: &panels.queries[panel * gemm.panel_rows(d) * width..],
                 sums: &mut panels.sums[panel * dv * width..],
                 largest: &mut panels.largest[panel * width..],
                 total: &mut panels.total[panel * width..],
             };
-            self.tile(simd, gemm, &tile, coverage, panel, (keys, values), &mut panels.tile);
+            self.tile(simd, way, &tile, coverage, panel, (keys, values), &mut panels.tile);
         }
     }
 
@@ -159,7 +187,7 @@ impl<R: SimdFloat> Forward<'_, R> {
     fn tile<S: Simd>(
         &self,
         simd: S,
-        gemm: Gemm,
+        Way { gemm, shrink }: Way<R>,
         tile: &Tile,
         coverage: Coverage,
         panel: Panel<R>,
@@ -173,7 +201,7 @@ impl<R: SimdFloat> Forward<'_, R> {
         let mut largest = *panel_row::<R, S>(panel.largest);
         if operands.modifies(coverage) {
             gemm.dot_products::<R, S, false>(simd, scale, panel.queries, keys, scores.reborrow(), &mut largest);
-            tile.modify(simd, operands, coverage, scores.reborrow(), None);
+            tile.modify(simd, operands, coverage, shrink.is_some(), scores.reborrow(), None);
             maxima(simd, scores.as_ref(), &mut largest);
         } else {
             gemm.dot_products::<R, S, true>(simd, scale, panel.queries, keys, scores.reborrow(), &mut largest);
@@ -184,31 +212,63 @@ impl<R: SimdFloat> Forward<'_, R> {
             let weights = pieces.scores[..count * width].iter_mut();
             weights.zip(&*pieces.factors).for_each(|(weight, factor)| *weight *= *factor);
         }
+        if let Some(shrink) = shrink {
+            pieces.scores[..count * width].iter_mut().for_each(|weight| *weight *= shrink);
+        }
         let weights = MatrixMut::new(pieces.scores, count, width, width);
         gemm.accumulate::<R, S>(simd, panel.sums, factor, values, weights);
     }
 
-    /// Divides by the totals and writes the results. Says whether all of them are finite.
+    /// Divides the sums by the totals and multiplies them by 2^exponent, which is not zero in the careful pass.
     #[inline(always)]
-    fn finish<S: Simd>(&mut self, simd: S, panels: &mut Panels<R>) -> bool {
+    fn divide<S: Simd>(&self, exponent: i32, panels: &mut Panels<R>) {
         let (width, dv) = (panel_width::<R, S>(), self.operands.value_dim);
-        let count = self.queries.len();
+        let is_mean = self.operands.dropout.is_none();
+        for (inverse, total) in panels.inverse.iter_mut().zip(&*panels.total) {
+            *inverse = times_power_of_two(inverse_of_total(*total), exponent);
+        }
+        for (sums, inverse) in panels.sums.chunks_exact_mut(dv * width).zip(panels.inverse.chunks_exact(width)) {
+            for sums in sums.chunks_exact_mut(width) {
+                if exponent == 0 {
+                    sums.iter_mut().zip(inverse).for_each(|(sum, inverse)| *sum *= *inverse);
+                } else {
+                    let sums = sums.iter_mut().zip(inverse);
+                    sums.for_each(|(sum, inverse)| *sum = quotient(*sum, *inverse, is_mean));
+                }
+            }
+        }
+    }
+
+    /// Whether the careful pass can make a result finite that isn't.
+    #[inline(always)]
+    fn must_repeat<S: Simd>(&self, panels: &Panels<R>) -> bool {
+        let (width, dv) = (panel_width::<R, S>(), self.operands.value_dim);
+        let mut is_finite = true;
+        for (panel, sums) in panels.sums.chunks_exact(dv * width).enumerate() {
+            let count = width.min(self.queries.len() - panel * width);
+            sums.chunks_exact(width).for_each(|sums| is_finite &= all_finite(&sums[..count]));
+        }
+        if is_finite || self.operands.hides() {
+            return !is_finite;
+        }
+        // Where nothing is hidden, a log-sum-exp that isn't finite stays so, and so does the row's context.
+        let overflows = |(i, sum): (usize, &R)| {
+            let row = i / (dv * width) * width + i % width;
+            row < self.queries.len() && !sum.is_finite() && panels.total[row].is_finite()
+        };
+        panels.sums.iter().enumerate().any(overflows)
+    }
+
+    #[inline(always)]
+    fn write<S: Simd>(&mut self, simd: S, panels: &mut Panels<R>) {
+        let (width, dv, count) = (panel_width::<R, S>(), self.operands.value_dim, self.queries.len());
         assert_eq!(self.logsumexp.len(), count, "a log-sum-exp for each query");
         for (i, to) in self.logsumexp.iter_mut().enumerate() {
-            let (inverse, logsumexp) = inverse_and_logsumexp(panels.largest[i], panels.total[i]);
-            to.write(logsumexp);
-            panels.total[i] = inverse;
+            to.write(LogSumExp::new(panels.largest[i], panels.total[i].to_f64()));
         }
-        let mut is_finite = true;
-        for (panel, sums) in panels.sums.chunks_exact_mut(dv * width).enumerate() {
+        for (panel, sums) in panels.sums.chunks_exact(dv * width).enumerate() {
             let count = width.min(count - panel * width);
-            let inverse = &panels.total[panel * width..][..width];
-            for sums in sums.chunks_exact_mut(width) {
-                sums.iter_mut().zip(inverse).for_each(|(sum, inverse)| *sum *= *inverse);
-                is_finite &= all_finite(&sums[..count]);
-            }
             unpack::<R, S>(simd, sums, dv, count, R::ONE, panels.values, self.context, panel * width);
         }
-        is_finite
     }
 }

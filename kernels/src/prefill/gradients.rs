@@ -14,8 +14,10 @@ use crate::simd::SimdFloat;
 /// What is known of a query after the forward pass.
 #[derive(Clone, Copy)]
 pub(crate) struct QueryRow<R> {
-    /// Infinite for a query without keys, which makes every weight zero.
-    pub(crate) logsumexp: R,
+    /// The greatest score: infinite for a query without keys, which makes every weight zero.
+    pub(crate) largest: R,
+    /// ln Σ exp(s - largest)
+    pub(crate) log_total: R,
     /// δ = Σ do ∘ o - dlse
     pub(crate) delta: R,
 }

@@ -7,8 +7,8 @@ use attention_kernels::dropout::kept_by_dropout;
 use attention_kernels::mask::{PerSequence, Rule, ScoreShape, Table};
 use attention_kernels::philox::uniform;
 use attention_kernels::{
-    BackwardOptions, BiasView, Dropout, Element, Gradients, Incoming, Layout, Number, Output, Problem, ProblemOptions,
-    Saved, SimdFloat, View, backward, forward,
+    BackwardOptions, BiasView, Dropout, Element, Gradients, Incoming, Layout, LogSumExp, Number, Output, Problem,
+    ProblemOptions, Saved, SimdFloat, View, backward, forward,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -124,6 +124,11 @@ pub fn narrow<E: Number>(numbers: &[f64]) -> Vec<E> {
 
 pub fn to_f64<E: Number>(numbers: &[E]) -> Vec<f64> {
     numbers.iter().map(|x| x.widen().to_f64()).collect()
+}
+
+/// Log-sum-exps as numbers.
+pub fn values<R: SimdFloat + Number>(logsumexp: &[LogSumExp<R>]) -> Vec<f64> {
+    logsumexp.iter().map(|x| x.value().to_f64()).collect()
 }
 
 /// Both passes, with results of layout `layout`.
