@@ -16,6 +16,7 @@ mod every_parameter_learns;
 mod formula;
 mod golden_layer_parts;
 mod golden_multi_head;
+mod half_types;
 mod hostile;
 mod inputs;
 mod masking;
