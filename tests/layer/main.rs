@@ -20,6 +20,7 @@ mod half_types;
 mod hostile;
 mod inputs;
 mod masking;
+mod norms;
 mod outputs;
 mod parameters;
 mod positions;
