@@ -1,8 +1,8 @@
 //! Layer norm and RMS norm over the last axis, with gradients for the input and the parameters.
 //!
-//! candle's `LayerNorm::forward` and `RmsNorm::forward` have no gradient. Its differentiable forms, `layer_norm_slow` and
-//! `RmsNorm::forward_diff`, sum the gradients of the parameters in the dtype of the input, and in a half type such a sum
-//! stops growing after some hundred tokens.
+//! candle's `LayerNorm::forward` and `RmsNorm::forward` have no gradient on contiguous input. Its differentiable forms,
+//! `layer_norm_slow` and `RmsNorm::forward_diff`, sum the gradients of the parameters in the dtype of the input, and in a
+//! half type such a sum stops growing after some hundred tokens.
 
 use candle_core::{D, DType, Tensor};
 
