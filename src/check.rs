@@ -16,6 +16,11 @@ pub(crate) fn compute_dtype(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
+/// `x` in the dtype to compute in. An empty tensor keeps its dtype, since candle can't cast it on CUDA.
+pub(crate) fn widened(x: &Tensor) -> candle_core::Result<Tensor> {
+    if x.elem_count() == 0 { Ok(x.clone()) } else { x.to_dtype(compute_dtype(x.dtype())) }
+}
+
 /// Refuses any dtype but f16, bf16, f32 and f64.
 pub(crate) fn check_dtype(tensor: &'static str, dtype: DType) -> Result<(), AttentionError> {
     if is_supported(dtype) {

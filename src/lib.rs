@@ -38,8 +38,10 @@
 //! | 7 | `layer/bias_kv` | keys and values that a layer appends to the given ones |
 //! | 6 | `checkpoint` | safetensors files with their config, and the layouts of other programs |
 //! | 6 | `sdpa` | `scaled_dot_product_attention`: checks its input, then chooses the backend |
+//! | 6 | `block` | the parts of a transformer block around attention |
 //! | 5 | `sdpa/reference` | attention with every score in memory: read this first |
 //! | 5 | `sdpa/fused` | attention without a q_len x kv_len matrix: the interface to the kernels; sinks are added after them |
+//! | 4 | `block/norm` | RMS norm and layer norm |
 //! | 4 | `layer/config` | the config of a layer, and its checks |
 //! | 4 | `sdpa/checks` | the inputs of one call, checked once |
 //! | 3 | `sdpa/options` | the options and the output of attention |
@@ -59,6 +61,7 @@
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+pub mod block;
 mod check;
 pub mod checkpoint;
 mod error;

@@ -6,7 +6,7 @@
 use candle_core::{D, Tensor};
 use candle_nn::ops::softmax;
 
-use crate::check::check_dtype;
+use crate::check::{check_dtype, widened};
 use crate::error::{AttentionError, Result};
 
 /// How scores become weights.
@@ -15,7 +15,7 @@ pub enum Normalization {
     /// exp(sᵢ - max s) / Σ exp(sⱼ - max s): the usual softmax.
     #[default]
     Softmax,
-    /// exp(sᵢ) / Σ exp(sⱼ): mathematically the same, but exp overflows for scores above 88 (in f32), and the result is
+    /// exp(sᵢ) / Σ exp(sⱼ): mathematically the same, but exp overflows for scores above 88 (709 in f64), and the result is
     /// NaN. For comparison only.
     NaiveSoftmax,
     /// sᵢ / Σ sⱼ: gives noticeable weight even to low scores, and is undefined if the scores sum to zero. For
@@ -34,7 +34,8 @@ pub struct SimplifiedAttention {
     pub context: Tensor,
 }
 
-/// Self-attention without trainable weights: scores = X·Xᵀ, weights = normalised scores, context = weights·X.
+/// Self-attention without trainable weights: scores = X·Xᵀ, weights = normalised scores, context = weights·X. Half types
+/// are computed in f32, and each result is rounded once.
 ///
 /// # Shapes
 ///
@@ -63,14 +64,19 @@ pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Re
         return Err(AttentionError::Rank { tensor: "inputs", expected, shape: inputs.dims().to_vec() }.into());
     }
     check_dtype("inputs", inputs.dtype())?;
-    let inputs = inputs.contiguous()?;
+    let dtype = inputs.dtype();
+    let inputs = widened(inputs)?.contiguous()?;
     let scores = inputs.matmul(&inputs.t()?)?;
     let weights = normalize(&scores, normalization)?;
     let context = weights.matmul(&inputs)?;
-    Ok(SimplifiedAttention { scores, weights, context })
+    Ok(SimplifiedAttention {
+        scores: scores.to_dtype(dtype)?,
+        weights: weights.to_dtype(dtype)?,
+        context: context.to_dtype(dtype)?,
+    })
 }
 
-/// Makes each row (along the last axis) of `scores` sum to 1.
+/// Makes each row (along the last axis) of `scores` sum to 1. Half types are computed in f32.
 ///
 /// # Errors
 ///
@@ -94,10 +100,13 @@ pub fn normalize(scores: &Tensor, normalization: Normalization) -> Result<Tensor
     if scores.elem_count() == 0 {
         return Ok(scores.clone());
     }
+    let dtype = scores.dtype();
+    let scores = widened(scores)?;
     let share_of_sum = |x: &Tensor| x.broadcast_div(&x.sum_keepdim(D::Minus1)?);
-    Ok(match normalization {
-        Normalization::Softmax => softmax(scores, D::Minus1)?,
+    let weights = match normalization {
+        Normalization::Softmax => softmax(&scores, D::Minus1)?,
         Normalization::NaiveSoftmax => share_of_sum(&scores.exp()?)?,
-        Normalization::SumNormalized => share_of_sum(scores)?,
-    })
+        Normalization::SumNormalized => share_of_sum(&scores)?,
+    };
+    Ok(weights.to_dtype(dtype)?)
 }

@@ -1,8 +1,9 @@
 //! The transformer: token and position embedding, pre-norm blocks, a last norm, a linear head.
 
+use candle_attention::block::rms_norm;
 use candle_attention::{SelfAttention, SelfAttentionConfig, self_attention};
 use candle_core::{Result, Tensor};
-use candle_nn::{Embedding, Linear, Module, RmsNorm, VarBuilder, embedding, linear_no_bias, rms_norm};
+use candle_nn::{Embedding, Init, Linear, Module, VarBuilder, embedding, linear_no_bias};
 
 use crate::data::{LEN, VOCAB};
 
@@ -18,9 +19,9 @@ pub const ATTENTION: &str = "attention";
 /// x + attention(norm(x)), then x + MLP(norm(x)). (Xiong et al., "On Layer Normalization in the Transformer
 /// Architecture", ICML 2020, section 3: pre-norm.)
 struct Block {
-    attention_norm: RmsNorm,
+    attention_norm: Tensor,
     attention: SelfAttention,
-    mlp_norm: RmsNorm,
+    mlp_norm: Tensor,
     up: Linear,
     down: Linear,
 }
@@ -35,20 +36,25 @@ impl Block {
             ..SelfAttentionConfig::new(EMBED_DIM, NUM_HEADS)
         };
         Ok(Self {
-            attention_norm: rms_norm(EMBED_DIM, NORM_EPS, vb.pp("attention_norm"))?,
+            attention_norm: norm_weight(&vb.pp("attention_norm"))?,
             attention: self_attention(&config, vb.pp(ATTENTION))?,
-            mlp_norm: rms_norm(EMBED_DIM, NORM_EPS, vb.pp("mlp_norm"))?,
+            mlp_norm: norm_weight(&vb.pp("mlp_norm"))?,
             up: linear_no_bias(EMBED_DIM, MLP_DIM, vb.pp("up"))?,
             down: linear_no_bias(MLP_DIM, EMBED_DIM, vb.pp("down"))?,
         })
     }
 
-    /// With `forward_diff`, because candle's `RmsNorm::forward` and `LayerNorm::forward` drop the gradient without an error.
+    /// With this crate's norm, because candle's `RmsNorm::forward` drops the gradient without an error.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attention.forward(&self.attention_norm.forward_diff(x)?)?)?;
-        let hidden = self.up.forward(&self.mlp_norm.forward_diff(&x)?)?.silu()?;
+        let x = (x + self.attention.forward(&rms_norm(x, &self.attention_norm, NORM_EPS)?)?)?;
+        let hidden = self.up.forward(&rms_norm(&x, &self.mlp_norm, NORM_EPS)?)?.silu()?;
         x + self.down.forward(&hidden)?
     }
+}
+
+/// The weight of an RMS norm, which starts at one.
+fn norm_weight(vb: &VarBuilder) -> Result<Tensor> {
+    vb.get_with_hints(EMBED_DIM, "weight", Init::Const(1.0))
 }
 
 /// Token and position embedding, blocks, a last norm, and a linear head.
@@ -56,7 +62,7 @@ pub struct Transformer {
     tokens: Embedding,
     positions: Embedding,
     blocks: Vec<Block>,
-    norm: RmsNorm,
+    norm: Tensor,
     head: Linear,
 }
 
@@ -67,7 +73,7 @@ impl Transformer {
             tokens: embedding(VOCAB, EMBED_DIM, vb.pp("tokens"))?,
             positions: embedding(LEN, EMBED_DIM, vb.pp("positions"))?,
             blocks: blocks.collect::<Result<_>>()?,
-            norm: rms_norm(EMBED_DIM, NORM_EPS, vb.pp("norm"))?,
+            norm: norm_weight(&vb.pp("norm"))?,
             head: linear_no_bias(EMBED_DIM, VOCAB, vb.pp("head"))?,
         })
     }
@@ -79,6 +85,6 @@ impl Transformer {
         for block in &self.blocks {
             x = block.forward(&x)?;
         }
-        self.head.forward(&self.norm.forward_diff(&x)?)
+        self.head.forward(&rms_norm(&x, &self.norm, NORM_EPS)?)
     }
 }

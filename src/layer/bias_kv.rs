@@ -3,6 +3,7 @@
 
 use candle_core::{D, Result, Tensor};
 
+use crate::check::compute_dtype;
 use crate::error::AttentionError;
 use crate::sdpa::AttentionOptions;
 
@@ -39,7 +40,7 @@ impl BiasKv {
         let mut parts = vec![x.contiguous()?];
         if let Some(learned) = learned {
             let one = learned.reshape((1, 1, heads, dim))?;
-            parts.push(one.broadcast_as((batch, 1, heads, dim))?.contiguous()?);
+            parts.push(broadcast(&one, &[batch, 1, heads, dim])?.contiguous()?);
         }
         if self.zeros {
             parts.push(Tensor::zeros((batch, 1, heads, dim), x.dtype(), x.device())?);
@@ -59,5 +60,15 @@ fn pad_bias(bias: &Tensor, kv_len: usize, count: usize) -> Result<Tensor> {
         }
         None => dims.push(kv_len),
     }
-    bias.broadcast_as(dims)?.pad_with_zeros(D::Minus1, 0, count)
+    broadcast(bias, &dims)?.pad_with_zeros(D::Minus1, 0, count)
+}
+
+/// `x` broadcast to a shape. Its gradient is a sum, which candle computes in the dtype of the broadcast: f32 for half
+/// types.
+fn broadcast(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
+    // candle can't cast an empty tensor on CUDA.
+    if dims.contains(&0) {
+        return x.broadcast_as(dims);
+    }
+    x.to_dtype(compute_dtype(x.dtype()))?.broadcast_as(dims)?.to_dtype(x.dtype())
 }

@@ -7,8 +7,8 @@ use crate::error::{AttentionError, Result};
 use crate::layer::core::Core;
 use crate::layer::kv_cache::{KvCache, Staged, check_sequences};
 use crate::layer::options::{ForwardOptions, ForwardOutput};
-use crate::sdpa::AttentionOptions;
-use crate::sdpa::reference;
+use crate::sdpa::grad_connect::connected;
+use crate::sdpa::{AttentionOptions, reference};
 
 /// The keys and values that a [`CrossAttention`](crate::CrossAttention) layer computes from a memory. They are computed
 /// once by [`project`](crate::CrossAttention::project) and can be attended to any number of times.
@@ -35,11 +35,13 @@ impl ProjectedMemory {
         let indices: Vec<_> = sequences.iter().map(|&b| b as u32).collect();
         let indices = Tensor::from_vec(indices, sequences.len(), self.key.device())?;
         let select = |x: &Tensor| -> candle_core::Result<Tensor> {
-            match x.elem_count() * sequences.len() {
-                // candle can't select from an empty tensor on CUDA. An empty result has no contents, only a shape.
-                0 => Tensor::zeros([&[sequences.len()], &x.dims()[1..]].concat(), x.dtype(), x.device()),
-                _ => x.contiguous()?.index_select(&indices, 0),
+            if x.elem_count() * sequences.len() > 0 {
+                return x.contiguous()?.index_select(&indices, 0);
             }
+            // candle can't select from an empty tensor on CUDA. An empty result has no contents, only a shape and an
+            // origin.
+            let empty = Tensor::zeros([&[sequences.len()], &x.dims()[1..]].concat(), x.dtype(), x.device())?;
+            connected(empty, x)
         };
         Ok(Self { key: select(&self.key)?, value: select(&self.value)?, has_batch: true })
     }

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use attention_kernels::philox;
 use candle_core::{Result as CandleResult, Tensor, Var};
-use candle_nn::{Linear, RmsNorm, VarBuilder};
+use candle_nn::{Linear, VarBuilder};
 
+use crate::block::norm::rms_norm;
 use crate::check::check_device;
 use crate::checkpoint::{Header, LayerKind, Parameters};
 use crate::error::{AttentionError, Result};
@@ -16,7 +17,6 @@ use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::projection::project;
 use crate::rotary::RotaryEmbedding;
-use crate::sdpa::grad_connect::connected;
 use crate::sdpa::head_layout::HeadLayout;
 use crate::sdpa::{AttentionOptions, attention};
 
@@ -29,7 +29,8 @@ pub(super) struct Core {
     pub(super) k_proj: Linear,
     pub(super) v_proj: Linear,
     pub(super) o_proj: Option<Linear>,
-    qk_norm: Option<(RmsNorm, RmsNorm)>,
+    /// The weights of the norms of queries and of keys.
+    qk_norm: Option<(Tensor, Tensor)>,
     sinks: Option<Tensor>,
     bias_kv: BiasKv,
     alibi_slopes: Option<Tensor>,
@@ -56,8 +57,6 @@ impl Core {
         let required = |weight, bias| {
             linear(weight, bias).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {weight}")))
         };
-        let norm = |name, eps| find(name).map(|weight| RmsNorm::new(weight, eps));
-        let eps = config.qk_norm_eps.unwrap_or_default();
         let q_proj = required("q_proj.weight", "q_proj.bias")?;
         let (dtype, device) = (q_proj.weight().dtype(), q_proj.weight().device());
         let slopes = || init::alibi_slopes(config.num_heads, dtype, device);
@@ -66,7 +65,7 @@ impl Core {
             k_proj: required("k_proj.weight", "k_proj.bias")?,
             v_proj: required("v_proj.weight", "v_proj.bias")?,
             o_proj: linear("o_proj.weight", "o_proj.bias"),
-            qk_norm: norm("q_norm.weight", eps).zip(norm("k_norm.weight", eps)),
+            qk_norm: find("q_norm.weight").zip(find("k_norm.weight")),
             sinks: find("sinks"),
             bias_kv: BiasKv { learned: find("bias_k").zip(find("bias_v")), zeros: config.add_zero_attn },
             alibi_slopes: config.alibi.then(slopes).transpose()?,
@@ -102,8 +101,8 @@ impl Core {
             "k_proj.bias" => self.k_proj.bias(),
             "v_proj.bias" => self.v_proj.bias(),
             "o_proj.bias" => self.o_proj.as_ref().and_then(Linear::bias),
-            "q_norm.weight" => self.qk_norm.as_ref().map(|(q_norm, _)| q_norm.weight()),
-            "k_norm.weight" => self.qk_norm.as_ref().map(|(_, k_norm)| k_norm.weight()),
+            "q_norm.weight" => self.qk_norm.as_ref().map(|(q_norm, _)| q_norm),
+            "k_norm.weight" => self.qk_norm.as_ref().map(|(_, k_norm)| k_norm),
             "sinks" => self.sinks.as_ref(),
             "bias_k" => self.bias_kv.learned.as_ref().map(|(bias_k, _)| bias_k),
             "bias_v" => self.bias_kv.learned.as_ref().map(|(_, bias_v)| bias_v),
@@ -168,13 +167,11 @@ impl Core {
         Ok((self.normalise_and_rotate(key, k_norm, positions)?, value))
     }
 
-    fn normalise_and_rotate(&self, x: Tensor, norm: Option<&RmsNorm>, positions: &[usize]) -> Result<Tensor> {
-        let x = match norm {
-            // candle's norm of an empty tensor panics on CUDA.
-            Some(norm) if x.elem_count() == 0 => connected(x, norm.weight())?,
-            // The differentiable form. `RmsNorm::forward` drops the gradient without an error.
-            Some(norm) => norm.forward_diff(&x)?,
-            None => x,
+    /// QK-norm with this weight, then rotary position embedding, each if the layer has it.
+    fn normalise_and_rotate(&self, x: Tensor, weight: Option<&Tensor>, positions: &[usize]) -> Result<Tensor> {
+        let x = match (weight, self.config.qk_norm_eps) {
+            (Some(weight), Some(eps)) => rms_norm(&x, weight, eps)?,
+            _ => x,
         };
         match &self.rotary {
             Some(rotary) => Ok(rotary.apply_each(&x.transpose(1, 2)?, positions)?.transpose(1, 2)?),

@@ -4,6 +4,7 @@ use attention_kernels::philox;
 use candle_core::{DType, Device, Result as CandleResult, Tensor, Var};
 use candle_nn::VarBuilder;
 
+use crate::block::norm::check_eps;
 use crate::check::{check_dtype, compute_dtype};
 use crate::checkpoint::{LayerKind, Parameters};
 use crate::error::{AttentionError, Result};
@@ -49,7 +50,8 @@ pub(crate) fn full_name(prefix: &str, name: &str) -> String {
 pub(crate) fn check(kind: LayerKind, config: &SelfAttentionConfig, dtype: DType) -> Result<(), AttentionError> {
     config.check()?;
     check_kind(kind, config)?;
-    check_dtype("parameters", dtype)
+    check_dtype("parameters", dtype)?;
+    check_eps("qk_norm_eps", config.qk_norm_eps, dtype)
 }
 
 /// Refuses a config that only the other kind of layer can have.

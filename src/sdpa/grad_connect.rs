@@ -1,8 +1,8 @@
-//! Gradients through empty results: zeros, where candle would give none.
+//! Gradients through empty tensors: zeros, where candle would give none.
 
 use candle_core::{Result, Tensor};
 
-/// Makes the empty tensor `x` depend on `other`, so that a backward pass gives `other` a gradient of zeros.
+/// Makes `x` depend on `other`, so that a backward pass gives `other` a gradient, which is zero.
 ///
 /// On CUDA candle can neither sum nor cast empty tensors. There, an empty `other` of another dtype gets no gradient.
 pub(crate) fn connected(x: Tensor, other: &Tensor) -> Result<Tensor> {

@@ -115,14 +115,22 @@ fn without_keys(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) 
         let (batch, heads, _, dim) = x.dims4()?;
         Tensor::cat(&[x, &Tensor::zeros((batch, heads, 1, dim), x.dtype(), x.device())?], 2)
     };
-    let options = AttentionOptions {
-        attn_mask: Mask::prefix(0),
-        // A bias with a kv_len of 0 is left out. A bias that is the same for all keys also fits the hidden key.
-        attn_bias: options.attn_bias.clone().filter(|bias| bias.elem_count() > 0),
-        ..options.clone()
+    // A bias with a kv_len of 0 is left out. A bias that is the same for all keys also fits the hidden key.
+    let (left_out, attn_bias) = match &options.attn_bias {
+        Some(bias) if bias.elem_count() == 0 => (Some(bias), None),
+        bias => (None, bias.clone()),
     };
+    let options = AttentionOptions { attn_mask: Mask::prefix(0), attn_bias, ..options.clone() };
     let output = attention(q, &append_zeros(k)?, &append_zeros(v)?, &options)?;
-    Ok(AttentionOutput { weights: output.weights.map(|w| w.narrow(3, 0, 0)).transpose()?, ..output })
+    let connect = |x: Tensor| match left_out {
+        Some(bias) => connected(x, bias),
+        None => Ok(x),
+    };
+    Ok(AttentionOutput {
+        context: connect(output.context)?,
+        weights: output.weights.map(|w| connect(w.narrow(3, 0, 0)?)).transpose()?,
+        logsumexp: output.logsumexp.map(connect).transpose()?,
+    })
 }
 
 /// q·kᵀ · scale. The query heads that share a key head are rows of one matrix product, so that no key is copied

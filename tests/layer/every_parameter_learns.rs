@@ -200,26 +200,42 @@ fn gradients_of_cross_attention_are_those_of_finite_differences() -> Result<()> 
     Ok(())
 }
 
-/// 150 steps towards the outputs of another layer.
-#[test]
-fn layer_learns_what_another_layer_does() -> Result<()> {
+/// The loss before and after 150 steps towards the outputs of another layer.
+fn losses(dtype: DType, eps: f64) -> Result<[f32; 2]> {
     let config = SelfAttentionConfig {
         is_causal: true,
         rotary: rotary(Pairing::HalfSplit, None),
         ..SelfAttentionConfig::new(8, 2)
     };
-    let (teacher, learner) = (self_attention(&config, DType::F32)?, self_attention(&config, DType::F32)?);
+    let (teacher, learner) = (self_attention(&config, dtype)?, self_attention(&config, dtype)?);
     crate::layers::randomise(&teacher, 77)?;
-    let x = randn(2, (8, 6, 8), DType::F32)?;
-    let target = teacher.forward(&x)?;
-    let loss = || learner.forward_t(&x, true)?.sub(&target)?.sqr()?.mean_all();
-    let start = loss()?.to_scalar::<f32>()?;
-    let params = ParamsAdamW { lr: 0.02, ..Default::default() };
+    let x = randn(2, (8, 6, 8), dtype)?;
+    let target = teacher.forward(&x)?.detach();
+    let loss = || learner.forward_t(&x, true)?.sub(&target)?.to_dtype(DType::F32)?.sqr()?.mean_all();
+    let start = loss()?.to_scalar()?;
+    let params = ParamsAdamW { lr: 0.02, eps, ..Default::default() };
     let mut optimizer = AdamW::new(learner.vars(), params)?;
     for _ in 0..150 {
         optimizer.backward_step(&loss()?)?;
     }
-    let end = loss()?.to_scalar::<f32>()?;
-    assert!(end < start / 20.0, "loss from {start} to {end}");
+    Ok([start, loss()?.to_scalar()?])
+}
+
+#[test]
+fn layer_learns_what_another_layer_does() -> Result<()> {
+    let default = ParamsAdamW::default().eps;
+    for (dtype, eps) in [(DType::F32, default), (DType::BF16, default), (DType::F16, 1e-3)] {
+        let [start, end] = losses(dtype, eps)?;
+        assert!(end < start / 20.0, "{dtype:?}: loss from {start} to {end}");
+    }
+    Ok(())
+}
+
+/// The default epsilon of candle's `AdamW` is 0 in f16, so the README names another one. This test fails once candle's
+/// default is right.
+#[test]
+fn default_epsilon_of_adamw_is_still_too_small_for_f16() -> Result<()> {
+    let [_, end] = losses(DType::F16, ParamsAdamW::default().eps)?;
+    assert!(end.is_nan(), "loss {end}");
     Ok(())
 }

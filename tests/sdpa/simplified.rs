@@ -2,9 +2,9 @@
 
 use candle_attention::simplified::{Normalization, SimplifiedAttention, normalize, simplified_attention};
 use candle_attention::{AttentionOptions, scaled_dot_product_attention};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
 
-use crate::common::{assert_close, assert_same_bits, numbers, randn};
+use crate::common::{assert_close, assert_same_bits, gradients, numbers, randn};
 
 /// "Your journey starts with one step", an embedding of three numbers for each word (notes 002 and 004).
 const JOURNEY: [[f64; 3]; 6] = [
@@ -225,6 +225,44 @@ fn strides_do_not_matter() -> Result<()> {
     assert!(!view.is_contiguous());
     let [a, b] = [&inputs, &view].map(|x| simplified_attention(x, Normalization::Softmax).unwrap());
     assert_same_bits(&a.context, &b.context, "context");
+    Ok(())
+}
+
+/// A sum of 1,024 numbers in bf16, or of 4,096 in f16, would stop at a fraction of its value.
+#[test]
+fn weights_of_equal_scores_sum_to_one_in_half_types() -> Result<()> {
+    for normalization in [Normalization::Softmax, Normalization::NaiveSoftmax, Normalization::SumNormalized] {
+        for (dtype, len) in [(DType::BF16, 1024), (DType::F16, 4096)] {
+            let scores = Var::from_tensor(&Tensor::ones(len, dtype, &Device::Cpu)?)?;
+            let weights = normalize(&scores, normalization)?;
+            assert_eq!(weights.dtype(), dtype);
+            assert_eq!(numbers(&weights)?.iter().sum::<f64>(), 1.0, "{normalization:?}, {dtype:?}");
+            // The sum of the weights is 1 whatever the scores, so its gradient is 0.
+            let gradient = &gradients(&weights.sum_all()?, &[&scores])?[0];
+            let largest = numbers(gradient)?.into_iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
+            assert!(largest < 1e-6, "{normalization:?}, {dtype:?}: gradient {largest:e}");
+        }
+    }
+    Ok(())
+}
+
+/// Each step in a half type is that in f64, rounded once.
+#[test]
+fn steps_in_half_types_are_as_precise_as_the_type() -> Result<()> {
+    for (dtype, roundoff) in [(DType::F16, 1.0 / 2048.0), (DType::BF16, 1.0 / 256.0)] {
+        for len in [1, 700] {
+            let inputs = randn(6, (len, 64), DType::F64)?.affine(0.2, 0.0)?.to_dtype(dtype)?;
+            let rounded = simplified_attention(&inputs, Normalization::Softmax)?;
+            let exact = simplified_attention(&inputs.to_dtype(DType::F64)?, Normalization::Softmax)?;
+            for (what, rounded, exact) in [
+                ("scores", rounded.scores, exact.scores),
+                ("weights", rounded.weights, exact.weights),
+                ("context", rounded.context, exact.context),
+            ] {
+                assert_close(&rounded.to_dtype(DType::F64)?, &exact, 1.01 * roundoff, &format!("{dtype:?}, {what}"));
+            }
+        }
+    }
     Ok(())
 }
 

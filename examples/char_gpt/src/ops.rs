@@ -61,10 +61,10 @@ impl CustomOp2 for SquaredReluGradient {
 
 /// w · x / sqrt(mean(x²) + eps) over the last axis (Zhang, Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019).
 ///
-/// candle's `RmsNorm::forward` drops the gradient in silence; its `forward_diff` doesn't.
+/// On other devices than the CPU this is `candle_attention`'s norm. (candle's `RmsNorm::forward` drops the gradient in silence.)
 pub fn rms_norm(norm: &RmsNorm, x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() {
-        return norm.forward_diff(x);
+        return Ok(candle_attention::block::rms_norm(x, norm.weight(), norm.eps())?);
     }
     x.contiguous()?.apply_op2(norm.weight(), Norm { eps: norm.eps() as f32 })
 }

@@ -3,7 +3,7 @@
 use candle_attention::{Backend, ForwardOptions, Mask, Result, SelfAttentionConfig};
 use candle_core::{DType, Tensor};
 
-use crate::common::{assert_close, assert_same_bits, gradients, randn, var};
+use crate::common::{assert_close, assert_same_bits, gradients, numbers, randn, var};
 use crate::layers::{assert_error_says, cross_attention};
 
 fn config() -> SelfAttentionConfig {
@@ -102,6 +102,24 @@ fn selected_memories_are_those_of_their_sequences() -> Result<()> {
         assert_close(&output.get(beam)?, &expected, 1e-14, &format!("beam {beam}"));
     }
     assert_error_says(layer.project(&memory)?.select(&[2]), &["sequence", "one of the 2", "got 2"]);
+    Ok(())
+}
+
+/// No tokens, or no sequences: a training step finds a gradient of zeros for every parameter that attended to nothing.
+#[test]
+fn selecting_from_an_empty_memory_keeps_the_gradients() -> Result<()> {
+    let layer = cross_attention(&config(), DType::F32)?;
+    for (dims, sequences) in [((2, 0, 6), &[1, 0][..]), ((2, 5, 6), &[]), ((0, 5, 6), &[])] {
+        let x = randn(1, (sequences.len(), 3, 8), DType::F32)?;
+        let projected = layer.project(&randn(2, dims, DType::F32)?)?.select(sequences)?;
+        let grads = layer.forward_projected(&x, &projected)?.sum_all()?.backward()?;
+        for ((name, _), var) in layer.parameters().into_iter().zip(layer.vars()) {
+            let gradient = grads.get(&var).unwrap_or_else(|| panic!("{dims:?}, {sequences:?}: no gradient of {name}"));
+            if name.starts_with("k_") || name.starts_with("v_") {
+                assert_eq!(numbers(gradient)?, vec![0.0; gradient.elem_count()], "{name}");
+            }
+        }
+    }
     Ok(())
 }
 

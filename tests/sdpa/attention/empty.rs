@@ -212,6 +212,28 @@ fn check_empty(sizes: &Sizes, dtype: DType, all: bool) -> Result<()> {
     Ok(())
 }
 
+/// Without keys, every input still has a gradient of zeros, also a bias that has no entries itself.
+#[test]
+fn inputs_of_attention_without_keys_have_gradients_of_zero() -> Result<()> {
+    for dtype in [DType::F16, DType::F32, DType::F64] {
+        let sizes = Sizes { kv_len: 0, ..SIZES };
+        for bias in [[1, 1, 1, 0], [1, 1, 1, 1], [2, 4, 5, 0]] {
+            let vars = sizes.vars(1, dtype);
+            let extra = |seed, shape: &[usize]| Var::from_tensor(&randn(seed, shape, dtype)?);
+            let others = [extra(5, &bias)?, extra(6, &[sizes.heads])?];
+            let [attn_bias, alibi_slopes] = others.each_ref().map(|var| Some(var.as_tensor().clone()));
+            let output = attend_vars(&vars, &AttentionOptions { attn_bias, alibi_slopes, ..all_results() })?;
+            for (what, result) in [("context", &output.context), ("weights", weights(&output))] {
+                let wanted = vars[..2].iter().chain(&others).collect::<Vec<_>>();
+                for gradient in gradients(&result.sum_all()?, &wanted)? {
+                    assert_zeros(&gradient, what);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Whichever result the loss is computed from, query, key, bias, slopes and sinks have gradients of zeros, not missing
 /// ones.
 #[test]
