@@ -49,6 +49,7 @@
 //! | 2 | `softmax` | every softmax: online, of splits, and backward; a row's maximum (plain scores: inside `gemm`) |
 //! | 2 | `dtype` | the types that tensors hold, and tensors as the kernels read and write them |
 //! | 2 | `dropout` | which weights are dropped |
+//! | 2 | `decode/microkernel` | products of a few rows, key by key |
 //! | 1 | `gemm/microkernel`, `gemm/transpose` | small blocks of products in registers; rows to lanes and back |
 //! | 1 | `mask` | which keys are visible |
 //! | 1 | `math`, `careful` | exp and tanh; what is computed again where a result is not finite |

@@ -154,15 +154,21 @@ fn softcap<R: SimdFloat, S: Simd>(simd: S, cap: R, mut scores: MatrixMut<R>, mut
     }
 }
 
-/// ds ∘ (1 - tanh²) in place of ds: the gradient of the softcap, for matrices of whole vectors.
+/// ds ∘ (1 - tanh²) in place of ds: the gradient of the softcap, for matrices of whole vectors. If `NAN_SAFE`, a ds of zero stays
+/// zero, whatever tanh is.
 #[inline(always)]
-pub(crate) fn softcap_gradient<R: SimdFloat, S: Simd>(simd: S, tanhs: Matrix<R>, mut grads: MatrixMut<R>) {
+pub(crate) fn softcap_gradient<R: SimdFloat, S: Simd, const NAN_SAFE: bool>(
+    simd: S,
+    tanhs: Matrix<R>,
+    mut grads: MatrixMut<R>,
+) {
     let one = R::splat(simd, R::ONE);
     for j in 0..grads.rows() {
         let tanhs = as_vectors::<R, S>(tanhs.row(j));
         for (grad, tanh) in as_vectors_mut::<R, S>(grads.row(j)).iter_mut().zip(tanhs) {
             let slope = R::vsub(simd, one, R::vmul(simd, *tanh, *tanh));
-            *grad = R::vmul(simd, *grad, slope);
+            let product = R::vmul(simd, *grad, slope);
+            *grad = if NAN_SAFE { R::select_zero(simd, *grad, *grad, product) } else { product };
         }
     }
 }
@@ -234,7 +240,7 @@ mod tests {
             let (tanhs, before) = (numbers::<f64>(1, 3 * 16), numbers::<f64>(2, 3 * 16));
             let mut grads = before.clone();
             let matrix = MatrixMut::new(&mut grads, 3, 16, 16);
-            softcap_gradient(simd, Matrix::new(&tanhs, 3, 16, 16), matrix);
+            softcap_gradient::<f64, S, false>(simd, Matrix::new(&tanhs, 3, 16, 16), matrix);
             for i in 0..3 * 16 {
                 assert!(close(grads[i], before[i] * (1.0 - tanhs[i] * tanhs[i])));
             }

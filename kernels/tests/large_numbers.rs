@@ -250,7 +250,8 @@ fn minus_infinity_hides_anything() {
         for sizes in SIZES {
             let mut bias = vec![0.0; sizes.kv_len];
             bias[sizes.kv_len - 1] = f64::NEG_INFINITY;
-            let case = Case { bias: Some(([1, 1, 1, sizes.kv_len], bias)), ..plain(&sizes) };
+            let bias = Some(([1, 1, 1, sizes.kv_len], bias));
+            let case = Case { bias, softcap: Some(2.0), ..plain(&sizes) };
             let mut data = random(&sizes);
             let (expected, gradients_expected) = attention::<E>(&sizes, &case, &data);
             for (i, dim) in [(1, sizes.dim), (2, sizes.value_dim)] {

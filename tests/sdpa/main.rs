@@ -9,5 +9,6 @@ mod golden;
 mod gradients;
 mod hostile;
 mod mask;
+mod oracle;
 mod precision;
 mod simplified;

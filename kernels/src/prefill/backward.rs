@@ -352,12 +352,12 @@ impl<R: SimdFloat> Backward<'_, R> {
         if let Some(bias) = &mut self.gradients.bias {
             bias.add(simd, tile, grads.as_ref());
         }
-        if let Some(tanhs) = panels.tanhs {
-            softcap_gradient::<R, S>(simd, tanhs.as_ref(), grads.reborrow());
+        match (&panels.tanhs, self.careful) {
+            (Some(tanhs), None) => softcap_gradient::<R, S, false>(simd, tanhs.as_ref(), grads.reborrow()),
+            (Some(tanhs), Some(_)) => softcap_gradient::<R, S, true>(simd, tanhs.as_ref(), grads.reborrow()),
+            (None, _) => {}
         }
         if let Some(headroom) = self.careful {
-            // tanh of a hidden score can be NaN.
-            tile.zero_hidden(operands, coverage, grads.reborrow());
             let factor = times_power_of_two(R::ONE, -headroom.scores);
             (0..grads.rows()).for_each(|j| grads.row(j).iter_mut().for_each(|grad| *grad *= factor));
         }
