@@ -103,6 +103,14 @@ pub enum AttentionError {
         /// The number that was given.
         got: f64,
     },
+    /// A position that a rotary embedding can't use.
+    #[error("position: expected {expected}, got {got}")]
+    Position {
+        /// The range it should be in.
+        expected: String,
+        /// The position that was given.
+        got: String,
+    },
     /// A mask that doesn't fit the scores.
     #[error(transparent)]
     Mask(#[from] MaskError),

@@ -80,7 +80,7 @@ pub use layer::{
     cross_attention, self_attention,
 };
 pub use mask::Mask;
-pub use sdpa::{AttentionOptions, AttentionOutput, Backend, scaled_dot_product_attention};
+pub use sdpa::{AttentionOptions, AttentionOutput, Backend, ScoreStage, scaled_dot_product_attention};
 
 /// The programs in the README are compiled and run as tests.
 #[cfg(doctest)]

@@ -7,6 +7,7 @@ use crate::error::{AttentionError, Result};
 use crate::layer::core::Core;
 use crate::layer::kv_cache::{KvCache, Staged, check_sequences};
 use crate::layer::options::{ForwardOptions, ForwardOutput};
+use crate::rotary::Positions;
 use crate::sdpa::grad_connect::connected;
 use crate::sdpa::{AttentionOptions, reference};
 
@@ -74,8 +75,9 @@ impl Core {
         let added = added.unwrap_or(&all);
         cache.check_added(added, len)?;
 
-        let query = self.queries(&x, cache.lengths())?;
-        let (key, value) = self.keys_and_values([&x, &x], cache.lengths())?;
+        let positions = options.positions(&x, cache.lengths())?;
+        let query = self.queries(&x, &positions)?;
+        let (key, value) = self.keys_and_values([&x, &x], &positions)?;
         let staged = cache.stage(&key, &value)?;
         let (key, value) = staged.key_value()?;
         let output = self.attend_heads(&query.detach(), key, value, self.cached_options(options, &staged)?)?;
@@ -113,7 +115,8 @@ impl Core {
         self.check_memory(memories)?;
         let has_batch = memories[0].rank() == 3;
         let batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
-        let (key, value) = self.keys_and_values([&batch(memories[0])?, &batch(memories[1])?], &[0])?;
+        let memories = [&batch(memories[0])?, &batch(memories[1])?];
+        let (key, value) = self.keys_and_values(memories, &Positions::from_offsets(&[0]))?;
         // The keys of a head are stored contiguously, since every call reads them in this order.
         let by_head = |x: Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
         Ok(ProjectedMemory { key: by_head(key)?, value: by_head(value)?, has_batch })
@@ -136,7 +139,7 @@ impl Core {
             };
             return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
         }
-        let query = self.queries(&x_3, &[0])?;
+        let query = self.queries(&x_3, &options.positions(&x_3, &[0])?)?;
         let output =
             self.attend_heads(&query, memory.key.clone(), memory.value.clone(), self.attention_options(options))?;
         if memory.has_batch { Ok(output) } else { output.map(|tensor| tensor.squeeze(0)) }
@@ -167,7 +170,11 @@ fn check_options(options: &ForwardOptions, cache: &KvCache) -> Result<(), Attent
     }
     if options.position_offset != 0 {
         let got = options.position_offset.to_string();
-        return refuse("position_offset", "0, since the cache counts the positions itself", &got);
+        return refuse(
+            "position_offset",
+            "0, since the cache counts the positions itself (position_ids are accepted)",
+            &got,
+        );
     }
     if cache.has_window() && !(options.attn_mask.is_full() && options.attn_bias.is_none()) {
         let expected = "no attn_mask and no attn_bias, since with a sliding window only some keys are held";

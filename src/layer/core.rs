@@ -16,9 +16,9 @@ use crate::layer::config::SelfAttentionConfig;
 use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::projection::project;
-use crate::rotary::RotaryEmbedding;
+use crate::rotary::{Positions, RotaryEmbedding};
 use crate::sdpa::head_layout::HeadLayout;
-use crate::sdpa::{AttentionOptions, attention};
+use crate::sdpa::{AttentionOptions, AttentionOutput, attention};
 
 /// The parameters of a layer, and the computation with them.
 #[derive(Clone, Debug)]
@@ -83,11 +83,29 @@ impl Core {
         let parameters = self.parameters().into_iter().map(variable).collect::<CandleResult<_>>()?;
         let trainable = Self::from_parameters(self.kind, &self.config, parameters, "")?;
         let calls = Arc::new(AtomicU64::new(self.dropout_calls.load(Ordering::Relaxed)));
-        Ok(Self { dropout_seed: self.dropout_seed, dropout_calls: calls, ..trainable })
+        let rotary = self.rotary.clone();
+        Ok(Self { rotary, dropout_seed: self.dropout_seed, dropout_calls: calls, ..trainable })
     }
 
-    pub(super) fn header(&self) -> Header {
-        Header { layer: self.kind, config: self.config.clone() }
+    /// This layer with another rotary embedding. The config describes it, unless it was made from tables.
+    pub(super) fn with_rotary(self, rotary: RotaryEmbedding) -> Result<Self> {
+        let head_dim = self.config.head_dim();
+        if rotary.head_dim() != head_dim {
+            let (expected, got) = (format!("one for head_dim {head_dim}"), format!("one for {}", rotary.head_dim()));
+            return Err(AttentionError::Config { field: "rotary", expected, got }.into());
+        }
+        let config = SelfAttentionConfig { rotary: rotary.config().cloned(), ..self.config };
+        Ok(Self { rotary: Some(rotary), config, ..self })
+    }
+
+    /// The description of the layer in a file. A layer whose rotary embedding has no config is refused, since the file
+    /// would give a layer without it.
+    pub(super) fn header(&self) -> Result<Header, AttentionError> {
+        if self.rotary.is_some() && self.config.rotary.is_none() {
+            let expected = "one with a RotaryConfig, since a file holds no tables (save_layout saves the parameters)";
+            return Err(AttentionError::Config { field: "rotary", expected: expected.into(), got: "tables".into() });
+        }
+        Ok(Header { layer: self.kind, config: self.config.clone() })
     }
 
     /// Every parameter with its name, always in the same order.
@@ -145,21 +163,24 @@ impl Core {
 
     /// Attention over checked input with a batch axis.
     fn attend(&self, x: &Tensor, sources: [&Tensor; 2], options: &ForwardOptions) -> Result<ForwardOutput> {
-        let positions = [options.position_offset];
+        let positions = options.positions(x, &[options.position_offset])?;
         let query = self.queries(x, &positions)?;
         let (key, value) = self.keys_and_values(sources, &positions)?;
         self.attend_heads(&query, key, value, self.attention_options(options))
     }
 
-    /// Queries (batch, len, num_heads, head_dim). `positions` holds the position of the first token of each sequence,
-    /// or a single one for all sequences.
-    pub(super) fn queries(&self, x: &Tensor, positions: &[usize]) -> Result<Tensor> {
+    /// Queries (batch, len, num_heads, head_dim).
+    pub(super) fn queries(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
         let query = split_heads(&self.q_proj, x, self.config.num_heads, self.config.head_dim())?;
         self.normalise_and_rotate(query, self.qk_norm.as_ref().map(|(q_norm, _)| q_norm), positions)
     }
 
     /// Keys (batch, len, num_kv_heads, head_dim) and values (batch, len, num_kv_heads, value_dim).
-    pub(super) fn keys_and_values(&self, [key, value]: [&Tensor; 2], positions: &[usize]) -> Result<(Tensor, Tensor)> {
+    pub(super) fn keys_and_values(
+        &self,
+        [key, value]: [&Tensor; 2],
+        positions: &Positions,
+    ) -> Result<(Tensor, Tensor)> {
         let config = &self.config;
         let key = split_heads(&self.k_proj, key, config.num_kv_heads(), config.head_dim())?;
         let value = split_heads(&self.v_proj, value, config.num_kv_heads(), config.value_dim())?;
@@ -168,13 +189,13 @@ impl Core {
     }
 
     /// QK-norm with this weight, then rotary position embedding, each if the layer has it.
-    fn normalise_and_rotate(&self, x: Tensor, weight: Option<&Tensor>, positions: &[usize]) -> Result<Tensor> {
+    fn normalise_and_rotate(&self, x: Tensor, weight: Option<&Tensor>, positions: &Positions) -> Result<Tensor> {
         let x = match (weight, self.config.qk_norm_eps) {
             (Some(weight), Some(eps)) => rms_norm(&x, weight, eps)?,
             _ => x,
         };
         match &self.rotary {
-            Some(rotary) => Ok(rotary.apply_each(&x.transpose(1, 2)?, positions)?.transpose(1, 2)?),
+            Some(rotary) => Ok(rotary.apply_at(&x.transpose(1, 2)?, positions)?.transpose(1, 2)?),
             None => Ok(x),
         }
     }
@@ -195,7 +216,8 @@ impl Core {
             Some(o_proj) => project(o_proj, &attended.context, &output)?,
             None => attended.context.reshape(&output)?,
         };
-        Ok(ForwardOutput { output, weights: attended.weights, logsumexp: attended.logsumexp })
+        let AttentionOutput { weights, scores, logsumexp, .. } = attended;
+        Ok(ForwardOutput { output, weights, scores, logsumexp })
     }
 
     pub(super) fn attention_options(&self, options: &ForwardOptions) -> AttentionOptions {
@@ -216,6 +238,7 @@ impl Core {
             dropout_seed,
             backend: options.backend,
             return_weights: options.return_weights,
+            return_scores: options.return_scores,
             return_logsumexp: options.return_logsumexp,
         }
     }

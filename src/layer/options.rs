@@ -2,9 +2,10 @@
 
 use candle_core::Tensor;
 
-use crate::error::{Error, Result};
+use crate::error::{AttentionError, Error, Result};
 use crate::mask::Mask;
-use crate::sdpa::Backend;
+use crate::rotary::Positions;
+use crate::sdpa::{Backend, ScoreStage};
 
 /// The options of one call of a layer, in addition to its config.
 #[derive(Clone, Debug, Default)]
@@ -18,10 +19,16 @@ pub struct ForwardOptions {
     pub train: bool,
     /// Position of the first token, for the rotary embedding.
     pub position_offset: usize,
+    /// The position of each token, for the rotary embedding: integers (len) or (batch, len), in place of
+    /// `position_offset`. They suit batches that are padded at the left, and packed documents. Masks and ALiBi still
+    /// count the tokens as they come. Without a rotary embedding they change nothing.
+    pub position_ids: Option<Tensor>,
     /// Which implementation computes the attention.
     pub backend: Backend,
     /// Whether to return [`ForwardOutput::weights`]. This changes no other number.
     pub return_weights: bool,
+    /// Which [`ForwardOutput::scores`] to return, if any. This changes no other number.
+    pub return_scores: Option<ScoreStage>,
     /// Whether to return [`ForwardOutput::logsumexp`]. Half types are widened for it, which changes other numbers by
     /// rounding. Numbers in f32 and f64 stay the same.
     pub return_logsumexp: bool,
@@ -35,8 +42,23 @@ pub struct ForwardOutput {
     /// The weights after the softmax, (batch, num_heads, q_len, kv_len), with one more column for each of the
     /// [extra keys](crate::SelfAttentionConfig::extra_keys).
     pub weights: Option<Tensor>,
+    /// The scores at the requested stage, of the shape of the weights, in f32 (f64 for an f64 layer).
+    pub scores: Option<Tensor>,
     /// ln Σ exp(scores), (batch, num_heads, q_len).
     pub logsumexp: Option<Tensor>,
+}
+
+impl ForwardOptions {
+    /// The positions of the tokens of x (batch, len, dim). They count up from `offsets` if there are no `position_ids`.
+    pub(super) fn positions(&self, x: &Tensor, offsets: &[usize]) -> Result<Positions> {
+        let Some(ids) = &self.position_ids else { return Ok(Positions::from_offsets(offsets)) };
+        if self.position_offset != 0 {
+            let (name, expected) = ("position_offset", "0 with position_ids");
+            return Err(AttentionError::Number { name, expected, got: self.position_offset as f64 }.into());
+        }
+        let (batch, len, _) = x.dims3()?;
+        Positions::from_ids(ids, batch, len)
+    }
 }
 
 impl ForwardOutput {
@@ -44,6 +66,7 @@ impl ForwardOutput {
         Ok(Self {
             output: f(self.output)?,
             weights: self.weights.map(&f).transpose()?,
+            scores: self.scores.map(&f).transpose()?,
             logsumexp: self.logsumexp.map(&f).transpose()?,
         })
     }

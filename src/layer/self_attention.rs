@@ -14,6 +14,7 @@ use crate::layer::init;
 use crate::layer::kv_cache::KvCache;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::shared::shared_methods;
+use crate::rotary::RotaryEmbedding;
 
 /// Self-attention with trainable projections: every token of a sequence attends to the tokens of the same sequence.
 ///
@@ -115,6 +116,40 @@ impl SelfAttention {
     /// that `vb` lacks or holds in another shape.
     pub fn new(config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
         Ok(Self(Core::new(Self::KIND, config, &vb)?))
+    }
+
+    /// This layer with another rotary embedding, such as one from the
+    /// [tables](RotaryEmbedding::from_tables) of another program.
+    ///
+    /// A config doesn't describe tables: the config of such a layer has no rotary embedding, and
+    /// [`save`](SelfAttention::save) refuses the layer. `save_layout` saves its parameters, and a layer that was loaded
+    /// from them gets the tables by this method again.
+    ///
+    /// # Errors
+    ///
+    /// A rotary embedding for another head_dim.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::rotary::{Pairing, RotaryConfig, RotaryEmbedding};
+    /// use candle_attention::{SelfAttention, SelfAttentionConfig};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu);
+    /// let rotary = Some(RotaryConfig { base: 1.0, ..RotaryConfig::default() }); // one radian per position
+    /// let attention = SelfAttention::new(&SelfAttentionConfig { rotary, ..SelfAttentionConfig::new(4, 2) }, vb)?;
+    /// let x = Tensor::randn(0f64, 1.0, (3, 4), &Device::Cpu)?;
+    /// let expected = attention.forward(&x)?.to_vec2::<f64>()?;
+    ///
+    /// let angles = Tensor::new(&[[0f64], [1.], [2.]], &Device::Cpu)?; // (max_position, dim / 2)
+    /// let rotary = RotaryEmbedding::from_tables(&angles.cos()?, &angles.sin()?, 2, Pairing::HalfSplit)?;
+    /// assert_eq!(attention.with_rotary(rotary)?.forward(&x)?.to_vec2::<f64>()?, expected);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn with_rotary(self, rotary: RotaryEmbedding) -> Result<Self> {
+        Ok(Self(self.0.with_rotary(rotary)?))
     }
 
     /// Computes the output, without dropout.
@@ -223,6 +258,9 @@ impl SelfAttention {
     /// The scores are (batch, num_heads, len, kv_len), where kv_len is the length of the longest sequence including the
     /// new tokens. Key `j` of a sequence is its token `j`. With a sliding window the keys are only the last tokens, and
     /// masks and biases are refused.
+    ///
+    /// The cache counts the positions of the tokens. `position_ids` replace those of the tokens of this call. A cache
+    /// doesn't remember them, so give them in the later calls too.
     ///
     /// # Errors
     ///

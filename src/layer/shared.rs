@@ -122,7 +122,8 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// A folder that can't be written to, or a full disk. An earlier file is then unchanged.
+            /// A folder that can't be written to, or a full disk; a rotary embedding from tables, which a file doesn't
+            /// hold. An earlier file is then unchanged.
             pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
                 Ok(attention_files::write(path.as_ref(), &self.to_bytes()?)?)
             }
@@ -131,9 +132,10 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// Parameters that can't be copied from their device.
+            /// Parameters that can't be copied from their device; a rotary embedding from tables, which a file doesn't
+            /// hold.
             pub fn to_bytes(&self) -> Result<Vec<u8>> {
-                checkpoint::to_bytes(&self.0.header(), &self.0.parameters())
+                checkpoint::to_bytes(&self.0.header()?, &self.0.parameters())
             }
 
             /// The parameters as another program names and arranges them, without a prefix, in the layer's dtype. They

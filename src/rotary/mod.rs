@@ -1,6 +1,8 @@
 //! Rotary position embedding, with its gradient.
 
+mod positions;
 mod scaling;
+mod tables;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,7 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::check::{check_dtype, compute_dtype};
 use crate::error::{AttentionError, Result};
+pub(crate) use positions::Positions;
 pub use scaling::{RotaryScaling, Yarn};
+use tables::Tables;
 
 /// Which entries of a head are rotated together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,7 +68,8 @@ impl Default for RotaryConfig {
 /// Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), section 3.2.2.
 #[derive(Clone, Debug)]
 pub struct RotaryEmbedding {
-    config: RotaryConfig,
+    source: Source,
+    pairing: Pairing,
     /// The number of rotated entries.
     dim: usize,
     head_dim: usize,
@@ -72,11 +77,18 @@ pub struct RotaryEmbedding {
     last: Arc<Mutex<Option<Angles>>>,
 }
 
-/// Cosines and sines, times the attention factor of the scaling, of the angles at positions `offset..offset + len` for
-/// each offset: (offsets, 1, len, dim / 2).
+/// Where cosines and sines come from.
+#[derive(Clone, Debug)]
+enum Source {
+    Config(RotaryConfig),
+    Tables(Tables),
+}
+
+/// Cosines and sines, times the attention factor of the scaling, of the angles at each position: (lists, 1, len, dim /
+/// 2), with a list of positions for each sequence, or a single one for all sequences.
 #[derive(Clone, Debug)]
 struct Angles {
-    offsets: Vec<usize>,
+    positions: Positions,
     cos: Tensor,
     sin: Tensor,
 }
@@ -91,17 +103,70 @@ impl RotaryEmbedding {
     pub fn new(config: &RotaryConfig, head_dim: usize) -> Result<Self> {
         config.validate(head_dim)?;
         let dim = config.dim.unwrap_or(head_dim);
-        Ok(Self { config: config.clone(), dim, head_dim, last: Arc::default() })
+        Ok(Self {
+            source: Source::Config(config.clone()),
+            pairing: config.pairing,
+            dim,
+            head_dim,
+            last: Arc::default(),
+        })
+    }
+
+    /// A rotary embedding for heads of `head_dim` entries from the cosines and sines of the angles, which another
+    /// program has computed (`cos_cache` and `sin_cache` of ONNX's RotaryEmbedding). They are constants: they get no
+    /// gradient.
+    ///
+    /// # Shapes
+    ///
+    /// cos and sin (max_position, dim / 2), whose row `p` holds the angles of position `p`; or (batch, max_position,
+    /// dim / 2), with rows for each sequence. The first `dim` entries of a head are rotated. (The tables of Hugging Face
+    /// transformers, (batch, len, dim), hold each half twice: take one half of them with `narrow`.)
+    ///
+    /// # Errors
+    ///
+    /// Another rank; tables of different shapes or devices; dim / 2 outside 1 to head_dim / 2; a dtype that isn't a
+    /// float.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::rotary::{Pairing, RotaryEmbedding};
+    /// use candle_core::{Device, Tensor};
+    ///
+    /// // One pair. It isn't rotated at position 0, and makes a quarter turn at position 1.
+    /// let cos = Tensor::new(&[[1f32], [0.]], &Device::Cpu)?; // (max_position, dim / 2)
+    /// let sin = Tensor::new(&[[0f32], [1.]], &Device::Cpu)?;
+    /// let rotary = RotaryEmbedding::from_tables(&cos, &sin, 2, Pairing::HalfSplit)?;
+    /// let x = Tensor::new(&[[[[1f32, 2.], [1., 2.]]]], &Device::Cpu)?; // (batch, heads, len, head_dim)
+    /// assert_eq!(rotary.apply(&x, 0)?.flatten_all()?.to_vec1::<f32>()?, [1.0, 2.0, -2.0, 1.0]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn from_tables(cos: &Tensor, sin: &Tensor, head_dim: usize, pairing: Pairing) -> Result<Self> {
+        let tables = Tables::new(cos, sin, head_dim)?;
+        Ok(Self { dim: tables.dim(), source: Source::Tables(tables), pairing, head_dim, last: Arc::default() })
+    }
+
+    /// The config, if there is one and not tables.
+    pub(crate) fn config(&self) -> Option<&RotaryConfig> {
+        match &self.source {
+            Source::Config(config) => Some(config),
+            Source::Tables(_) => None,
+        }
+    }
+
+    /// The size of the heads that are rotated.
+    pub(crate) fn head_dim(&self) -> usize {
+        self.head_dim
     }
 
     /// Rotates x (batch, num_heads, len, head_dim), whose first token is at position `offset`.
     ///
     /// # Errors
     ///
-    /// Another rank or head_dim, a dtype that isn't a float, positions that overflow.
+    /// Another rank or head_dim, a dtype that isn't a float, positions that overflow. With tables also: positions that
+    /// they don't hold, tables for another number of sequences, another device.
     pub fn apply(&self, x: &Tensor, offset: usize) -> Result<Tensor> {
-        self.check(x)?;
-        self.rotate_from(x, &[offset])
+        self.apply_each(x, &[offset])
     }
 
     /// As [`RotaryEmbedding::apply`], with the first token of sequence `b` at position `offsets[b]`, for sequences of
@@ -117,16 +182,47 @@ impl RotaryEmbedding {
             let expected = format!("{} sequences, one for each offset", offsets.len());
             return Err(AttentionError::Shape { tensor: "rotary input", expected, shape: x.dims().to_vec() }.into());
         }
-        match offsets {
-            // The offsets are usually equal. The angles are then computed only once.
-            [first, rest @ ..] if rest.iter().all(|offset| offset == first) => self.rotate_from(x, &[*first]),
-            [] => Ok(x.clone()),
-            _ => self.rotate_from(x, offsets),
-        }
+        self.rotate_at(x, &Positions::from_offsets(offsets))
     }
 
-    /// Rotates x with an offset for each sequence, or one for all.
-    fn rotate_from(&self, x: &Tensor, offsets: &[usize]) -> Result<Tensor> {
+    /// As [`RotaryEmbedding::apply`], with a position for each token, such as the `position_ids` of Hugging Face
+    /// transformers for batches that are padded at the left.
+    ///
+    /// # Shapes
+    ///
+    /// x (batch, num_heads, len, head_dim); position_ids (len) or (batch, len), of integers.
+    ///
+    /// # Errors
+    ///
+    /// As [`RotaryEmbedding::apply`], and position ids of another shape or dtype, or below 0.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::rotary::{RotaryConfig, RotaryEmbedding};
+    /// use candle_core::{Device, Tensor};
+    ///
+    /// let rotary = RotaryEmbedding::new(&RotaryConfig::default(), 4)?;
+    /// let x = Tensor::randn(0f32, 1.0, (2, 1, 3, 4), &Device::Cpu)?; // (batch, heads, len, head_dim)
+    /// // The first token of the second sequence is padding.
+    /// let rotated = rotary.apply_positions(&x, &Tensor::new(&[[0u32, 1, 2], [0, 0, 1]], &Device::Cpu)?)?;
+    /// let alone = rotary.apply(&x.narrow(0, 1, 1)?.narrow(2, 1, 2)?, 0)?;
+    /// let padded = rotated.narrow(0, 1, 1)?.narrow(2, 1, 2)?;
+    /// assert_eq!(padded.flatten_all()?.to_vec1::<f32>()?, alone.flatten_all()?.to_vec1::<f32>()?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn apply_positions(&self, x: &Tensor, position_ids: &Tensor) -> Result<Tensor> {
+        self.check(x)?;
+        self.rotate_at(x, &Positions::from_ids(position_ids, x.dim(0)?, x.dim(2)?)?)
+    }
+
+    /// As [`RotaryEmbedding::apply`], for positions whose number has been checked.
+    pub(crate) fn apply_at(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
+        self.check(x)?;
+        self.rotate_at(x, positions)
+    }
+
+    fn rotate_at(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
         // candle can't cast an empty tensor on CUDA.
         if x.elem_count() == 0 {
             return Ok(x.clone());
@@ -134,9 +230,9 @@ impl RotaryEmbedding {
         let dtype = x.dtype();
         // Half types are rotated in f32.
         let x = x.to_dtype(compute_dtype(dtype))?;
-        let Angles { cos, sin, .. } = self.angles(&x, offsets)?;
+        let Angles { cos, sin, .. } = self.angles(&x, positions)?;
         let rotated = x.narrow(D::Minus1, 0, self.dim)?;
-        let rotated = match self.config.pairing {
+        let rotated = match self.pairing {
             Pairing::HalfSplit => {
                 let first = rotated.narrow(D::Minus1, 0, self.dim / 2)?;
                 let second = rotated.narrow(D::Minus1, self.dim / 2, self.dim / 2)?;
@@ -167,40 +263,34 @@ impl RotaryEmbedding {
             let expected = format!("(batch, num_heads, len, head_dim) with head_dim {}", self.head_dim);
             return Err(AttentionError::Shape { tensor, expected, shape });
         }
-        check_dtype(tensor, x.dtype())
+        check_dtype(tensor, x.dtype())?;
+        match &self.source {
+            Source::Config(_) => Ok(()),
+            Source::Tables(tables) => tables.check(x),
+        }
     }
 
-    fn angles(&self, x: &Tensor, offsets: &[usize]) -> Result<Angles> {
+    fn angles(&self, x: &Tensor, positions: &Positions) -> Result<Angles> {
         let len = x.dim(2)?;
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(angles) = last.as_ref().filter(|angles| angles.fit(x, offsets, len)) {
+        if let Some(angles) = last.as_ref().filter(|angles| angles.fit(x, positions, len)) {
             return Ok(angles.clone());
         }
-        // The angles are computed in f64 for every dtype: at position 100,000 an f32 angle is off by 0.004.
-        let frequencies = self.config.frequencies(self.dim);
-        let mut radians = Vec::with_capacity(offsets.len() * len * self.dim / 2);
-        for &offset in offsets {
-            for position in offset..offset.checked_add(len).ok_or(position_overflow(offset))? {
-                radians.extend(frequencies.iter().map(|frequency| position as f64 * frequency));
-            }
-        }
-        let attention_factor = self.config.scaling.as_ref().map_or(1.0, RotaryScaling::attention_factor);
-        let table = |f: fn(f64) -> f64| -> candle_core::Result<Tensor> {
-            let values = radians.iter().map(|&x| attention_factor * f(x)).collect::<Vec<_>>();
-            let table = Tensor::from_vec(values, (offsets.len(), 1, len, self.dim / 2), &Device::Cpu)?;
-            table.to_dtype(x.dtype())?.to_device(x.device())
+        let [cos, sin] = match &self.source {
+            Source::Config(config) => config.cos_sin(self.dim, positions, x)?,
+            Source::Tables(tables) => tables.rows(positions, len, x.dtype())?,
         };
-        let angles = Angles { offsets: offsets.to_vec(), cos: table(f64::cos)?, sin: table(f64::sin)? };
+        let angles = Angles { positions: positions.clone(), cos, sin };
         *last = Some(angles.clone());
         Ok(angles)
     }
 }
 
 impl Angles {
-    /// Whether these are the angles of `len` positions from each offset on, in the dtype and on the device of `x`.
-    fn fit(&self, x: &Tensor, offsets: &[usize], len: usize) -> bool {
+    /// Whether these are the angles of `len` tokens at these positions, in the dtype and on the device of `x`.
+    fn fit(&self, x: &Tensor, positions: &Positions, len: usize) -> bool {
         let location = |tensor: &Tensor| -> DeviceLocation { tensor.device().location() };
-        self.offsets == offsets
+        self.positions == *positions
             && self.cos.dims()[2] == len
             && self.cos.dtype() == x.dtype()
             && location(&self.cos) == location(x)
@@ -230,6 +320,24 @@ impl RotaryConfig {
         }
         frequencies
     }
+
+    /// Cosines and sines at the positions of x (batch, num_heads, len, head_dim), as in [`Angles`].
+    fn cos_sin(&self, dim: usize, positions: &Positions, x: &Tensor) -> Result<[Tensor; 2]> {
+        // The angles are computed in f64 for every dtype: at position 100,000 an f32 angle is off by 0.004.
+        let (len, frequencies) = (x.dim(2)?, self.frequencies(dim));
+        let flat = positions.flatten(len)?;
+        let mut radians = Vec::with_capacity(flat.len() * frequencies.len());
+        for position in flat {
+            radians.extend(frequencies.iter().map(|frequency| position as f64 * frequency));
+        }
+        let attention_factor = self.scaling.as_ref().map_or(1.0, RotaryScaling::attention_factor);
+        let table = |f: fn(f64) -> f64| -> candle_core::Result<Tensor> {
+            let values = radians.iter().map(|&x| attention_factor * f(x)).collect::<Vec<_>>();
+            let table = Tensor::from_vec(values, (positions.lists(), 1, len, dim / 2), &Device::Cpu)?;
+            table.to_dtype(x.dtype())?.to_device(x.device())
+        };
+        Ok([table(f64::cos)?, table(f64::sin)?])
+    }
 }
 
 /// Rotates pairs of coordinates: (a cos - b sin, a sin + b cos).
@@ -237,9 +345,4 @@ fn rotate(a: &Tensor, b: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<(Tensor,
     let first = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
     let second = (a.broadcast_mul(sin)? + b.broadcast_mul(cos)?)?;
     Ok((first, second))
-}
-
-fn position_overflow(offset: usize) -> AttentionError {
-    let expected = "an offset that leaves room to count the positions";
-    AttentionError::Number { name: "position_offset", expected, got: offset as f64 }
 }

@@ -87,7 +87,7 @@ fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_co
     let rows = scores.batch * scores.num_heads * scores.q_len;
     let shape = layout.shape(scores.batch, scores.num_heads, scores.q_len, value_dim);
     if !with_logsumexp {
-        return Ok(AttentionOutput { context: result.reshape(shape)?, weights: None, logsumexp: None });
+        return Ok(AttentionOutput { context: result.reshape(shape)?, weights: None, scores: None, logsumexp: None });
     }
     let mut context = result.narrow(0, 0, rows * value_dim)?.reshape(shape)?;
     let logsumexp = result.narrow(0, rows * value_dim, rows)?;
@@ -98,7 +98,7 @@ fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_co
         context = layout.transpose(&context)?;
     }
     let logsumexp = options.return_logsumexp.then_some(logsumexp);
-    Ok(AttentionOutput { context: context.to_dtype(dtype)?, weights: None, logsumexp })
+    Ok(AttentionOutput { context: context.to_dtype(dtype)?, weights: None, scores: None, logsumexp })
 }
 
 /// Context and log-sum-exp with sinks, from those without: lse' = ln(exp(lse) + exp(sink)) and context' = context ·

@@ -15,7 +15,7 @@ use candle_core::{DType, Tensor};
 use crate::error::{AttentionError, Error, Result};
 use checks::Checked;
 use head_layout::HeadLayout;
-pub use options::{AttentionOptions, AttentionOutput, Backend};
+pub use options::{AttentionOptions, AttentionOutput, Backend, ScoreStage};
 
 /// Attention: softmax(Q·Kᵀ · scale)·V for every head, with the additions of [`AttentionOptions`].
 ///
@@ -81,21 +81,32 @@ pub fn scaled_dot_product_attention(
     Ok(AttentionOutput {
         context: axes_of_input(output.context)?,
         weights: output.weights.map(axes_of_input).transpose()?,
+        scores: output.scores.map(axes_of_input).transpose()?,
         logsumexp: output.logsumexp.map(axes_of_input).transpose()?,
     })
 }
 
 /// [`scaled_dot_product_attention`] for query, key and value of four axes in either layout. The context has the layout
-/// of the inputs. Weights are (batch, num_heads, q_len, kv_len) and log-sum-exp (batch, num_heads, q_len) in both.
+/// of the inputs. Weights and scores are (batch, num_heads, q_len, kv_len) and log-sum-exp (batch, num_heads, q_len) in
+/// both.
 pub(crate) fn attention(
     inputs: [&Tensor; 3],
     layout: HeadLayout,
     options: &AttentionOptions,
 ) -> Result<AttentionOutput> {
     let checked = Checked::new(inputs, layout, options)?;
+    let output = context_and_weights(&checked)?;
+    // The scores are computed separately, so that a request for them changes no other number.
+    let scores = options.return_scores.map(|stage| reference::scores(&checked.q, &checked.k, options, stage));
+    let scores = scores.transpose().map_err(|error| explain_memory(error, &checked))?;
+    Ok(AttentionOutput { scores, ..output })
+}
+
+fn context_and_weights(checked: &Checked) -> Result<AttentionOutput> {
+    let options = checked.options;
     let fused = match options.backend {
         Backend::Reference => None,
-        Backend::Auto | Backend::Fused => Some(fused::attention(&checked)?),
+        Backend::Auto | Backend::Fused => Some(fused::attention(checked)?),
     };
     match fused {
         // The weights are computed separately, so that a request for them changes no other number.
@@ -106,10 +117,10 @@ pub(crate) fn attention(
         Some(Ok(output)) => Ok(output),
         Some(Err(reason)) if options.backend == Backend::Fused => Err(reason.into()),
         Some(Err(reason)) => {
-            warn_once_about_memory(&checked, &reason);
-            reference_attention(&checked)
+            warn_once_about_memory(checked, &reason);
+            reference_attention(checked)
         }
-        None => reference_attention(&checked),
+        None => reference_attention(checked),
     }
 }
 

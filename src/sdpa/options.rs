@@ -18,6 +18,40 @@ pub enum Backend {
     Fused,
 }
 
+/// A step of the scores, in the order in which they are computed.
+///
+/// ONNX's Attention numbers them by `qk_matmul_output_mode`: 0 is `Scaled`, 1 `Softcapped`, 2 `Masked`, and 3 are the
+/// weights. Earlier editions of its text add bias and mask before the softcap. Without a softcap, their modes 1 and 2
+/// are both `Masked`. With one, they have no counterpart here.
+///
+/// ```
+/// use candle_attention::{AttentionOptions, Mask, ScoreStage, scaled_dot_product_attention};
+/// use candle_core::{Device, Tensor};
+///
+/// let query = Tensor::new(&[[4f32, 0.]], &Device::Cpu)?;
+/// let key = Tensor::new(&[[1f32, 0.], [3., 0.]], &Device::Cpu)?;
+/// let scores = |stage| {
+///     // The mask hides the second key.
+///     let (scale, attn_mask, return_scores) = (Some(0.5), Mask::prefix(1), Some(stage));
+///     let options = AttentionOptions { scale, attn_mask, return_scores, ..Default::default() };
+///     scaled_dot_product_attention(&query, &key, &key, &options)?.scores.unwrap().to_vec2::<f32>()
+/// };
+/// assert_eq!(scores(ScoreStage::Scaled)?, [[2.0, 6.0]]);
+/// assert_eq!(scores(ScoreStage::Masked)?, [[2.0, f32::NEG_INFINITY]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ScoreStage {
+    /// Q·Kᵀ · scale.
+    Scaled,
+    /// After the softcap. Equal to `Scaled` without one.
+    Softcapped,
+    /// After the bias and ALiBi have been added.
+    Biased,
+    /// After the mask: minus infinity where a query may not attend. The weights are the softmax of these.
+    Masked,
+}
+
 /// The options of [`scaled_dot_product_attention`](crate::scaled_dot_product_attention). The default is the plain
 /// formula, softmax(Q·Kᵀ / sqrt(head_dim))·V.
 ///
@@ -56,6 +90,8 @@ pub struct AttentionOptions {
     pub backend: Backend,
     /// Whether to return [`AttentionOutput::weights`]. This changes no other number.
     pub return_weights: bool,
+    /// Which [`AttentionOutput::scores`] to return, if any. This changes no other number.
+    pub return_scores: Option<ScoreStage>,
     /// Whether to return [`AttentionOutput::logsumexp`]. Half types are widened for it, which changes other numbers by
     /// rounding. Numbers in f32 and f64 stay the same.
     pub return_logsumexp: bool,
@@ -69,6 +105,9 @@ pub struct AttentionOutput {
     /// The weights after the softmax and before dropout, (batch, num_heads, q_len, kv_len), in the input's dtype. Each
     /// row sums to 1 minus the share of its sink, or to 0 if the query may attend to no key.
     pub weights: Option<Tensor>,
+    /// The scores at the requested stage, (batch, num_heads, q_len, kv_len), in f32 (f64 for f64 input), without the
+    /// sinks.
+    pub scores: Option<Tensor>,
     /// ln Σ exp(scores) over the keys and the sink, (batch, num_heads, q_len), in f32 (f64 for f64 input). It is minus
     /// infinity if the query may attend to no key and has no sink.
     pub logsumexp: Option<Tensor>,

@@ -20,7 +20,7 @@ use crate::check::compute_dtype;
 use crate::error::AttentionError;
 use crate::mask::Mask;
 use crate::sdpa::grad_connect::connected;
-use crate::sdpa::options::{AttentionOptions, AttentionOutput};
+use crate::sdpa::options::{AttentionOptions, AttentionOutput, ScoreStage};
 use crate::sdpa::overflow::may_overflow;
 
 /// The largest number of entries of a tensor on CUDA. candle's kernels count the entries in 32 bits, in blocks of 1024,
@@ -43,6 +43,7 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionO
     Ok(AttentionOutput {
         context: context.to_dtype(dtype)?,
         weights: options.return_weights.then(|| w.to_dtype(dtype)).transpose()?,
+        scores: None,
         logsumexp: options.return_logsumexp.then(|| lse.squeeze(D::Minus1)).transpose()?,
     })
 }
@@ -52,6 +53,15 @@ pub(crate) fn weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Res
     weights_and_logsumexp(&widened(q)?, &widened(k)?, options)?.0.to_dtype(q.dtype())
 }
 
+/// The scores after this step, in the dtype to compute in.
+pub(crate) fn scores(q: &Tensor, k: &Tensor, options: &AttentionOptions, stage: ScoreStage) -> Result<Tensor> {
+    let ((batch, heads, q_len, _), kv_len) = (q.dims4()?, k.dim(2)?);
+    if q.elem_count() == 0 || kv_len == 0 {
+        return connected_zeros(&[batch, heads, q_len, kv_len], q, k, options);
+    }
+    scores_after(stage, &widened(q)?, &widened(k)?, options)
+}
+
 /// `x` in the dtype to compute in. Half types accumulate in f32.
 fn widened(x: &Tensor) -> Result<Tensor> {
     x.to_dtype(compute_dtype(x.dtype()))?.contiguous()
@@ -59,24 +69,29 @@ fn widened(x: &Tensor) -> Result<Tensor> {
 
 /// The weights, and ln Σ exp(s), for at least one query and key.
 fn weights_and_logsumexp(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<(Tensor, Tensor)> {
-    check_score_count(q, k)?;
-    let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
-    let mut s = scaled_scores(q, k, scale)?;
-    if let Some(cap) = options.softcap {
-        s = ((s / cap)?.tanh()? * cap)?;
-    }
-    if let Some(bias) = &options.attn_bias {
-        s = s.broadcast_add(&bias.to_dtype(q.dtype())?)?;
-    }
-    if let Some(slopes) = &options.alibi_slopes {
-        s = s.broadcast_sub(&alibi(&slopes.to_dtype(q.dtype())?, q.dim(2)?, k.dim(2)?)?)?;
-    }
-    s = mask_scores(&s, options)?;
+    let s = scores_after(ScoreStage::Masked, q, k, options)?;
     let sinks = match &options.sinks {
         Some(sinks) => Some(sinks.to_dtype(q.dtype())?.reshape((1, (), 1, 1))?),
         None => None,
     };
     softmax(&s, sinks.as_ref())
+}
+
+/// The scores after the steps up to this one, for at least one query and key.
+fn scores_after(stage: ScoreStage, q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    check_score_count(q, k)?;
+    let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
+    let mut s = scaled_scores(q, k, scale)?;
+    if let Some(cap) = options.softcap.filter(|_| stage >= ScoreStage::Softcapped) {
+        s = ((s / cap)?.tanh()? * cap)?;
+    }
+    if let Some(bias) = options.attn_bias.as_ref().filter(|_| stage >= ScoreStage::Biased) {
+        s = s.broadcast_add(&bias.to_dtype(q.dtype())?)?;
+    }
+    if let Some(slopes) = options.alibi_slopes.as_ref().filter(|_| stage >= ScoreStage::Biased) {
+        s = s.broadcast_sub(&alibi(&slopes.to_dtype(q.dtype())?, q.dim(2)?, k.dim(2)?)?)?;
+    }
+    if stage >= ScoreStage::Masked { mask_scores(&s, options) } else { Ok(s) }
 }
 
 fn check_score_count(q: &Tensor, k: &Tensor) -> std::result::Result<(), AttentionError> {
@@ -92,20 +107,24 @@ fn check_score_count(q: &Tensor, k: &Tensor) -> std::result::Result<(), Attentio
 /// neither sum nor cast empty tensors.
 fn without_queries(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
     let (batch, heads, q_len, _) = q.dims4()?;
-    let connect = |x: Tensor| {
-        let others = [&options.attn_bias, &options.alibi_slopes, &options.sinks];
-        others.into_iter().flatten().try_fold(x, connected)
-    };
-    let logsumexp = || {
-        let lse = Tensor::zeros((batch, heads, q_len), compute_dtype(q.dtype()), q.device())?;
-        connect(connected(connected(lse, q)?, k)?)
-    };
-    let w = connect(dot_products(q, k)?)?;
+    let logsumexp = || connected_zeros(&[batch, heads, q_len], q, k, options);
+    let w = connect_options(dot_products(q, k)?, options)?;
     Ok(AttentionOutput {
         context: weighted_sum(&w, v)?,
         weights: options.return_weights.then_some(w),
+        scores: None,
         logsumexp: options.return_logsumexp.then(logsumexp).transpose()?,
     })
+}
+
+/// An empty tensor of this shape that depends on the inputs, so that their gradients are zero and not missing.
+fn connected_zeros(dims: &[usize], q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    let zeros = Tensor::zeros(dims, compute_dtype(q.dtype()), q.device())?;
+    connect_options(connected(connected(zeros, q)?, k)?, options)
+}
+
+fn connect_options(x: Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    [&options.attn_bias, &options.alibi_slopes, &options.sinks].into_iter().flatten().try_fold(x, connected)
 }
 
 /// Attention without keys, computed with one key that is hidden from every query. All results stay connected to their
@@ -129,6 +148,7 @@ fn without_keys(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) 
     Ok(AttentionOutput {
         context: connect(output.context)?,
         weights: output.weights.map(|w| connect(w.narrow(3, 0, 0)?)).transpose()?,
+        scores: None,
         logsumexp: output.logsumexp.map(connect).transpose()?,
     })
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use candle_attention::rotary::{RotaryConfig, RotaryEmbedding};
 use candle_attention::{
     AttentionError, AttentionOptions, Backend, Error, Layout, LayoutFile, Mask, Result, SelfAttention,
     SelfAttentionConfig, cross_attention, scaled_dot_product_attention, self_attention,
@@ -52,6 +53,14 @@ fn shapes_and_dtypes_have_variants_of_their_own() {
     let view = zeros(&[1, 1, 1, 1]).broadcast_as((1, 1, 1 << 31, 1)).unwrap();
     let too_large = scaled_dot_product_attention(&view, &view, &view, &AttentionOptions::default());
     assert!(matches!(error(too_large), AttentionError::TooLarge { .. }));
+}
+
+#[test]
+fn positions_have_a_variant_of_their_own() {
+    let rotary = RotaryEmbedding::new(&RotaryConfig::default(), 4).unwrap();
+    let ids = Tensor::new(&[-1i64], &Device::Cpu).unwrap();
+    let (expected, got) = ("at least 0".to_string(), "-1".to_string());
+    assert_eq!(error(rotary.apply_positions(&zeros(&[1, 1, 1, 4]), &ids)), AttentionError::Position { expected, got });
 }
 
 #[test]

@@ -23,5 +23,7 @@ mod masking;
 mod norms;
 mod outputs;
 mod parameters;
+mod position_ids;
 mod positions;
 mod rotary_scaling;
+mod rotary_tables;

@@ -1,7 +1,7 @@
 //! The outputs of a layer: a request for weights or log-sum-exp changes no other number.
 
-use candle_attention::{ForwardOptions, ForwardOutput, Result, SelfAttentionConfig};
-use candle_core::DType;
+use candle_attention::{ForwardOptions, ForwardOutput, Result, ScoreStage, SelfAttentionConfig};
+use candle_core::{D, DType};
 use candle_nn::Module;
 
 use crate::common::{assert_close, assert_same_bits, randn};
@@ -31,6 +31,41 @@ fn asking_for_weights_or_logsumexp_changes_no_number() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Also in decoding, in cross-attention, and without a batch axis. The everything-config has sinks, which take their
+/// share of the weights and have no score.
+#[test]
+fn weights_are_the_softmax_of_the_masked_scores() -> Result<()> {
+    let masked = ForwardOptions {
+        return_weights: true,
+        return_scores: Some(ScoreStage::Masked),
+        return_logsumexp: true,
+        ..Default::default()
+    };
+    let check = |output: ForwardOutput, what: &str| -> Result<()> {
+        let (scores, logsumexp) = (output.scores.expect("scores"), output.logsumexp.expect("log-sum-exp"));
+        let weights = scores.broadcast_sub(&logsumexp.unsqueeze(D::Minus1)?)?.exp()?;
+        assert_close(&weights, &output.weights.expect("weights"), 1e-12, what);
+        Ok(())
+    };
+    let extra_keys = SelfAttentionConfig { add_bias_kv: true, ..SelfAttentionConfig::new(8, 2) };
+    for config in [extra_keys.clone(), everything()] {
+        let layer = self_attention(&config, DType::F64)?;
+        let x = randn(1, (2, 7, config.embed_dim), DType::F64)?;
+        check(layer.forward_with(&x, &masked)?, "batch")?;
+        check(layer.forward_with(&x.get(0)?, &masked)?, "no batch axis")?;
+        if config.is_causal {
+            let mut cache = layer.kv_cache(2)?;
+            layer.prefill(&x.narrow(1, 0, 5)?, &[5, 2], &mut cache)?;
+            check(layer.forward_cached_with(&x.narrow(1, 5, 2)?, &mut cache, &masked)?, "decoding")?;
+        }
+    }
+    let layer = cross_attention(&extra_keys, DType::F64)?;
+    let (x, memory) = (randn(1, (2, 3, 8), DType::F64)?, randn(2, (2, 5, 8), DType::F64)?);
+    let output = layer.forward_with(&x, &memory, &masked)?;
+    assert_eq!(output.scores.as_ref().expect("scores").dims(), [2, 2, 3, 6]);
+    check(output, "cross-attention")
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::common::{assert_close, assert_same_bits, max_abs_difference, numbers,
 use crate::layers::{Formula, cross_attention, scalings, self_attention};
 
 /// Both pairings, with all or some of the entries rotated, with each scaling and without.
-fn rotaries() -> Vec<RotaryConfig> {
+pub fn rotaries() -> Vec<RotaryConfig> {
     let mut configs = Vec::new();
     for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
         for dim in [None, Some(6), Some(4), Some(2)] {

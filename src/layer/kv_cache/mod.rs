@@ -5,6 +5,7 @@
 //! `RotatingKvCache` and `ScatteredKvCache` return the keys out of order, which windows and ALiBi would have to undo.
 
 mod store;
+mod tensors;
 
 use std::ops::Range;
 
@@ -251,11 +252,8 @@ impl KvCache {
         match &self.store {
             Some(store) if longest(&self.held) + len <= self.capacity() => Ok((store.clone(), self.held.clone())),
             _ => {
-                // Keys outside the window of the next token aren't needed again.
-                let needed = self.layout.window.map_or(usize::MAX, |window| window - 1);
-                let kept: Vec<_> = self.held.iter().map(|&held| held.min(needed)).collect();
-                let parts: Vec<_> =
-                    (0..).zip(self.held.iter().zip(&kept)).map(|(b, (&held, kept))| (b, held - kept..held)).collect();
+                let parts = self.needed();
+                let kept: Vec<_> = parts.iter().map(|(_, slots)| slots.len()).collect();
                 let max = self.layout.window.map_or(usize::MAX, |window| window.saturating_mul(2));
                 let capacity = (longest(&kept) + len).max(self.capacity().saturating_mul(2).min(max));
                 Ok((self.rebuilt(&parts, capacity)?, kept))
@@ -266,6 +264,13 @@ impl KvCache {
     /// The index of every sequence, and the slots of the store that it occupies.
     fn occupied(&self) -> Vec<(usize, Range<usize>)> {
         (0..).zip(self.held.iter().map(|&held| 0..held)).collect()
+    }
+
+    /// The index of every sequence, and the slots whose keys later tokens may attend to. Keys outside the window of the
+    /// next token aren't needed again.
+    fn needed(&self) -> Vec<(usize, Range<usize>)> {
+        let needed = self.layout.needed();
+        (0..).zip(self.held.iter().map(|&held| held - held.min(needed)..held)).collect()
     }
 
     /// A new store. For `parts[i] = (b, slots)` its sequence `i` holds these slots of sequence `b` of the old store.

@@ -12,9 +12,9 @@ use crate::layer::kv_cache::{check_equal, common};
 /// What a cache must have in common with its layer.
 #[derive(Clone, Debug)]
 pub(super) struct Layout {
-    num_kv_heads: usize,
-    head_dim: usize,
-    value_dim: usize,
+    pub(super) num_kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) value_dim: usize,
     pub(super) window: Option<usize>,
     dtype: DType,
     device: Device,
@@ -53,6 +53,11 @@ impl Layout {
         Ok(())
     }
 
+    /// How many of the last tokens of a sequence the next token may attend to.
+    pub(super) fn needed(&self) -> usize {
+        self.window.map_or(usize::MAX, |window| window.saturating_sub(1))
+    }
+
     /// A store of zeros for `batch` sequences of `capacity` tokens.
     pub(super) fn store(&self, batch: usize, capacity: usize) -> Result<Store> {
         let zeros = |dim: usize| -> Result<Tensor> {
@@ -73,8 +78,8 @@ impl Layout {
 /// them.
 #[derive(Clone, Debug)]
 pub(super) struct Store {
-    key: Tensor,
-    value: Tensor,
+    pub(super) key: Tensor,
+    pub(super) value: Tensor,
 }
 
 impl Store {

@@ -1,6 +1,6 @@
 //! A cache is for inference only: its output has no gradient at all, not even for some of the parameters.
 
-use candle_attention::{ForwardOptions, Result};
+use candle_attention::{ForwardOptions, Result, ScoreStage};
 use candle_core::DType;
 
 use crate::common::{randn, var};
@@ -17,11 +17,13 @@ fn cached_output_is_detached_from_everything() -> Result<()> {
     let options = ForwardOptions {
         attn_bias: Some(bias.as_tensor().clone()),
         return_weights: true,
+        return_scores: Some(ScoreStage::Masked),
         return_logsumexp: true,
         ..Default::default()
     };
     let output = layer.forward_cached_with(x.as_tensor(), &mut layer.kv_cache(2)?, &options)?;
-    for result in [output.output, output.weights.expect("weights"), output.logsumexp.expect("log-sum-exp")] {
+    let results = [output.weights, output.scores, output.logsumexp].map(|result| result.expect("every result"));
+    for result in results.into_iter().chain([output.output]) {
         assert!(!result.track_op());
         let grads = result.sum_all()?.backward()?;
         assert!(layer.vars().iter().chain([&x, &bias]).all(|var| grads.get(var.as_tensor()).is_none()));

@@ -8,4 +8,5 @@ mod memory;
 mod operations;
 mod ragged;
 mod setup;
+mod tensors;
 mod window;

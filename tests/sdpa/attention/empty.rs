@@ -79,6 +79,7 @@ fn query_that_sees_nothing_leaves_the_others_as_they_were() -> Result<()> {
     let row = |output: &AttentionOutput, i: usize| AttentionOutput {
         context: output.context.narrow(2, i, 1).unwrap(),
         weights: Some(weights(output).narrow(2, i, 1).unwrap()),
+        scores: None,
         logsumexp: Some(logsumexp(output).narrow(2, i, 1).unwrap()),
     };
     assert_no_attention(&row(&masked, 2));

@@ -175,6 +175,7 @@ fn other_queries(output: &AttentionOutput, i: usize) -> Result<AttentionOutput> 
     Ok(AttentionOutput {
         context: without(&output.context)?,
         weights: Some(without(weights(output))?),
+        scores: None,
         logsumexp: Some(without(logsumexp(output))?),
     })
 }

@@ -9,4 +9,5 @@ mod extremes;
 mod layout;
 mod masking;
 mod outputs;
+mod scores;
 mod setup;

@@ -148,6 +148,7 @@ impl Case {
             dropout_seed: 11,
             backend,
             return_weights: false,
+            return_scores: None,
             return_logsumexp: self.logsumexp,
         })
     }
