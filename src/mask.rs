@@ -235,11 +235,10 @@ impl Mask {
 
     /// The same mask with `f` of the shape of each of its tensors as the tensor's four axes. `f` also gets the scores
     /// that the tensor speaks of, and its error is the shape that it expects.
-    pub(crate) fn map_axes(
-        &self,
-        shape: &ScoreShape,
-        f: &dyn Fn(&[usize], &ScoreShape) -> Result<[usize; 4], String>,
-    ) -> Result<Self, AttentionError> {
+    pub(crate) fn map_axes<F>(&self, shape: &ScoreShape, f: F) -> Result<Self, AttentionError>
+    where
+        F: Fn(&[usize], &ScoreShape) -> Result<[usize; 4], String>,
+    {
         let aligned = |table: &Arc<Table>, shape: &ScoreShape| match table.axes() {
             TableAxes::Padding => Ok(table.clone()),
             TableAxes::Last(_) => {
@@ -252,7 +251,7 @@ impl Mask {
                 Ok(Arc::new(table.reshaped(f(&own, shape).map_err(refuse)?)?))
             }
         };
-        Ok(Self(self.0.map_tables::<MaskError>(shape, &aligned)?))
+        Ok(Self(self.0.map_tables(shape, &aligned)?))
     }
 
     /// The rule behind the mask, for code that has checked the shape and reads many entries.

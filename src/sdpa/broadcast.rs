@@ -41,7 +41,7 @@ impl InputAxes {
 
 /// The mask with four axes for each of its tensors.
 pub(crate) fn align_mask(mask: &Mask, scores: &ScoreShape, inputs: InputAxes) -> Result<Mask, AttentionError> {
-    mask.map_axes(scores, &|dims, scores| four_axes(dims, scores, inputs))
+    mask.map_axes(scores, |dims, scores| four_axes(dims, scores, inputs))
 }
 
 /// The bias, with axes that broadcast to the scores, aligned at the right.

@@ -115,12 +115,13 @@ impl Rule {
     /// # Errors
     ///
     /// The first error of `f`.
-    pub fn map_tables<E>(
-        &self,
-        shape: &ScoreShape,
-        f: &dyn Fn(&Arc<Table>, &ScoreShape) -> Result<Arc<Table>, E>,
-    ) -> Result<Self, E> {
-        let both = |pair: &(Rule, Rule)| Ok(Arc::new((pair.0.map_tables(shape, f)?, pair.1.map_tables(shape, f)?)));
+    pub fn map_tables<F>(&self, shape: &ScoreShape, f: &F) -> Result<Self, MaskError>
+    where
+        F: Fn(&Arc<Table>, &ScoreShape) -> Result<Arc<Table>, MaskError>,
+    {
+        let both = |pair: &(Rule, Rule)| {
+            Ok::<_, MaskError>(Arc::new((pair.0.map_tables(shape, f)?, pair.1.map_tables(shape, f)?)))
+        };
         Ok(match self {
             Rule::Table(table) => Rule::Table(f(table, shape)?),
             Rule::Extra { rule, count, visible } => {
