@@ -45,6 +45,7 @@
 //! | 4 | `layer/config` | the config of a layer, and its checks |
 //! | 4 | `sdpa/checks` | the inputs of one call, checked once |
 //! | 3 | `sdpa/options` | the options and the output of attention |
+//! | 3 | `sdpa/broadcast` | inputs, masks and biases that broadcast |
 //! | 3 | `sdpa/head_layout` | the order of the axes: heads first or tokens first |
 //! | 3 | `sdpa/overflow` | whether scores can overflow |
 //! | 3 | `sdpa/grad_connect` | gradients of empty results |

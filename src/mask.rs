@@ -3,7 +3,7 @@
 use std::ops::{BitAnd, BitOr};
 use std::sync::Arc;
 
-use attention_kernels::mask::{PerSequence, Rule, ScoreShape, Table};
+use attention_kernels::mask::{MaskError, PerSequence, Rule, ScoreShape, Table, TableAxes};
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{AttentionError, Result};
@@ -15,8 +15,9 @@ use crate::error::{AttentionError, Result};
 ///
 /// Query `i` of `q_len` has position `i + kv_len - q_len` among the keys: the last query is aligned with the last key
 /// (bottom-right, as in FlashAttention). Decoding with a cache needs this alignment. If the cache has room for more
-/// keys than it holds, [`Mask::with_offset`] sets the position of the first query instead. PyTorch's `is_causal` aligns
-/// the first query with the first key (top-left). The two differ only if q_len != kv_len.
+/// keys than it holds, [`Mask::with_offset`] sets the position of the first query instead. `is_causal` of PyTorch and
+/// ONNX aligns the first query with the first key (top-left), which is `Mask::causal().with_offset(0)`. The two differ
+/// only if q_len != kv_len.
 ///
 /// Masks combine: `a & b` allows what both masks allow, `a | b` what either mask allows.
 ///
@@ -50,6 +51,19 @@ impl Mask {
     }
 
     /// Each query may attend to its own position and the positions before it.
+    ///
+    /// The last query is aligned with the last key. `is_causal` of PyTorch and ONNX aligns the first query with the
+    /// first key, which is `Mask::causal().with_offset(0)`.
+    ///
+    /// ```
+    /// use candle_attention::Mask;
+    /// use candle_core::Device;
+    ///
+    /// let seen = |mask: Mask| mask.to_tensor((1, 1, 2, 3), &Device::Cpu)?.squeeze(0)?.squeeze(0)?.to_vec2::<u8>();
+    /// assert_eq!(seen(Mask::causal())?, [[1, 1, 0], [1, 1, 1]]);
+    /// assert_eq!(seen(Mask::causal().with_offset(0))?, [[1, 0, 0], [1, 1, 0]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
     pub fn causal() -> Self {
         Self(Rule::Band { below: None, above: Some(0), offset: None })
     }
@@ -80,8 +94,8 @@ impl Mask {
     }
 
     /// Several documents packed into one sequence, one after the other. Each token may attend only to its own document
-    /// (block-diagonal). The lengths must add up to kv_len. Combine with [`Mask::causal`] to train a language model on
-    /// packed text.
+    /// (block-diagonal). The lengths must add up to kv_len. A query whose position is before the first key or after the
+    /// last one sees nothing. Combine with [`Mask::causal`] to train a language model on packed text.
     pub fn documents(lengths: &[usize]) -> Self {
         let ids = lengths.iter().zip(0u32..).flat_map(|(&len, id)| std::iter::repeat_n(id, len));
         Self(Rule::Documents { ids: PerSequence::Same(ids.collect()), offset: None })
@@ -94,12 +108,36 @@ impl Mask {
         Self(Rule::Documents { ids: PerSequence::Each(rows), offset: None })
     }
 
-    /// A boolean tensor, non-zero = may attend, of a shape that broadcasts to (batch, num_heads, q_len, kv_len),
-    /// aligned at the right as in PyTorch's `scaled_dot_product_attention`. Its values are copied to the CPU.
+    /// A boolean tensor, non-zero = may attend. Its values are copied to the CPU.
+    ///
+    /// # Shapes
+    ///
+    /// The tensor broadcasts to the scores, aligned at the right. An axis of length 1 stands for any length:
+    ///
+    /// | axes | are |
+    /// |---|---|
+    /// | 0, 1, 2 | a number, (kv_len), (q_len, kv_len) |
+    /// | 3 | (n, q_len, kv_len), see below |
+    /// | 4 | (batch, num_heads, q_len, kv_len) |
+    ///
+    /// The first of three axes depends on the inputs of attention:
+    ///
+    /// - Inputs (batch, num_heads, len, dim) of [`scaled_dot_product_attention`](crate::scaled_dot_product_attention),
+    ///   and [`Mask::to_tensor`] and [`Mask::check`]: n is num_heads, as in PyTorch.
+    /// - Inputs (batch, len, dim) of [`scaled_dot_product_attention`](crate::scaled_dot_product_attention): n is batch,
+    ///   as in PyTorch.
+    /// - The input (batch, len, embed_dim) or (len, embed_dim) of a layer: n is batch, num_heads or batch · num_heads
+    ///   (`nn.MultiheadAttention`), whichever it equals. If batch and num_heads are the same number above 1, such an n
+    ///   is an error, since both could be meant: give the tensor four axes with `unsqueeze(1)` (one mask for each
+    ///   sequence) or `unsqueeze(0)` (one for each head).
+    ///
+    /// The same holds for `attn_bias`. A mask for fewer keys than there are is an error. [`Mask::with_hidden_keys`] hides
+    /// the other keys, as ONNX does.
     ///
     /// # Errors
     ///
-    /// A float tensor (an additive mask is an `attn_bias`), or a rank outside 2 to 4.
+    /// A float tensor (an additive mask is an `attn_bias`), or more than 4 axes. Whether the shape fits the scores is
+    /// checked when the mask is used.
     pub fn from_tensor(allowed: &Tensor) -> Result<Self> {
         Ok(Self(Rule::Table(Arc::new(table(allowed, |x| x != 0)?))))
     }
@@ -129,12 +167,14 @@ impl Mask {
             }
             .into());
         }
-        Self::from_blocked(&padding.unsqueeze(1)?.unsqueeze(1)?)
+        let table = table(&padding.unsqueeze(1)?.unsqueeze(1)?, |x| x == 0)?;
+        Ok(Self(Rule::Table(Arc::new(table.with_axes(TableAxes::Padding)))))
     }
 
     /// This mask with the first query at position `offset` among the keys, instead of the last query at the last key.
-    /// It applies to every part of the mask that depends on positions.
-    pub fn with_offset(self, offset: usize) -> Self {
+    /// It applies to every part of the mask that depends on positions. With a negative offset the first queries stand
+    /// before the first key; a causal mask hides all keys from them.
+    pub fn with_offset(self, offset: i64) -> Self {
         Self(self.0.with_offset(&PerSequence::Same(offset)))
     }
 
@@ -151,7 +191,7 @@ impl Mask {
     /// assert_eq!(seen.flatten_all()?.to_vec1::<u8>()?, [1, 1, 1, 1, 0, 0]);
     /// # Ok::<(), candle_attention::Error>(())
     /// ```
-    pub fn with_offsets(self, offsets: &[usize]) -> Self {
+    pub fn with_offsets(self, offsets: &[i64]) -> Self {
         Self(self.0.with_offset(&PerSequence::Each(offsets.into())))
     }
 
@@ -171,8 +211,47 @@ impl Mask {
         match self.0 {
             Rule::Full => self,
             rule if count == 0 => Self(rule),
-            rule => Self(Rule::Extra { rule: Arc::new(rule), count }),
+            rule => Self(Rule::Extra { rule: Arc::new(rule), count, visible: true }),
         }
+    }
+
+    /// This mask for all keys except the last `count`, which are hidden from every query. Positions, lengths and
+    /// documents don't count them. ONNX's Attention reads a mask that is shorter than the keys in this way. For a
+    /// shorter bias, also pad it: `bias.pad_with_zeros(D::Minus1, 0, count)`.
+    ///
+    /// ```
+    /// use candle_attention::Mask;
+    /// use candle_core::{Device, Tensor};
+    ///
+    /// // A mask for two of three keys.
+    /// let mask = Mask::from_tensor(&Tensor::new(&[[1u8, 0], [1, 1]], &Device::Cpu)?)?.with_hidden_keys(1);
+    /// let seen = mask.to_tensor((1, 1, 2, 3), &Device::Cpu)?;
+    /// assert_eq!(seen.get(0)?.get(0)?.to_vec2::<u8>()?, [[1, 0, 0], [1, 1, 0]]);
+    /// # Ok::<(), candle_attention::Error>(())
+    /// ```
+    pub fn with_hidden_keys(self, count: usize) -> Self {
+        if count == 0 { self } else { Self(Rule::Extra { rule: Arc::new(self.0), count, visible: false }) }
+    }
+
+    /// The same mask with `f` of the shape of each of its tensors as the tensor's four axes. `f` also gets the scores
+    /// that the tensor speaks of, and its error is the shape that it expects.
+    pub(crate) fn map_axes<F>(&self, shape: &ScoreShape, f: F) -> Result<Self, AttentionError>
+    where
+        F: Fn(&[usize], &ScoreShape) -> Result<[usize; 4], String>,
+    {
+        let aligned = |table: &Arc<Table>, shape: &ScoreShape| match table.axes() {
+            TableAxes::Padding => Ok(table.clone()),
+            TableAxes::Last(_) => {
+                let own = table.shape();
+                let refuse = |expected| MaskError {
+                    part: "tensor",
+                    expected: format!("a shape {expected}"),
+                    got: format!("{own:?}"),
+                };
+                Ok(Arc::new(table.reshaped(f(&own, shape).map_err(refuse)?)?))
+            }
+        };
+        Ok(Self(self.0.map_tables(shape, &aligned)?))
     }
 
     /// The rule behind the mask, for code that has checked the shape and reads many entries.
@@ -190,7 +269,7 @@ impl Mask {
     /// # Errors
     ///
     /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents that don't add up to
-    /// kv_len, more extra keys than keys, a tensor that doesn't broadcast to the scores.
+    /// kv_len, more extra or hidden keys than keys, a tensor that doesn't broadcast to the scores.
     pub fn check(&self, shape: (usize, usize, usize, usize)) -> Result<()> {
         Ok(self.0.check(&shape.into())?)
     }
@@ -253,10 +332,10 @@ fn table(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> Result<Table> {
         .into());
     }
     let rank = tensor.rank();
-    if !(2..=4).contains(&rank) {
+    if rank > 4 {
         return Err(AttentionError::Rank {
             tensor: "mask",
-            expected: "2 to 4 axes that broadcast to (batch, num_heads, q_len, kv_len)",
+            expected: "at most 4 axes that broadcast to (batch, num_heads, q_len, kv_len)",
             shape: tensor.dims().to_vec(),
         }
         .into());
@@ -264,5 +343,5 @@ fn table(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> Result<Table> {
     let mut dims = [1; 4];
     dims[4 - rank..].copy_from_slice(tensor.dims());
     let entries = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-    Ok(Table::new(dims, entries.into_iter().map(allows).collect())?)
+    Ok(Table::new(dims, entries.into_iter().map(allows).collect())?.with_axes(TableAxes::Last(rank)))
 }

@@ -149,8 +149,8 @@ impl Input {
 }
 
 /// Dims that broadcast to `dims`, sometimes of a lower rank.
-fn broadcastable(u: &mut Unstructured, dims: &[usize], lowest_rank: usize) -> Result<Vec<usize>> {
-    let mut own = dims[u.int_in_range(0..=dims.len() - lowest_rank)?..].to_vec();
+fn broadcastable(u: &mut Unstructured, dims: &[usize]) -> Result<Vec<usize>> {
+    let mut own = dims[u.int_in_range(0..=dims.len())?..].to_vec();
     for dim in &mut own {
         if u.ratio(1, 3)? {
             *dim = 1;
@@ -162,6 +162,11 @@ fn broadcastable(u: &mut Unstructured, dims: &[usize], lowest_rank: usize) -> Re
 /// A number that is mostly small, and sometimes anything up to usize::MAX.
 fn distance(u: &mut Unstructured) -> Result<usize> {
     if u.ratio(1, 16)? { u.arbitrary() } else { u.int_in_range(0..=24) }
+}
+
+/// A position that is mostly small, and sometimes anything.
+fn offset(u: &mut Unstructured) -> Result<i64> {
+    if u.ratio(1, 16)? { u.arbitrary() } else { u.int_in_range(-24..=24) }
 }
 
 fn mask(u: &mut Unstructured, sizes: &Sizes, depth: usize) -> Result<Option<Mask>> {
@@ -180,14 +185,14 @@ fn mask(u: &mut Unstructured, sizes: &Sizes, depth: usize) -> Result<Option<Mask
         6 => {
             let first = u.int_in_range(0..=kv_len)?;
             let documents = Mask::documents(&[first, kv_len - first]);
-            if u.ratio(1, 4)? { documents.with_offset(distance(u)?) } else { documents }
+            if u.ratio(1, 4)? { documents.with_offset(offset(u)?) } else { documents }
         }
         7 => {
             let ids = (0..batch).map(|_| (0..kv_len).map(|j| Ok((j + u.int_in_range(0..=9)?) as u32 / 10)).collect());
             Mask::document_ids(&ids.collect::<Result<Vec<Vec<u32>>>>()?)
         }
         8 => {
-            let dims = broadcastable(u, &[batch, heads, q_len, kv_len], 2)?;
+            let dims = broadcastable(u, &[batch, heads, q_len, kv_len])?;
             // candle can't make some tables of empty tensors. They are no case for the kernels.
             let Ok(table) = uniform(u.arbitrary()?, 1.0, &dims, DType::F32).and_then(|x| x.gt(-0.3)) else {
                 return Ok(None);
@@ -197,7 +202,7 @@ fn mask(u: &mut Unstructured, sizes: &Sizes, depth: usize) -> Result<Option<Mask
         combined => {
             let (Some(a), Some(b)) = (mask(u, sizes, depth - 1)?, mask(u, sizes, depth - 1)?) else { return Ok(None) };
             let both = if combined == 9 { a & b } else { a | b };
-            if u.ratio(1, 4)? { both.with_offset(distance(u)?) } else { both }
+            if u.ratio(1, 4)? { both.with_offset(offset(u)?) } else { both }
         }
     }))
 }
@@ -268,7 +273,7 @@ impl<'a> Arbitrary<'a> for Case {
             dtype: dtype(u)?,
             inputs: [q?, k?, v?],
             bias: maybe(u, |u| {
-                let dims = broadcastable(u, &scores, 0)?;
+                let dims = broadcastable(u, &scores)?;
                 extra(u, dims)
             })?,
             sinks: maybe(u, |u| extra(u, vec![heads]))?,

@@ -3,9 +3,8 @@
 
 use candle_core::{D, Result, Tensor};
 
-use crate::check::compute_dtype;
-use crate::error::AttentionError;
 use crate::sdpa::AttentionOptions;
+use crate::sdpa::broadcast::broadcast;
 
 /// The keys and values to append: first the learned ones, then those of zeros.
 #[derive(Clone, Debug)]
@@ -49,26 +48,12 @@ impl BiasKv {
     }
 }
 
-/// Extends a bias with zeros for the extra keys.
+/// Extends a bias, whose last axis has been checked, with zeros for the extra keys.
 fn pad_bias(bias: &Tensor, kv_len: usize, count: usize) -> Result<Tensor> {
     let mut dims = bias.dims().to_vec();
     match dims.last_mut() {
-        Some(last) if *last == 1 || *last == kv_len => *last = kv_len,
-        Some(_) => {
-            let expected = format!("one that broadcasts to kv_len {kv_len}");
-            return Err(AttentionError::Shape { tensor: "attn_bias", expected, shape: dims }.into());
-        }
+        Some(last) => *last = kv_len,
         None => dims.push(kv_len),
     }
     broadcast(bias, &dims)?.pad_with_zeros(D::Minus1, 0, count)
-}
-
-/// `x` broadcast to a shape. Its gradient is a sum, which candle computes in the dtype of the broadcast: f32 for half
-/// types.
-fn broadcast(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
-    // candle can't cast an empty tensor on CUDA.
-    if dims.contains(&0) {
-        return x.broadcast_as(dims);
-    }
-    x.to_dtype(compute_dtype(x.dtype()))?.broadcast_as(dims)?.to_dtype(x.dtype())
 }

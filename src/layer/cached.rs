@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use crate::check::check_device;
 use crate::error::{AttentionError, Result};
-use crate::layer::core::Core;
+use crate::layer::core::{Core, batches_fit, score_shape};
 use crate::layer::kv_cache::{KvCache, Staged, check_sequences};
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::rotary::Positions;
@@ -80,33 +80,10 @@ impl Core {
         let (key, value) = self.keys_and_values([&x, &x], &positions)?;
         let staged = cache.stage(&key, &value)?;
         let (key, value) = staged.key_value()?;
-        let output = self.attend_heads(&query.detach(), key, value, self.cached_options(options, &staged)?)?;
+        let options = self.attention_options(options, &score_shape(&query, &key)?)?;
+        let output = self.attend_heads(&query.detach(), key, value, cached_options(options, &staged)?)?;
         cache.commit(staged, added);
         output.map(|tensor| if has_batch { Ok(tensor.detach()) } else { tensor.detach().squeeze(0) })
-    }
-
-    /// The options of one call. The queries of a sequence follow its cached keys, whose number can differ between
-    /// sequences.
-    fn cached_options(&self, options: &ForwardOptions, staged: &Staged) -> Result<AttentionOptions> {
-        let mut options = self.attention_options(options);
-        if let Some(offset) = staged.common_offset() {
-            options.attn_mask = options.attn_mask.with_offset(offset);
-            return Ok(options);
-        }
-        options.attn_mask = options.attn_mask.with_offsets(staged.offsets());
-        if let Some(slopes) = options.alibi_slopes.take() {
-            // The slopes would align the last query of every sequence with the last key, so they are replaced by a
-            // bias.
-            let bias = slopes.reshape((1, (), 1, 1))?.broadcast_mul(&distances(staged, &slopes)?)?.neg()?;
-            options.attn_bias = Some(match &options.attn_bias {
-                Some(own) => {
-                    check_device("attn_bias", own, &bias)?;
-                    own.to_dtype(bias.dtype())?.broadcast_add(&bias)?
-                }
-                None => bias,
-            });
-        }
-        Ok(options)
     }
 
     /// Projects keys from one memory (batch, kv_len, kv_dim) and values from another (batch, kv_len, value_input_dim).
@@ -132,16 +109,16 @@ impl Core {
         self.check_input("input", x, self.config.embed_dim)?;
         self.check_projected(memory)?;
         let x_3 = if memory.has_batch { x.clone() } else { x.unsqueeze(0)? };
-        if (x.rank() == 3) != memory.has_batch || x_3.dim(0)? != memory.key.dim(0)? {
+        if (x.rank() == 3) != memory.has_batch || !batches_fit(x_3.dim(0)?, memory.key.dim(0)?) {
             let expected = match memory.has_batch {
-                true => format!("(batch, len, dim) with batch {}, that of the memory", memory.key.dim(0)?),
+                true => format!("(batch, len, dim) with batch 1 or {}, that of the memory", memory.key.dim(0)?),
                 false => "(len, dim), since the memory has no batch axis".to_string(),
             };
             return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
         }
         let query = self.queries(&x_3, &options.positions(&x_3, &[0])?)?;
-        let output =
-            self.attend_heads(&query, memory.key.clone(), memory.value.clone(), self.attention_options(options))?;
+        let options = self.attention_options(options, &score_shape(&query, &memory.key)?)?;
+        let output = self.attend_heads(&query, memory.key.clone(), memory.value.clone(), options)?;
         if memory.has_batch { Ok(output) } else { output.map(|tensor| tensor.squeeze(0)) }
     }
 
@@ -158,6 +135,31 @@ impl Core {
         }
         Ok(())
     }
+}
+
+/// The options of one call, with the positions of the cache. The queries of a sequence follow its cached keys, whose
+/// number can differ between sequences.
+fn cached_options(mut options: AttentionOptions, staged: &Staged) -> Result<AttentionOptions> {
+    // The number of tokens in memory fits into an i64.
+    let position = |&len: &usize| len as i64;
+    if let Some(offset) = staged.common_offset() {
+        options.attn_mask = options.attn_mask.with_offset(position(&offset));
+        return Ok(options);
+    }
+    let offsets: Vec<_> = staged.offsets().iter().map(position).collect();
+    options.attn_mask = options.attn_mask.with_offsets(&offsets);
+    if let Some(slopes) = options.alibi_slopes.take() {
+        // The slopes would align the last query of every sequence with the last key, so they are replaced by a bias.
+        let bias = slopes.reshape((1, (), 1, 1))?.broadcast_mul(&distances(staged, &slopes)?)?.neg()?;
+        options.attn_bias = Some(match &options.attn_bias {
+            Some(own) => {
+                check_device("attn_bias", own, &bias)?;
+                own.to_dtype(bias.dtype())?.broadcast_add(&bias)?
+            }
+            None => bias,
+        });
+    }
+    Ok(options)
 }
 
 /// Refuses options that a cache can't serve.

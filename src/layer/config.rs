@@ -70,8 +70,9 @@ pub struct SelfAttentionConfig {
     pub softcap: Option<f64>,
     /// Whether a token may attend only to itself and the tokens before it.
     ///
-    /// The last query is aligned with the last key (bottom-right). PyTorch's `is_causal` aligns the first query with
-    /// the first key (top-left). The two differ only if q_len != kv_len, as in cross-attention.
+    /// The last query is aligned with the last key (bottom-right). `is_causal` of PyTorch and ONNX aligns the first query
+    /// with the first key (top-left). The two differ only if q_len != kv_len, as in cross-attention: there, leave this
+    /// false and give `Mask::causal().with_offset(0)` as `attn_mask`.
     #[serde(default)]
     pub is_causal: bool,
     /// If given, a token may attend only to positions less than this far away: its own, `sliding_window - 1` positions

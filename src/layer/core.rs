@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use attention_kernels::mask::ScoreShape;
 use attention_kernels::philox;
 use candle_core::{Result as CandleResult, Tensor, Var};
 use candle_nn::{Linear, VarBuilder};
@@ -17,6 +18,7 @@ use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::projection::project;
 use crate::rotary::{Positions, RotaryEmbedding};
+use crate::sdpa::broadcast::{InputAxes, align_bias, align_mask, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
 use crate::sdpa::{AttentionOptions, AttentionOutput, attention};
 
@@ -150,8 +152,8 @@ impl Core {
     ) -> Result<ForwardOutput> {
         self.check_input("input", x, self.config.embed_dim)?;
         self.check_memory([key, value])?;
-        if x.rank() != key.rank() || (x.rank() == 3 && x.dim(0)? != key.dim(0)?) {
-            let expected = format!("the batch of the input, whose shape is {:?}", x.dims());
+        if x.rank() != key.rank() || (x.rank() == 3 && !batches_fit(x.dim(0)?, key.dim(0)?)) {
+            let expected = format!("with the batch of the input, whose shape is {:?}, or with a batch of 1", x.dims());
             return Err(AttentionError::Shape { tensor: "memory", expected, shape: key.dims().to_vec() }.into());
         }
         if x.rank() == 3 {
@@ -166,7 +168,8 @@ impl Core {
         let positions = options.positions(x, &[options.position_offset])?;
         let query = self.queries(x, &positions)?;
         let (key, value) = self.keys_and_values(sources, &positions)?;
-        self.attend_heads(&query, key, value, self.attention_options(options))
+        let options = self.attention_options(options, &score_shape(&query, &key)?)?;
+        self.attend_heads(&query, key, value, options)
     }
 
     /// Queries (batch, len, num_heads, head_dim).
@@ -208,9 +211,9 @@ impl Core {
         value: Tensor,
         options: AttentionOptions,
     ) -> Result<ForwardOutput> {
-        let (batch, q_len, _, _) = query.dims4()?;
         let (key, value, options) = self.bias_kv.append(key, value, options)?;
-        let attended = attention([query, &key, &value], HeadLayout::Blhd, &options)?;
+        let attended = attention([query, &key, &value], HeadLayout::Blhd, InputAxes::Tokens, &options)?;
+        let (batch, q_len, _, _) = attended.context.dims4()?;
         let output = [batch, q_len, self.config.output_dim()];
         let output = match &self.o_proj {
             Some(o_proj) => project(o_proj, &attended.context, &output)?,
@@ -220,18 +223,26 @@ impl Core {
         Ok(ForwardOutput { output, weights, scores, logsumexp })
     }
 
-    pub(super) fn attention_options(&self, options: &ForwardOptions) -> AttentionOptions {
+    /// The options of one call, for scores of this shape without the extra keys. Mask and bias are aligned with them.
+    pub(super) fn attention_options(
+        &self,
+        options: &ForwardOptions,
+        scores: &ScoreShape,
+    ) -> CandleResult<AttentionOptions> {
+        let attn_mask = self.config.mask() & align_mask(&options.attn_mask, scores, InputAxes::Tokens)?;
+        let align = |bias| align_bias(bias, scores, InputAxes::Tokens);
+        let attn_bias = options.attn_bias.as_ref().map(align).transpose()?;
         let dropout_p = if options.train { self.config.dropout_p } else { 0.0 };
         let dropout_seed = if dropout_p > 0.0 {
             philox::nth_seed(self.dropout_seed, self.dropout_calls.fetch_add(1, Ordering::Relaxed))
         } else {
             0
         };
-        AttentionOptions {
+        Ok(AttentionOptions {
             scale: self.config.scale,
             softcap: self.config.softcap,
-            attn_mask: self.config.mask() & options.attn_mask.clone(),
-            attn_bias: options.attn_bias.clone(),
+            attn_mask,
+            attn_bias,
             alibi_slopes: self.alibi_slopes.clone(),
             sinks: self.sinks.clone(),
             dropout_p,
@@ -240,7 +251,7 @@ impl Core {
             return_weights: options.return_weights,
             return_scores: options.return_scores,
             return_logsumexp: options.return_logsumexp,
-        }
+        })
     }
 
     /// Checks the memories of the keys and of the values. If both are the same tensor with the same expected size, it
@@ -253,7 +264,7 @@ impl Core {
         self.check_input("memory of the values", value, self.config.value_input_dim())?;
         if value.dims()[..value.rank() - 1] != key.dims()[..key.rank() - 1] {
             let (tensor, shape) = ("memory of the values", value.dims().to_vec());
-            let expected = format!("the batch and len of the memory of the keys, whose shape is {:?}", key.dims());
+            let expected = format!("with the batch and len of the memory of the keys, whose shape is {:?}", key.dims());
             return Err(AttentionError::Shape { tensor, expected, shape });
         }
         Ok(())
@@ -280,6 +291,17 @@ impl Core {
         }
         check_device(tensor, x, weight)
     }
+}
+
+/// The scores of queries and keys (batch, len, heads, dim), of which a batch of 1 broadcasts.
+pub(super) fn score_shape(query: &Tensor, key: &Tensor) -> CandleResult<ScoreShape> {
+    let (batch, q_len, num_heads, _) = query.dims4()?;
+    Ok(ScoreShape { batch: common_batch([batch, key.dim(0)?]), num_heads, q_len, kv_len: key.dim(1)? })
+}
+
+/// Whether an input and a memory of these batches can meet: a batch of 1 broadcasts.
+pub(super) fn batches_fit(input: usize, memory: usize) -> bool {
+    input == memory || input == 1 || memory == 1
 }
 
 /// Projects all tokens and splits the result into heads, (batch, len, heads, dim).

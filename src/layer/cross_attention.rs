@@ -25,12 +25,13 @@ use crate::layer::shared::shared_methods;
 /// # Shapes
 ///
 /// Input (batch, q_len, embed_dim) and memory (batch, kv_len, kv_dim), both with a batch axis or both without, of any
-/// strides; output (batch, q_len, output_dim).
+/// strides; output (batch, q_len, output_dim). A batch of 1 broadcasts: all sequences can attend to one memory, and one
+/// sequence to many memories.
 ///
 /// # Errors
 ///
 /// The methods that compute the output return an error for an input or memory of another rank, size, dtype or device
-/// than the layer's; for an input and a memory of different batch sizes; and for a mask or bias that doesn't fit the
+/// than the layer's; for an input and a memory of different batch sizes, of which none is 1; and for a mask or bias that doesn't fit the
 /// scores.
 ///
 /// # Examples

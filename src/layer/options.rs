@@ -10,10 +10,11 @@ use crate::sdpa::{Backend, ScoreStage};
 /// The options of one call of a layer, in addition to its config.
 #[derive(Clone, Debug, Default)]
 pub struct ForwardOptions {
-    /// Which keys each query may attend to. The config's own mask applies as well.
+    /// Which keys each query may attend to. The config's own mask applies as well. Tensors broadcast to the scores as
+    /// [`Mask::from_tensor`] says.
     pub attn_mask: Mask,
-    /// Added to the scores: broadcasts to (batch, num_heads, q_len, kv_len), where kv_len doesn't count the extra keys.
-    /// It gets a gradient.
+    /// Added to the scores: broadcasts to (batch, num_heads, q_len, kv_len) as [`Mask::from_tensor`] says, where kv_len
+    /// doesn't count the extra keys. It gets a gradient.
     pub attn_bias: Option<Tensor>,
     /// Whether dropout is on.
     pub train: bool,

@@ -179,7 +179,7 @@ impl RotaryEmbedding {
         self.check(x)?;
         let batch = x.dim(0)?;
         if offsets.len() != batch && offsets.len() != 1 {
-            let expected = format!("{} sequences, one for each offset", offsets.len());
+            let expected = format!("with {} sequences, one for each offset", offsets.len());
             return Err(AttentionError::Shape { tensor: "rotary input", expected, shape: x.dims().to_vec() }.into());
         }
         self.rotate_at(x, &Positions::from_offsets(offsets))

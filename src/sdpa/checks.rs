@@ -5,13 +5,14 @@ use candle_core::{DType, Tensor};
 
 use crate::check::{check_device, check_dtype, check_number};
 use crate::error::{AttentionError, Result};
+use crate::sdpa::broadcast::{InputAxes, broadcast_batch, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
 use crate::sdpa::options::AttentionOptions;
 
 /// Inputs and options that have been checked against each other. Every backend takes this.
 pub(crate) struct Checked<'a> {
-    /// Query, key and value as given, in `layout`.
-    pub(crate) inputs: [&'a Tensor; 3],
+    /// Query, key and value in `layout`, all of the same batch.
+    pub(crate) inputs: [Tensor; 3],
     /// The order of the axes of the inputs and of the context.
     pub(crate) layout: HeadLayout,
     /// (batch, num_heads, q_len, head_dim), a view of the query. `k` and `v` likewise.
@@ -27,13 +28,21 @@ pub(crate) struct Checked<'a> {
 }
 
 impl<'a> Checked<'a> {
-    /// Checks tensors of four axes in the given layout.
-    pub(crate) fn new(inputs: [&'a Tensor; 3], layout: HeadLayout, options: &'a AttentionOptions) -> Result<Self> {
+    /// Checks tensors of four axes in the given layout. `axes` are those of the caller's inputs.
+    pub(crate) fn new(
+        inputs: [&Tensor; 3],
+        layout: HeadLayout,
+        axes: InputAxes,
+        options: &'a AttentionOptions,
+    ) -> Result<Self> {
         let [q, k, v] = inputs.map(|x| layout.transpose(x));
+        let batch = check_tensors([&q?, &k?, &v?], axes)?;
+        let [q, k, v] = inputs.map(|x| broadcast_batch(x, batch));
+        let inputs = [q?, k?, v?];
+        let [q, k, v] = inputs.each_ref().map(|x| layout.transpose(x));
         let (q, k, v) = (q?, k?, v?);
-        check_tensors(&q, &k, &v)?;
         check_numbers(options, q.dtype())?;
-        let (batch, num_heads, q_len, head_dim) = q.dims4()?;
+        let (_, num_heads, q_len, head_dim) = q.dims4()?;
         let scores = ScoreShape { batch, num_heads, q_len, kv_len: k.dim(2)? };
         check_options(&q, &scores, options)?;
         let (value_dim, scale) = (v.dim(3)?, options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt()));
@@ -60,9 +69,12 @@ pub(super) fn check_ranks(query: &Tensor, key: &Tensor, value: &Tensor) -> Resul
     Ok(rank)
 }
 
-fn check_tensors(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<()> {
-    let (batch, num_heads, q_len, head_dim) = query.dims4()?;
+/// Checks tensors (batch, heads, len, dim), whose batch may be 1, and returns the number of sequences.
+fn check_tensors([query, key, value]: [&Tensor; 3], axes: InputAxes) -> Result<usize> {
+    let (_, num_heads, q_len, head_dim) = query.dims4()?;
     let (_, num_kv_heads, kv_len, _) = key.dims4()?;
+    let batch = common_batch([query.dim(0)?, key.dim(0)?, value.dim(0)?]);
+    let own = |x: &Tensor| Ok::<_, candle_core::Error>(axes.of(x.dims4()?.into()));
     let value_dim = value.dim(3)?;
     check_dtype("query", query.dtype())?;
     for (tensor, x, dim, last) in [("key", key, head_dim, "head_dim"), ("value", value, value_dim, "value_dim")] {
@@ -71,22 +83,19 @@ fn check_tensors(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<()> {
             return Err(AttentionError::DType { tensor, expected, got: x.dtype() }.into());
         }
         check_device(tensor, x, query)?;
-        if x.dims() != [batch, num_kv_heads, kv_len, dim] {
-            let expected = format!(
-                "(batch, num_kv_heads, kv_len, {last}) = {:?}, given query {:?} and key {:?}",
-                [batch, num_kv_heads, kv_len, dim],
-                query.dims(),
-                key.dims()
-            );
-            return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
+        if ![1, batch].contains(&x.dim(0)?) || x.dims()[1..] != [num_kv_heads, kv_len, dim] {
+            let sizes = axes.named(["batch", "num_kv_heads", "kv_len", last], [batch, num_kv_heads, kv_len, dim]);
+            let expected = format!("{sizes}, given query {:?} and key {:?}", own(query)?, own(key)?);
+            return Err(AttentionError::Shape { tensor, expected, shape: own(x)? }.into());
         }
     }
     if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
         return Err(AttentionError::Heads { num_heads, num_kv_heads }.into());
     }
     if head_dim == 0 {
-        let expected = "(batch, num_heads, q_len, head_dim) with head_dim at least 1".into();
-        return Err(AttentionError::Shape { tensor: "query", expected, shape: query.dims().to_vec() }.into());
+        let names = axes.of(["batch", "num_heads", "q_len", "head_dim"]).join(", ");
+        let expected = format!("({names}) with head_dim at least 1");
+        return Err(AttentionError::Shape { tensor: "query", expected, shape: own(query)? }.into());
     }
     // A broadcast view can have a shape for which the result doesn't fit into memory.
     for shape in [
@@ -101,11 +110,11 @@ fn check_tensors(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<()> {
     }
     for (tensor, x) in [("query", query), ("key", key), ("value", value)] {
         if x.dims().iter().any(|&dim| i32::try_from(dim).is_err()) {
-            let expected = format!("at most {} along every axis", i32::MAX);
-            return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
+            let expected = format!("with at most {} along every axis", i32::MAX);
+            return Err(AttentionError::Shape { tensor, expected, shape: own(x)? }.into());
         }
     }
-    Ok(())
+    Ok(batch)
 }
 
 fn check_numbers(options: &AttentionOptions, dtype: DType) -> Result<(), AttentionError> {

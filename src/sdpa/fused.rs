@@ -30,7 +30,7 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
     let want_logsumexp = options.return_logsumexp || options.sinks.is_some();
     // The operation's result has one dtype, and a log-sum-exp needs at least f32.
     let widen = |x: &Tensor| if want_logsumexp { x.to_dtype(compute_dtype(dtype)) } else { Ok(x.clone()) };
-    let [q, k, v] = checked.inputs.map(|x| unit_stride(&widen(x)?));
+    let [q, k, v] = checked.inputs.each_ref().map(|x| unit_stride(&widen(x)?));
     let (q, k, v) = (q?, k?, v?);
     let compute = compute_dtype(dtype);
     let constant = |x: &Option<Tensor>| x.as_ref().map(|x| x.detach().to_dtype(compute)).transpose();

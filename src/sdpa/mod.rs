@@ -1,5 +1,6 @@
 //! [`scaled_dot_product_attention`]: the function inside the layers.
 
+pub(crate) mod broadcast;
 pub(crate) mod checks;
 mod fused;
 pub(crate) mod grad_connect;
@@ -10,9 +11,11 @@ pub(crate) mod reference;
 
 use std::sync::Once;
 
+use attention_kernels::mask::ScoreShape;
 use candle_core::{DType, Tensor};
 
 use crate::error::{AttentionError, Error, Result};
+use broadcast::{InputAxes, align_bias, align_mask, common_batch};
 use checks::Checked;
 use head_layout::HeadLayout;
 pub use options::{AttentionOptions, AttentionOutput, Backend, ScoreStage};
@@ -30,6 +33,9 @@ pub use options::{AttentionOptions, AttentionOutput, Backend, ScoreStage};
 ///
 /// Tensors with three axes are (batch, len, dim) and those with two axes (len, dim), with one head. The results then
 /// lack the same axes.
+///
+/// A batch of 1 broadcasts: one query can meet the keys and values of many sequences, and many sequences one key and
+/// value. Masks and biases broadcast to the scores as [`Mask::from_tensor`](crate::Mask::from_tensor) says.
 ///
 /// # Errors
 ///
@@ -72,7 +78,16 @@ pub fn scaled_dot_product_attention(
         _ => Ok(x.clone()),
     };
     let (query, key, value) = (four_axes(query)?, four_axes(key)?, four_axes(value)?);
-    let output = attention([&query, &key, &value], HeadLayout::Bhld, options)?;
+    let axes = [InputAxes::Single, InputAxes::Batch, InputAxes::Heads][rank - 2];
+    let (_, num_heads, q_len, _) = query.dims4()?;
+    let batch = common_batch([query.dim(0)?, key.dim(0)?, value.dim(0)?]);
+    let scores = ScoreShape { batch, num_heads, q_len, kv_len: key.dim(2)? };
+    let options = AttentionOptions {
+        attn_mask: align_mask(&options.attn_mask, &scores, axes)?,
+        attn_bias: options.attn_bias.as_ref().map(|bias| align_bias(bias, &scores, axes)).transpose()?,
+        ..options.clone()
+    };
+    let output = attention([&query, &key, &value], HeadLayout::Bhld, axes, &options)?;
     let axes_of_input = |x: Tensor| match rank {
         2 => x.squeeze(0)?.squeeze(0),
         3 => x.squeeze(1),
@@ -86,15 +101,16 @@ pub fn scaled_dot_product_attention(
     })
 }
 
-/// [`scaled_dot_product_attention`] for query, key and value of four axes in either layout. The context has the layout
-/// of the inputs. Weights and scores are (batch, num_heads, q_len, kv_len) and log-sum-exp (batch, num_heads, q_len) in
-/// both.
+/// [`scaled_dot_product_attention`] for query, key and value of four axes in either layout, and a mask and bias that are
+/// aligned with the scores. The context has the layout of the inputs. Weights and scores are (batch, num_heads, q_len, kv_len)
+/// and log-sum-exp (batch, num_heads, q_len) in both. Errors name the axes of the caller's inputs.
 pub(crate) fn attention(
     inputs: [&Tensor; 3],
     layout: HeadLayout,
+    axes: InputAxes,
     options: &AttentionOptions,
 ) -> Result<AttentionOutput> {
-    let checked = Checked::new(inputs, layout, options)?;
+    let checked = Checked::new(inputs, layout, axes, options)?;
     let output = context_and_weights(&checked)?;
     // The scores are computed separately, so that a request for them changes no other number.
     let scores = options.return_scores.map(|stage| reference::scores(&checked.q, &checked.k, options, stage));
@@ -161,7 +177,7 @@ mod tests {
         let q = Tensor::zeros((2, 3, 5, 4), DType::F32, &Device::Cpu)?;
         let k = Tensor::zeros((2, 1, 7, 4), DType::F32, &Device::Cpu)?;
         let options = AttentionOptions::default();
-        let checked = Checked::new([&q, &k, &k], HeadLayout::Bhld, &options)?;
+        let checked = Checked::new([&q, &k, &k], HeadLayout::Bhld, InputAxes::Heads, &options)?;
         let full = candle_core::Error::msg("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
         let explained = explain_memory(full, &checked);
         assert!(matches!(explained, Error::Attention(AttentionError::Memory { bytes: 840, .. })), "{explained}");

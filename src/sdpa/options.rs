@@ -69,10 +69,11 @@ pub struct AttentionOptions {
     pub scale: Option<f64>,
     /// Bounds the scores smoothly: softcap · tanh(scores / softcap). Finite and positive. (Gemma 2, section 2.)
     pub softcap: Option<f64>,
-    /// Which keys each query may attend to.
+    /// Which keys each query may attend to. `is_causal` of PyTorch and ONNX is `Mask::causal().with_offset(0)`, which
+    /// differs from `Mask::causal()` if q_len != kv_len.
     pub attn_mask: Mask,
-    /// Added to the scores: a float tensor that broadcasts to (batch, num_heads, q_len, kv_len), aligned at the right.
-    /// It gets a gradient. Minus infinity masks a key.
+    /// Added to the scores: a float tensor that broadcasts to (batch, num_heads, q_len, kv_len), aligned at the right as
+    /// [`Mask::from_tensor`] says. It gets a gradient. Minus infinity masks a key.
     pub attn_bias: Option<Tensor>,
     /// Slopes of attention with linear biases (ALiBi), (num_heads) or (batch, num_heads): adds -slope · |position of
     /// the query - position of the key| to the scores. The last query is aligned with the last key, whatever the mask's

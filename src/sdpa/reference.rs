@@ -97,7 +97,7 @@ fn scores_after(stage: ScoreStage, q: &Tensor, k: &Tensor, options: &AttentionOp
 fn check_score_count(q: &Tensor, k: &Tensor) -> std::result::Result<(), AttentionError> {
     let shape = vec![q.dims()[0], q.dims()[1], q.dims()[2], k.dims()[2]];
     if q.device().is_cuda() && shape.iter().product::<usize>() > MAX_ENTRIES_ON_CUDA {
-        let expected = format!("one of at most {MAX_ENTRIES_ON_CUDA} entries on a CUDA device");
+        let expected = format!("of at most {MAX_ENTRIES_ON_CUDA} entries on a CUDA device");
         return Err(AttentionError::Shape { tensor: "scores", expected, shape });
     }
     Ok(())

@@ -9,6 +9,7 @@ mod grids;
 #[path = "../common/layers.rs"]
 mod layers;
 
+mod broadcast;
 mod decoding;
 mod dropout;
 mod errors;

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::rule::{position, signed, without};
+use super::rule::{position, positions, signed, without};
 use super::{Coverage, Rule, ScoreShape};
 
 impl Rule {
@@ -25,12 +25,12 @@ impl Rule {
             Rule::FirstKeys(lengths) => j < *lengths.get(b),
             Rule::Documents { ids, offset } => {
                 let ids = ids.get(b);
-                ids[j] == ids[position(shape, offset, b, i) as usize]
+                ids[positions(shape, offset, b, &(i..i + 1))].iter().any(|&id| id == ids[j])
             }
             Rule::Table(table) => table.get(b, h, i, j),
-            Rule::Extra { rule, count } => {
+            Rule::Extra { rule, count, visible } => {
                 let shape = without(shape, *count);
-                j >= shape.kv_len || rule.allows(&shape, b, h, i, j)
+                if j >= shape.kv_len { *visible } else { rule.allows(&shape, b, h, i, j) }
             }
             Rule::Both(pair) => pair.0.allows(shape, b, h, i, j) && pair.1.allows(shape, b, h, i, j),
             Rule::Either(pair) => pair.0.allows(shape, b, h, i, j) || pair.1.allows(shape, b, h, i, j),
@@ -66,18 +66,23 @@ impl Rule {
                 _ => Coverage::Some,
             },
             Rule::Documents { ids, offset } => {
-                let start = position(shape, offset, at.0, q.start) as usize;
-                documents_tile(ids.get(at.0), start..start + q.len(), k.clone())
+                let queries = positions(shape, offset, at.0, q);
+                match documents_tile(ids.get(at.0), queries.clone(), k.clone()) {
+                    // The other queries stand where no key is, and see nothing.
+                    Coverage::All if queries.len() < q.len() => Coverage::Some,
+                    coverage => coverage,
+                }
             }
             Rule::Table(table) => table.tile(at, q, k),
-            Rule::Extra { rule, count } => {
+            Rule::Extra { rule, count, visible } => {
                 let shape = without(shape, *count);
                 let (others, extra) = split(k, shape.kv_len);
+                let of_extra = if *visible { Coverage::All } else { Coverage::None };
                 match (others.is_empty(), extra.is_empty()) {
-                    (true, _) => Coverage::All,
+                    (true, _) => of_extra,
                     (false, true) => rule.coverage(&shape, at, q, &others),
                     (false, false) => match rule.coverage(&shape, at, q, &others) {
-                        Coverage::All => Coverage::All,
+                        coverage if coverage == of_extra => coverage,
                         _ => Coverage::Some,
                     },
                 }
@@ -119,16 +124,17 @@ impl Rule {
             }
             Rule::FirstKeys(lengths) => k.start..k.end.min(*lengths.get(at.0)).max(k.start),
             Rule::Documents { ids, offset } => {
-                let (ids, start) = (ids.get(at.0), position(shape, offset, at.0, q.start) as usize);
-                let (low, high) = extremes(&ids[start..start + q.len()]);
+                let ids = ids.get(at.0);
+                let (low, high) = extremes(&ids[positions(shape, offset, at.0, q)]);
                 trim(k, |key| (low..=high).contains(&ids[key]))
             }
             Rule::Table(table) => trim(k, |key| table.is_seen(at, q, key)),
-            Rule::Extra { rule, count } => {
+            Rule::Extra { rule, count, visible } => {
                 let shape = without(shape, *count);
                 let (others, extra) = split(&k, shape.kv_len);
-                let seen = rule.visible_keys(&shape, at, q, others);
-                match (seen.is_empty(), extra.is_empty()) {
+                let none = k.start..k.start;
+                let seen = if others.is_empty() { none } else { rule.visible_keys(&shape, at, q, others) };
+                match (seen.is_empty(), extra.is_empty() || !visible) {
                     (_, true) => seen,
                     (true, false) => extra,
                     (false, false) => seen.start..extra.end,
@@ -178,10 +184,12 @@ impl Rule {
                 pair.1.hidden(shape, at, q, j, hide);
             }
             Rule::Table(table) => table.hidden(at, q, j, hide),
-            Rule::Extra { rule, count } => {
+            Rule::Extra { rule, count, visible } => {
                 let shape = without(shape, *count);
                 if j < shape.kv_len {
                     rule.hidden(&shape, at, q, j, hide);
+                } else if !visible {
+                    hide(q.clone());
                 }
             }
             _ => {
@@ -225,6 +233,9 @@ fn extremes(ids: &[u32]) -> (u32, u32) {
 }
 
 fn documents_tile(ids: &[u32], queries: Range<usize>, keys: Range<usize>) -> Coverage {
+    if queries.is_empty() {
+        return Coverage::None;
+    }
     let (q_low, q_high) = extremes(&ids[queries]);
     let (k_low, k_high) = extremes(&ids[keys]);
     if q_high < k_low || k_high < q_low {

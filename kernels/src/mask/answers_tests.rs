@@ -27,7 +27,11 @@ fn either(a: Rule, b: Rule) -> Rule {
 }
 
 fn extra(rule: Rule, count: usize) -> Rule {
-    Rule::Extra { rule: Arc::new(rule), count }
+    Rule::Extra { rule: Arc::new(rule), count, visible: true }
+}
+
+fn hidden_extra(rule: Rule, count: usize) -> Rule {
+    Rule::Extra { rule: Arc::new(rule), count, visible: false }
 }
 
 fn table(dims: [usize; 4], seed: u64) -> Rule {
@@ -47,18 +51,16 @@ fn rules(shape: ScoreShape) -> Vec<(Rule, bool)> {
         let dims = [batch, num_heads, q_len, kv_len];
         exact.push(table(std::array::from_fn(|axis| if axes >> axis & 1 == 1 { dims[axis] } else { 1 }), axes as u64));
     }
-    for offset in [0, 1, 7, usize::MAX] {
+    let ids: Vec<Arc<[u32]>> = (0..batch).map(|b| (0..kv_len).map(|j| (j * (b + 2) % 3) as u32).collect()).collect();
+    let mut coarse = vec![documents(&[kv_len / 2, 0, kv_len - kv_len / 2])];
+    for offset in [0, 1, 7, -1, -4, i64::MIN, i64::MAX] {
         exact.push(causal().with_offset(&PerSequence::Same(offset)));
-        exact.push(band(Some(1), Some(1)).with_offset(&PerSequence::Each((0..batch).map(|b| b.max(offset)).collect())));
-    }
-    let mut coarse = Vec::new();
-    if q_len <= kv_len {
-        coarse.push(documents(&[kv_len / 2, 0, kv_len - kv_len / 2]));
-        let ids = (0..batch).map(|b| (0..kv_len).map(|j| (j * (b + 2) % 3) as u32).collect());
-        coarse.push(Rule::Documents { ids: PerSequence::Each(ids.collect()), offset: Some(PerSequence::Same(0)) });
+        let each = PerSequence::Each((0..batch).map(|b| offset.saturating_add(b as i64)).collect());
+        exact.push(band(Some(1), Some(1)).with_offset(&each));
+        coarse.push(Rule::Documents { ids: PerSequence::Each(ids.as_slice().into()), offset: Some(each) });
     }
     let samples = [exact[0].clone(), causal(), exact[2].clone(), exact[34].clone(), exact[40].clone()];
-    let samples = samples.into_iter().chain(coarse.clone()).collect::<Vec<_>>();
+    let samples = samples.into_iter().chain(coarse.iter().step_by(3).cloned()).collect::<Vec<_>>();
     for a in &samples {
         coarse.extend(samples.iter().flat_map(|b| [both(a.clone(), b.clone()), either(a.clone(), b.clone())]));
     }
@@ -85,7 +87,8 @@ fn for_all(f: impl Fn(&Rule, bool, &ScoreShape, (usize, usize))) {
         for count in 1..=2.min(shape.kv_len) {
             let before = ScoreShape { kv_len: shape.kv_len - count, ..shape };
             if before.kv_len > 0 {
-                all.extend(rules(before).into_iter().step_by(3).map(|(rule, exact)| (extra(rule, count), exact)));
+                let before = rules(before).into_iter().step_by(3).zip([extra, hidden_extra].into_iter().cycle());
+                all.extend(before.map(|((rule, exact), around)| (around(rule, count), exact)));
             }
         }
         for (rule, exact) in all {
@@ -192,7 +195,11 @@ fn tile_outside_the_scores_is_refused() {
 fn band_beyond_all_positions_saturates() {
     let shape = ScoreShape { batch: 1, num_heads: 1, q_len: usize::MAX, kv_len: usize::MAX };
     for rule in [band(Some(i64::MIN), Some(i64::MIN)), band(Some(i64::MAX), Some(i64::MAX)), causal()] {
-        for rule in [rule.clone(), rule.with_offset(&PerSequence::Same(usize::MAX))] {
+        for rule in [
+            rule.clone(),
+            rule.clone().with_offset(&PerSequence::Same(i64::MAX)),
+            rule.with_offset(&PerSequence::Same(i64::MIN)),
+        ] {
             let (q, k) = (usize::MAX - 2..usize::MAX, 3..usize::MAX);
             rule.check(&shape).unwrap();
             rule.allows(&shape, 0, 0, usize::MAX - 1, usize::MAX - 1);
@@ -206,12 +213,11 @@ fn band_beyond_all_positions_saturates() {
 #[test]
 fn rules_that_dont_fit_are_refused() {
     let shape = ScoreShape::from((2, 2, 3, 5));
-    let offsets = PerSequence::Each([1usize].into());
+    let offsets = PerSequence::Each([1i64].into());
     for (rule, part, got) in [
         (Rule::FirstKeys(PerSequence::Each([5, 5, 5].into())), "key lengths", "3"),
         (Rule::FirstKeys(PerSequence::Each([5, 6].into())), "key lengths", "6"),
         (documents(&[2, 2]), "documents", "4 keys"),
-        (documents(&[2, 3]).with_offset(&PerSequence::Same(usize::MAX)), "documents", "positions"),
         (causal().with_offset(&offsets), "offsets", "1"),
         (table([2, 2, 3, 4], 1), "tensor", "[2, 2, 3, 4]"),
         (extra(causal(), 6), "extra keys", "6"),
@@ -222,4 +228,25 @@ fn rules_that_dont_fit_are_refused() {
     }
     assert!(Table::new([1, 2, 3, 4], vec![true; 23]).is_err());
     assert!(Table::new([usize::MAX, 2, 3, 4], vec![true; 24]).is_err());
+}
+
+#[test]
+fn query_where_no_key_stands_sees_no_document() {
+    let shape = ScoreShape::from((1, 1, 4, 3));
+    // The queries stand at -1, 0, 1 and 2.
+    let rule = documents(&[1, 2]);
+    let seen = |i| (0..3).map(|j| rule.allows(&shape, 0, 0, i, j)).collect::<Vec<_>>();
+    assert_eq!([seen(0), seen(1), seen(2)], [[false; 3], [true, false, false], [false, true, true]]);
+    assert_eq!(rule.tile(&shape, (0, 0), &(0..1), &(0..3)), Coverage::None);
+    assert_eq!(rule.tile(&shape, (0, 0), &(0..2), &(0..1)), Coverage::Some);
+    assert_eq!(rule.tile(&shape, (0, 0), &(2..4), &(1..3)), Coverage::All);
+}
+
+#[test]
+fn tile_of_hidden_keys_is_none() {
+    let (rule, shape) = (hidden_extra(Rule::Full, 2), ScoreShape::from((1, 1, 3, 5)));
+    let tile = |keys| rule.tile(&shape, (0, 0), &(0..3), &keys);
+    assert_eq!([tile(0..3), tile(3..5), tile(2..4)], [Coverage::All, Coverage::None, Coverage::Some]);
+    assert_eq!(rule.visible_keys(&shape, (0, 0), &(0..3), 0..5), 0..3);
+    assert_eq!(rule.visible_keys(&shape, (0, 0), &(0..3), 4..5), 4..4);
 }

@@ -5,7 +5,7 @@ mod rule;
 mod table;
 
 pub use rule::{Offset, PerSequence, Rule};
-pub use table::Table;
+pub use table::{Table, TableAxes};
 
 pub use crate::error::MaskError;
 

@@ -1,5 +1,6 @@
 //! The rules that a mask is made of, and whether they fit the scores.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::ScoreShape;
@@ -24,8 +25,9 @@ impl<T> PerSequence<T> {
     }
 }
 
-/// Position of the first query among the keys; none means kv_len - q_len: the last query stands at the last key.
-pub type Offset = Option<PerSequence<usize>>;
+/// Position of the first query among the keys, which is negative if it stands before them; none means kv_len - q_len: the last
+/// query stands at the last key.
+pub type Offset = Option<PerSequence<i64>>;
 
 /// One condition on (sequence, head, query, key), or two combined.
 ///
@@ -63,19 +65,22 @@ pub enum Rule {
     FirstKeys(PerSequence<usize>),
     /// Keys of the same document as the query.
     Documents {
-        /// The document of every key. A query belongs to the document at its position.
+        /// The document of every key. A query belongs to the document at its position. Where there is no key, it belongs to none
+        /// and may attend to nothing.
         ids: PerSequence<Arc<[u32]>>,
         /// Where the queries stand.
         offset: Offset,
     },
     /// What a boolean tensor says.
     Table(Arc<Table>),
-    /// The last `count` keys are visible to every query; the rule speaks of those before them.
+    /// The last `count` keys are visible to every query, or to none; the rule speaks of those before them.
     Extra {
         /// The rule for the other keys.
         rule: Arc<Rule>,
         /// How many keys there are behind them.
         count: usize,
+        /// Whether every query may attend to them.
+        visible: bool,
     },
     /// What both rules allow.
     Both(Arc<(Rule, Rule)>),
@@ -90,19 +95,43 @@ impl Rule {
     }
 
     /// The same rule with the first query of each sequence at position `offset` among the keys.
-    pub fn with_offset(self, offset: &PerSequence<usize>) -> Self {
+    pub fn with_offset(self, offset: &PerSequence<i64>) -> Self {
         let both =
             |pair: &(Rule, Rule)| Arc::new((pair.0.clone().with_offset(offset), pair.1.clone().with_offset(offset)));
         match self {
             Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset.clone()) },
             Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset.clone()) },
-            Rule::Extra { rule, count } => {
-                Rule::Extra { rule: Arc::new(rule.as_ref().clone().with_offset(offset)), count }
+            Rule::Extra { rule, count, visible } => {
+                Rule::Extra { rule: Arc::new(rule.as_ref().clone().with_offset(offset)), count, visible }
             }
             Rule::Both(pair) => Rule::Both(both(&pair)),
             Rule::Either(pair) => Rule::Either(both(&pair)),
             other => other,
         }
+    }
+
+    /// The same rule with `f` of each of its tables, and of the scores that the table speaks of.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `f`.
+    pub fn map_tables<F>(&self, shape: &ScoreShape, f: &F) -> Result<Self, MaskError>
+    where
+        F: Fn(&Arc<Table>, &ScoreShape) -> Result<Arc<Table>, MaskError>,
+    {
+        let both = |pair: &(Rule, Rule)| {
+            Ok::<_, MaskError>(Arc::new((pair.0.map_tables(shape, f)?, pair.1.map_tables(shape, f)?)))
+        };
+        Ok(match self {
+            Rule::Table(table) => Rule::Table(f(table, shape)?),
+            Rule::Extra { rule, count, visible } => {
+                let rule = Arc::new(rule.map_tables(&without(shape, *count), f)?);
+                Rule::Extra { rule, count: *count, visible: *visible }
+            }
+            Rule::Both(pair) => Rule::Both(both(pair)?),
+            Rule::Either(pair) => Rule::Either(both(pair)?),
+            other => other.clone(),
+        })
     }
 
     /// Whether the rule may differ between sequences.
@@ -134,8 +163,8 @@ impl Rule {
     ///
     /// # Errors
     ///
-    /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents of another length or with queries
-    /// outside it, more extra keys than keys, a table that doesn't broadcast to the scores.
+    /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents of another length, more extra keys
+    /// than keys, a table that doesn't broadcast to the scores.
     pub fn check(&self, shape: &ScoreShape) -> Result<(), MaskError> {
         match self {
             Rule::Full | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
@@ -148,19 +177,25 @@ impl Rule {
                 expected: format!("at most kv_len {}", shape.kv_len),
                 got: format!("{count}"),
             }),
-            Rule::Extra { rule, count } => rule.check(&without(shape, *count)),
+            Rule::Extra { rule, count, .. } => rule.check(&without(shape, *count)),
             Rule::Both(pair) | Rule::Either(pair) => pair.0.check(shape).and_then(|()| pair.1.check(shape)),
         }
     }
 }
 
-/// Where query `i` of sequence `b` stands among the keys; before the first of them if there are more queries than keys.
+/// Where query `i` of sequence `b` stands among the keys; it may stand before the first of them or behind the last.
 pub(super) fn position(shape: &ScoreShape, offset: &Offset, b: usize, i: usize) -> i64 {
     let first = match offset {
         None => signed(shape.kv_len) - signed(shape.q_len),
-        Some(offset) => signed(*offset.get(b)),
+        Some(offset) => *offset.get(b),
     };
     first.saturating_add(signed(i))
+}
+
+/// The positions of the queries `q` of sequence `b` at which there is a key.
+pub(super) fn positions(shape: &ScoreShape, offset: &Offset, b: usize, q: &Range<usize>) -> Range<usize> {
+    let at_key = |i| position(shape, offset, b, i).clamp(0, signed(shape.kv_len)) as usize;
+    at_key(q.start)..at_key(q.end)
 }
 
 /// A size as a position; the greatest position if it is beyond.
@@ -212,13 +247,5 @@ fn check_documents(ids: &PerSequence<Arc<[u32]>>, offset: &Offset, shape: &Score
     if let Some(row) = rows.iter().find(|row| row.len() != shape.kv_len) {
         return error(format!("documents of {} keys together", shape.kv_len), format!("{} keys", row.len()));
     }
-    check_offsets(offset, shape)?;
-    let alike = !matches!(offset, Some(PerSequence::Each(_)));
-    for b in 0..if alike { 1 } else { shape.batch } {
-        let (first, end) = (position(shape, offset, b, 0), position(shape, offset, b, shape.q_len));
-        if first < 0 || end > signed(shape.kv_len) {
-            return error(format!("queries at positions 0 to {}", shape.kv_len), format!("positions {first} to {end}"));
-        }
-    }
-    Ok(())
+    check_offsets(offset, shape)
 }

@@ -1,15 +1,26 @@
 //! A boolean tensor as a mask.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::{Coverage, ScoreShape};
 use crate::error::MaskError;
+
+/// The axes that a table was given with, out of (batch, num_heads, q_len, kv_len). The others have length 1. Errors name these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TableAxes {
+    /// The last axes, as many as the number says.
+    Last(usize),
+    /// (batch, kv_len)
+    Padding,
+}
 
 /// A boolean tensor (batch or 1, num_heads or 1, q_len or 1, kv_len or 1), row by row.
 #[derive(Debug)]
 pub struct Table {
     pub(super) dims: [usize; 4],
-    allowed: Vec<bool>,
+    axes: TableAxes,
+    allowed: Arc<Vec<bool>>,
 }
 
 impl Table {
@@ -19,12 +30,36 @@ impl Table {
     ///
     /// Another number of entries than `dims` says.
     pub fn new(dims: [usize; 4], allowed: Vec<bool>) -> Result<Self, MaskError> {
-        let entries = dims.iter().try_fold(1usize, |entries, &dim| entries.checked_mul(dim));
-        if entries != Some(allowed.len()) {
-            let expected = format!("one entry for each of {dims:?}");
-            return Err(MaskError { part: "tensor", expected, got: allowed.len().to_string() });
+        check_count(dims, allowed.len())?;
+        Ok(Self { dims, axes: TableAxes::Last(4), allowed: Arc::new(allowed) })
+    }
+
+    /// This table, given with these axes.
+    pub fn with_axes(self, axes: TableAxes) -> Self {
+        Self { axes, ..self }
+    }
+
+    /// The axes that the table was given with.
+    pub fn axes(&self) -> TableAxes {
+        self.axes
+    }
+
+    /// The shape that the table was given with.
+    pub fn shape(&self) -> Vec<usize> {
+        match self.axes {
+            TableAxes::Last(count) => self.dims[4usize.saturating_sub(count)..].to_vec(),
+            TableAxes::Padding => vec![self.dims[0], self.dims[3]],
         }
-        Ok(Self { dims, allowed })
+    }
+
+    /// The same entries in another shape of four axes, without a copy.
+    ///
+    /// # Errors
+    ///
+    /// Another number of entries than `dims` says.
+    pub fn reshaped(&self, dims: [usize; 4]) -> Result<Self, MaskError> {
+        check_count(dims, self.allowed.len())?;
+        Ok(Self { dims, axes: TableAxes::Last(4), allowed: self.allowed.clone() })
     }
 
     pub(super) fn check(&self, shape: &ScoreShape) -> Result<(), MaskError> {
@@ -32,11 +67,15 @@ impl Table {
         if self.dims.iter().zip(scores).all(|(&dim, size)| dim == size || dim == 1) {
             return Ok(());
         }
-        Err(MaskError {
-            part: "tensor",
-            expected: format!("a shape that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}"),
-            got: format!("{:?}", self.dims),
-        })
+        let (part, expected) = match self.axes {
+            TableAxes::Last(_) => {
+                ("tensor", format!("a shape that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}"))
+            }
+            TableAxes::Padding => {
+                ("padding mask", format!("a shape that broadcasts to (batch, kv_len) = {:?}", [scores[0], scores[3]]))
+            }
+        };
+        Err(MaskError { part, expected, got: format!("{:?}", self.shape()) })
     }
 
     /// The index of the entry of query `i` and key `j`, and the strides of queries and of keys.
@@ -88,4 +127,12 @@ impl Table {
             Coverage::None
         }
     }
+}
+
+fn check_count(dims: [usize; 4], entries: usize) -> Result<(), MaskError> {
+    if dims.iter().try_fold(1usize, |entries, &dim| entries.checked_mul(dim)) == Some(entries) {
+        return Ok(());
+    }
+    let expected = format!("one entry for each of {dims:?}");
+    Err(MaskError { part: "tensor", expected, got: entries.to_string() })
 }

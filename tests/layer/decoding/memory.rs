@@ -131,9 +131,9 @@ fn memory_that_does_not_fit_is_refused() -> Result<()> {
         &["memory", "(batch, len, 6)", "got [2, 5, 7]"],
     );
     let projected = layer.project(&randn(1, (2, 5, 6), DType::F32)?)?;
-    for dims in [&[3, 1, 8][..], &[1, 1, 8], &[1, 8]] {
+    for dims in [&[3, 1, 8][..], &[1, 8]] {
         let result = layer.forward_projected(&randn(1, dims, DType::F32)?, &projected);
-        assert_error_says(result, &["input", "batch 2, that of the memory", &format!("got {dims:?}")]);
+        assert_error_says(result, &["input", "batch 1 or 2, that of the memory", &format!("got {dims:?}")]);
     }
     let single = layer.project(&randn(1, (5, 6), DType::F32)?)?;
     let result = layer.forward_projected(&randn(1, (1, 1, 8), DType::F32)?, &single);

@@ -55,7 +55,7 @@ fn memory_that_does_not_fit_is_refused() -> Result<()> {
     let layer = cross_attention(&config, DType::F32)?;
     let x = input(&[2, 5, 8])?;
     let refuses = |memory: &Tensor, parts: &[&str]| assert_error_says(layer.forward(&x, memory), parts);
-    for batch in [0, 1, 3] {
+    for batch in [0, 3] {
         let got = format!("got [{batch}, 4, 6]");
         refuses(&input(&[batch, 4, 6])?, &["memory", "the batch of the input", "[2, 5, 8]", &got]);
     }
@@ -82,7 +82,7 @@ fn mask_of_another_size_is_refused() -> Result<()> {
         (Mask::key_lengths(&[5]), ["one for each of 2 sequences", "got 1"]),
         (Mask::key_lengths(&[5, 6]), ["at most kv_len 5", "got 6"]),
         (Mask::documents(&[2, 2]), ["documents of 5 keys together", "got 4"]),
-        (table(&[5, 4])?, [scores, "got [1, 1, 5, 4]"]),
+        (table(&[5, 4])?, [scores, "got [5, 4]"]),
         (table(&[3, 1, 5, 5])?, [scores, "got [3, 1, 5, 5]"]),
         (table(&[2, 4, 5, 5])?, [scores, "got [2, 4, 5, 5]"]),
     ] {
@@ -158,7 +158,7 @@ fn bias_for_extra_keys_is_refused() -> Result<()> {
         layer.forward_with(&x, &ForwardOptions { attn_bias, ..Default::default() })
     };
     for dims in [&[5, 7][..], &[5, 6], &[2, 2, 5, 7], &[7], &[0]] {
-        assert_error_says(with_bias(dims), &["attn_bias", "broadcasts to kv_len 5", &format!("got {dims:?}")]);
+        assert_error_says(with_bias(dims), &["attn_bias", "broadcasts to", "[2, 2, 5, 5]", &format!("got {dims:?}")]);
     }
     for dims in [&[5, 5][..], &[5, 1], &[5], &[1], &[], &[2, 2, 5, 5]] {
         with_bias(dims)?;

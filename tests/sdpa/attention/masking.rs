@@ -85,7 +85,7 @@ proptest! {
         let mask = Mask::window(Some(3), Some(0));
         let full = [query.clone(), key.narrow(2, 0, filled)?, value.narrow(2, 0, filled)?];
         let expected = attend(&full, &masked(mask.clone()))?;
-        let output = attend(&[query, key, value], &masked(mask.with_offset(filled - sizes.q_len)))?;
+        let output = attend(&[query, key, value], &masked(mask.with_offset((filled - sizes.q_len) as i64)))?;
         assert_close(&output.context, &expected.context, F64, "context");
         assert_close(logsumexp(&output), logsumexp(&expected), F64, "log-sum-exp");
         let seen = weights(&output).narrow(3, 0, filled)?;

@@ -1,5 +1,6 @@
 //! Laws of `scaled_dot_product_attention`.
 
+mod broadcast;
 mod definition;
 mod dropout;
 mod dtypes;

@@ -12,9 +12,9 @@ use super::problem::Sizes;
 pub enum MaskKind {
     Full,
     Causal,
-    CausalAt(usize),
+    CausalAt(i64),
     /// Another offset for each sequence.
-    CausalAtEach(usize),
+    CausalAtEach(i64),
     Window(Option<usize>, Option<usize>),
     Sliding(usize),
     KeyLengths,
@@ -38,6 +38,7 @@ pub fn all() -> Vec<MaskKind> {
         Full,
         Causal,
         CausalAt(3),
+        CausalAt(-20),
         Window(Some(4), Some(6)),
         Window(None, Some(2)),
         Window(Some(40), None),
@@ -70,16 +71,6 @@ impl MaskKind {
         MaskKind::Or(Box::new(self), Box::new(other))
     }
 
-    /// Whether there must be a key at the position of every query.
-    pub fn needs_positions(&self) -> bool {
-        match self {
-            MaskKind::Documents | MaskKind::DocumentIds => true,
-            MaskKind::Extra(mask, _) => mask.needs_positions(),
-            MaskKind::And(a, b) | MaskKind::Or(a, b) => a.needs_positions() || b.needs_positions(),
-            _ => false,
-        }
-    }
-
     /// The mask of the sequences from `first` on.
     pub fn build(&self, sizes: &Sizes, first: usize) -> Result<Mask> {
         let Sizes { batch, kv_len, .. } = *sizes;
@@ -90,7 +81,10 @@ impl MaskKind {
             MaskKind::Full => Mask::full(),
             MaskKind::Causal => Mask::causal(),
             MaskKind::CausalAt(offset) => Mask::causal().with_offset(*offset),
-            MaskKind::CausalAtEach(offset) => Mask::causal().with_offsets(&each(&|b| offset / (b + 1))),
+            MaskKind::CausalAtEach(offset) => {
+                let offsets = (first..first + batch).map(|b| offset / (b as i64 + 1)).collect::<Vec<_>>();
+                Mask::causal().with_offsets(&offsets)
+            }
             MaskKind::Window(left, right) => Mask::window(*left, *right),
             MaskKind::Sliding(width) => Mask::sliding_window(*width),
             MaskKind::KeyLengths => Mask::key_lengths(&each(&length)),

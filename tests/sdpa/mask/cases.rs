@@ -153,9 +153,6 @@ fn document_ids(shape: Shape, seed: u64) -> Vec<Vec<u32>> {
 }
 
 fn documents(shape: Shape) -> Vec<Case> {
-    if shape.q_len > shape.kv_len {
-        return Vec::new();
-    }
     let mut cases = Vec::new();
     for lengths in partitions(shape.kv_len) {
         let (name, mask) = (format!("documents({lengths:?})"), Mask::documents(&lengths));
@@ -164,7 +161,8 @@ fn documents(shape: Shape) -> Vec<Case> {
     for seed in 0..3 {
         let ids = document_ids(shape, seed);
         let (name, mask) = (format!("document_ids({ids:?})"), Mask::document_ids(&ids));
-        cases.push(Case::new(name, mask, move |at| ids[at.b][at.j] == ids[at.b][at.query() as usize]));
+        let of_query = |ids: &[u32], at: Score| usize::try_from(at.query()).ok().map(|query| ids[query]);
+        cases.push(Case::new(name, mask, move |at| of_query(&ids[at.b], at) == Some(ids[at.b][at.j])));
     }
     cases
 }
@@ -194,7 +192,7 @@ fn tables(shape: Shape) -> Vec<Case> {
     let mut cases = Vec::new();
     for kept in 0..16usize {
         let dims: Vec<usize> = (0..4).map(|axis| if kept >> axis & 1 == 1 { sizes[axis] } else { 1 }).collect();
-        for rank in 2..=4 {
+        for rank in 0..=4 {
             let dims = &dims[4 - rank..];
             let (tensor, entry) = table(dims, kept as u64);
             let mask = Mask::from_tensor(&tensor).unwrap();
@@ -243,8 +241,8 @@ fn combinations(shape: Shape) -> Vec<Case> {
 /// Masks with an offset of the first query: simple masks and a nested combination.
 fn with_offset(shape: Shape) -> Vec<Case> {
     let mut cases = Vec::new();
-    for offset in [0, 1, 3, 7] {
-        let query = move |at: Score| (at.i + offset) as i64;
+    for offset in [0, 1, 3, 7, -1, -3] {
+        let query = move |at: Score| at.i as i64 + offset;
         let causal = Case::new("causal", Mask::causal().with_offset(offset), move |at| at.key() <= query(at));
         let narrow = within(Some(1), Some(1));
         let window = Mask::window(Some(1), Some(1)).with_offset(offset);
@@ -255,12 +253,10 @@ fn with_offset(shape: Shape) -> Vec<Case> {
         let mut nest = causal.or(&prefix).and(&window);
         nest.mask = ((Mask::causal() | Mask::prefix(2)) & Mask::window(Some(1), Some(1))).with_offset(offset);
         cases.push(nest);
-        if offset + shape.q_len <= shape.kv_len {
-            let lengths = vec![shape.kv_len / 2, shape.kv_len - shape.kv_len / 2];
-            let mask = (Mask::documents(&lengths) & Mask::causal()).with_offset(offset);
-            let allows = move |at| in_same_document(&lengths, query(at), at.key()) && at.key() <= query(at);
-            cases.push(Case::new("documents & causal", mask, allows));
-        }
+        let halves = vec![shape.kv_len / 2, shape.kv_len - shape.kv_len / 2];
+        let mask = (Mask::documents(&halves) & Mask::causal()).with_offset(offset);
+        let allows = move |at| in_same_document(&halves, query(at), at.key()) && at.key() <= query(at);
+        cases.push(Case::new("documents & causal", mask, allows));
         // The offset that is set last counts.
         let twice = Mask::causal().with_offset(4).with_offset(offset);
         cases.push(Case::new("twice", twice, move |at| (causal.allows)(at)));
@@ -271,7 +267,7 @@ fn with_offset(shape: Shape) -> Vec<Case> {
     cases
 }
 
-/// Masks with extra keys at the end, to which every query may attend: alone and in combinations.
+/// Masks with keys at the end to which every query may attend, or none: alone and in combinations.
 fn with_extra_keys(shape: Shape) -> Vec<Case> {
     let mut cases = Vec::new();
     for count in (0..=2).filter(|&count| count <= shape.kv_len) {
@@ -280,14 +276,21 @@ fn with_extra_keys(shape: Shape) -> Vec<Case> {
         let inner = samples(before).into_iter().chain(every_third(bands())).chain(every_third(with_offset(before)));
         for case in inner {
             let Case { name, mask, allows } = case;
-            let (name, mask) = (format!("{name}.with_extra_keys({count})"), mask.with_extra_keys(count));
-            let allows = move |at: Score| at.j >= before.kv_len || allows(Score { shape: before, ..at });
-            cases.push(Case::new(name, mask, allows));
+            for visible in [true, false] {
+                let (name, mask, allows) = (name.clone(), mask.clone(), allows.clone());
+                let (name, mask) = match visible {
+                    true => (format!("{name}.with_extra_keys({count})"), mask.with_extra_keys(count)),
+                    false => (format!("{name}.with_hidden_keys({count})"), mask.with_hidden_keys(count)),
+                };
+                let allows =
+                    move |at: Score| if at.j < before.kv_len { allows(Score { shape: before, ..at }) } else { visible };
+                cases.push(Case::new(name, mask, allows));
+            }
         }
     }
     let window =
         Case::new("window", Mask::window(Some(1), Some(0)), |at| within(Some(1), Some(0))(at.query(), at.key()));
-    let combined: Vec<Case> = cases.iter().flat_map(|case| [case.and(&window), case.or(&window)]).collect();
+    let combined: Vec<Case> = cases.iter().step_by(3).flat_map(|case| [case.and(&window), case.or(&window)]).collect();
     cases.extend(combined);
     cases
 }
@@ -295,8 +298,8 @@ fn with_extra_keys(shape: Shape) -> Vec<Case> {
 /// Masks with a separate offset for each sequence.
 fn with_offsets(shape: Shape) -> Vec<Case> {
     let mut cases = Vec::new();
-    for offsets in [[0, 2], [3, 1], [7, 0], [2, 2]] {
-        let query = move |at: Score| (at.i + offsets[at.b]) as i64;
+    for offsets in [[0, 2], [3, 1], [7, -2], [-1, 2]] {
+        let query = move |at: Score| at.i as i64 + offsets[at.b];
         let offsets = &offsets[..shape.batch];
         let causal = Mask::causal().with_offsets(offsets);
         let causal = Case::new("causal", causal, move |at| at.key() <= query(at));
@@ -306,12 +309,10 @@ fn with_offsets(shape: Shape) -> Vec<Case> {
 
         let mut nest = causal.or(&lengths).and(&sliding);
         nest.mask = ((Mask::causal() | Mask::prefix(2)) & Mask::sliding_window(2)).with_offsets(offsets);
-        if offsets.iter().all(|offset| offset + shape.q_len <= shape.kv_len) {
-            let lengths = vec![shape.kv_len / 2, shape.kv_len - shape.kv_len / 2];
-            let mask = (Mask::documents(&lengths) & Mask::causal()).with_offsets(offsets);
-            let allows = move |at| in_same_document(&lengths, query(at), at.key()) && at.key() <= query(at);
-            cases.push(Case::new("documents & causal", mask, allows));
-        }
+        let halves = vec![shape.kv_len / 2, shape.kv_len - shape.kv_len / 2];
+        let mask = (Mask::documents(&halves) & Mask::causal()).with_offsets(offsets);
+        let allows = move |at| in_same_document(&halves, query(at), at.key()) && at.key() <= query(at);
+        cases.push(Case::new("documents & causal", mask, allows));
         // The offset that is set last counts.
         let same = Mask::causal().with_offsets(offsets).with_offset(1);
         cases.push(Case::new("one for all", same, |at| at.j < at.i + 2));
