@@ -31,6 +31,16 @@ impl<R: SimdFloat> LogSumExp<R> {
         Self { largest, log_total: R::from_f64(total.ln()) }
     }
 
+    /// The greatest score; minus infinity for a query that may attend to nothing.
+    pub fn largest(self) -> R {
+        self.largest
+    }
+
+    /// ln Σ exp(scores - largest)
+    pub fn log_total(self) -> R {
+        self.log_total
+    }
+
     /// The log-sum-exp as one number: minus infinity for a query that may attend to nothing.
     pub fn value(self) -> R {
         R::from_f64(self.largest.to_f64() + self.log_total.to_f64())
