@@ -25,7 +25,7 @@ use crate::sdpa::overflow::may_overflow;
 
 /// The largest number of entries of a tensor on CUDA. candle's kernels count the entries in 32 bits, in blocks of 1024,
 /// and don't terminate if there are more.
-const MAX_ENTRIES_ON_CUDA: usize = (1 << 32) - 1024;
+const MAX_ENTRIES_ON_CUDA: u64 = (1 << 32) - 1024;
 
 /// Attention over inputs that have been checked.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
@@ -81,7 +81,8 @@ fn weights_and_logsumexp(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> 
 
 fn check_score_count(q: &Tensor, k: &Tensor) -> std::result::Result<(), AttentionError> {
     let shape = vec![q.dims()[0], q.dims()[1], q.dims()[2], k.dims()[2]];
-    if q.device().is_cuda() && shape.iter().product::<usize>() > MAX_ENTRIES_ON_CUDA {
+    let entries: u64 = shape.iter().map(|&size| size as u64).product();
+    if q.device().is_cuda() && entries > MAX_ENTRIES_ON_CUDA {
         let expected = format!("one of at most {MAX_ENTRIES_ON_CUDA} entries on a CUDA device");
         return Err(AttentionError::Shape { tensor: "scores", expected, shape });
     }
