@@ -4,9 +4,12 @@ use std::ops::{BitAnd, BitOr};
 use std::sync::Arc;
 
 use attention_kernels::mask::{PerSequence, Rule, ScoreShape, Table};
-use candle_core::{DType, Device, Tensor};
+use attention_kernels::reserve;
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 
+use crate::empty::readable;
 use crate::error::{AttentionError, Result};
+use crate::memory;
 
 /// Which keys each query may attend to: `true` means *may attend*, always.
 ///
@@ -18,7 +21,8 @@ use crate::error::{AttentionError, Result};
 /// keys than it holds, [`Mask::with_offset`] sets the position of the first query instead. PyTorch's `is_causal` aligns
 /// the first query with the first key (top-left). The two differ only if q_len != kv_len.
 ///
-/// Masks combine: `a & b` allows what both masks allow, `a | b` what either mask allows.
+/// Masks combine: `a & b` allows what both masks allow, `a | b` what either mask allows. At most 65536 masks can be
+/// combined, and `&` and `|` can alternate at most 256 times; [`Mask::check`] refuses more.
 ///
 /// A query that may attend to nothing gets a zero context and zero gradients, never NaN.
 ///
@@ -83,8 +87,11 @@ impl Mask {
     /// (block-diagonal). The lengths must add up to kv_len. Combine with [`Mask::causal`] to train a language model on
     /// packed text.
     pub fn documents(lengths: &[usize]) -> Self {
-        let ids = lengths.iter().zip(0u32..).flat_map(|(&len, id)| std::iter::repeat_n(id, len));
-        Self(Rule::Documents { ids: PerSequence::Same(ids.collect()), offset: None })
+        let ends = lengths.iter().scan(0usize, |end, &len| {
+            *end = end.saturating_add(len);
+            Some(*end)
+        });
+        Self(Rule::Packed { ends: ends.collect(), offset: None })
     }
 
     /// As [`Mask::documents`], with a separate packing for each sequence of the batch: `ids[b][j]` is the document of
@@ -99,9 +106,9 @@ impl Mask {
     ///
     /// # Errors
     ///
-    /// A float tensor (an additive mask is an `attn_bias`), or a rank outside 2 to 4.
+    /// A float tensor (an additive mask is an `attn_bias`), a rank outside 2 to 4, or too little memory.
     pub fn from_tensor(allowed: &Tensor) -> Result<Self> {
-        Ok(Self(Rule::Table(Arc::new(table(allowed, |x| x != 0)?))))
+        Ok(Self(Rule::Table(Arc::new(table(allowed, true)?))))
     }
 
     /// A boolean tensor of the opposite meaning, non-zero = may *not* attend, as `attn_mask` of PyTorch's
@@ -111,7 +118,7 @@ impl Mask {
     ///
     /// As [`Mask::from_tensor`].
     pub fn from_blocked(blocked: &Tensor) -> Result<Self> {
-        Ok(Self(Rule::Table(Arc::new(table(blocked, |x| x == 0)?))))
+        Ok(Self(Rule::Table(Arc::new(table(blocked, false)?))))
     }
 
     /// A boolean tensor (batch, kv_len), non-zero = padding, as `key_padding_mask` of PyTorch's
@@ -168,11 +175,7 @@ impl Mask {
     /// # Ok::<(), candle_attention::Error>(())
     /// ```
     pub fn with_extra_keys(self, count: usize) -> Self {
-        match self.0 {
-            Rule::Full => self,
-            rule if count == 0 => Self(rule),
-            rule => Self(Rule::Extra { rule: Arc::new(rule), count }),
-        }
+        Self(self.0.with_extra_keys(count))
     }
 
     /// The rule behind the mask, for code that has checked the shape and reads many entries.
@@ -190,7 +193,7 @@ impl Mask {
     /// # Errors
     ///
     /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents that don't add up to
-    /// kv_len, more extra keys than keys, a tensor that doesn't broadcast to the scores.
+    /// kv_len, more extra keys than keys, a tensor that doesn't broadcast to the scores, too many combined masks.
     pub fn check(&self, shape: (usize, usize, usize, usize)) -> Result<()> {
         Ok(self.0.check(&shape.into())?)
     }
@@ -200,13 +203,14 @@ impl Mask {
     ///
     /// # Errors
     ///
-    /// As [`Mask::check`].
+    /// As [`Mask::check`], and too little memory.
     pub fn to_tensor(&self, shape: (usize, usize, usize, usize), device: &Device) -> Result<Tensor> {
         let shape = ScoreShape::from(shape);
         self.0.check(&shape)?;
         let batch = if self.0.varies_by_sequence() { shape.batch } else { 1 };
         let heads = if self.0.varies_by_head() { shape.num_heads } else { 1 };
-        let mut allowed = Vec::new();
+        let dims = [batch, heads, shape.q_len, shape.kv_len];
+        let mut allowed = reserve("mask as a tensor", memory::bytes(&dims, DType::U8))?;
         for b in 0..batch {
             for h in 0..heads {
                 for i in 0..shape.q_len {
@@ -214,7 +218,7 @@ impl Mask {
                 }
             }
         }
-        Ok(Tensor::from_vec(allowed, (batch, heads, shape.q_len, shape.kv_len), device)?)
+        Ok(Tensor::from_vec(allowed, &dims, device)?)
     }
 }
 
@@ -223,10 +227,7 @@ impl BitAnd for Mask {
     type Output = Mask;
 
     fn bitand(self, other: Mask) -> Mask {
-        match (self.0, other.0) {
-            (Rule::Full, rule) | (rule, Rule::Full) => Mask(rule),
-            (a, b) => Mask(Rule::Both(Arc::new((a, b)))),
-        }
+        Mask(self.0 & other.0)
     }
 }
 
@@ -235,15 +236,13 @@ impl BitOr for Mask {
     type Output = Mask;
 
     fn bitor(self, other: Mask) -> Mask {
-        match (self.0, other.0) {
-            (Rule::Full, _) | (_, Rule::Full) => Mask(Rule::Full),
-            (a, b) => Mask(Rule::Either(Arc::new((a, b)))),
-        }
+        Mask(self.0 | other.0)
     }
 }
 
-/// The entries of a boolean tensor as a table of allowed scores.
-fn table(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> Result<Table> {
+/// The entries of a boolean tensor as a table of allowed scores: those that are non-zero, or if `nonzero_allows` is
+/// false those that are zero.
+fn table(tensor: &Tensor, nonzero_allows: bool) -> Result<Table> {
     if !tensor.dtype().is_int() {
         return Err(AttentionError::DType {
             tensor: "mask",
@@ -261,8 +260,30 @@ fn table(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> Result<Table> {
         }
         .into());
     }
+    memory::check_countable("mask", tensor)?;
     let mut dims = [1; 4];
     dims[4 - rank..].copy_from_slice(tensor.dims());
-    let entries = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-    Ok(Table::new(dims, entries.into_iter().map(allows).collect())?)
+    // The storage is read where it is: a copy of a large table would take as much memory again.
+    let tensor = readable(&tensor.to_device(&Device::Cpu)?)?;
+    let (storage, _) = tensor.storage_and_layout();
+    let entries = match &*storage {
+        Storage::Cpu(CpuStorage::U8(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        Storage::Cpu(CpuStorage::U32(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        Storage::Cpu(CpuStorage::I16(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        Storage::Cpu(CpuStorage::I32(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        Storage::Cpu(CpuStorage::I64(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        _ => return Err(candle_core::Error::msg("mask: expected integers on the CPU").into()),
+    };
+    Ok(Table::new(dims, entries)?)
+}
+
+/// For each entry of a tensor, row by row, whether being non-zero equals `expected`.
+fn are_nonzero<T: Default + PartialEq>(storage: &[T], tensor: &Tensor, expected: bool) -> Result<Vec<bool>> {
+    let holds = |x: &T| (*x != T::default()) == expected;
+    let mut entries = reserve("mask from a tensor", tensor.elem_count())?;
+    match tensor.layout().contiguous_offsets() {
+        Some((start, end)) => entries.extend(storage[start..end].iter().map(holds)),
+        None => entries.extend(tensor.strided_index().map(|at| holds(&storage[at]))),
+    }
+    Ok(entries)
 }

@@ -4,7 +4,9 @@
 use candle_core::{D, Result, Tensor};
 
 use crate::check::compute_dtype;
+use crate::empty::readable;
 use crate::error::AttentionError;
+use crate::memory;
 use crate::sdpa::AttentionOptions;
 
 /// The keys and values to append: first the learned ones, then those of zeros.
@@ -37,7 +39,8 @@ impl BiasKv {
 
     fn extend(&self, x: &Tensor, learned: Option<&Tensor>) -> Result<Tensor> {
         let (batch, _, heads, dim) = x.dims4()?;
-        let mut parts = vec![x.contiguous()?];
+        memory::ask_for("keys or values and the appended ones", 1, x, x.dtype())?;
+        let mut parts = vec![memory::contiguous("keys or values", x)?];
         if let Some(learned) = learned {
             let one = learned.reshape((1, 1, heads, dim))?;
             parts.push(broadcast(&one, &[batch, 1, heads, dim])?.contiguous()?);
@@ -60,7 +63,10 @@ fn pad_bias(bias: &Tensor, kv_len: usize, count: usize) -> Result<Tensor> {
         }
         None => dims.push(kv_len),
     }
-    broadcast(bias, &dims)?.pad_with_zeros(D::Minus1, 0, count)
+    // A contiguous copy, and that with zeros.
+    let bytes = memory::bytes(&dims, compute_dtype(bias.dtype())).saturating_mul(3);
+    memory::ask("attn_bias of the appended keys", bias.device(), bytes)?;
+    broadcast(&readable(bias)?, &dims)?.pad_with_zeros(D::Minus1, 0, count)
 }
 
 /// `x` broadcast to a shape. Its gradient is a sum, which candle computes in the dtype of the broadcast: f32 for half
@@ -68,7 +74,7 @@ fn pad_bias(bias: &Tensor, kv_len: usize, count: usize) -> Result<Tensor> {
 fn broadcast(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
     // candle can't cast an empty tensor on CUDA.
     if dims.contains(&0) {
-        return x.broadcast_as(dims);
+        return readable(&x.broadcast_as(dims)?);
     }
     x.to_dtype(compute_dtype(x.dtype()))?.broadcast_as(dims)?.to_dtype(x.dtype())
 }

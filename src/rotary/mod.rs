@@ -4,11 +4,12 @@ mod scaling;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{D, Device, DeviceLocation, Tensor};
+use candle_core::{D, DType, Device, DeviceLocation, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::check::{check_dtype, compute_dtype};
 use crate::error::{AttentionError, Result};
+use crate::memory;
 pub use scaling::{RotaryScaling, Yarn};
 
 /// Which entries of a head are rotated together.
@@ -98,7 +99,7 @@ impl RotaryEmbedding {
     ///
     /// # Errors
     ///
-    /// Another rank or head_dim, a dtype that isn't a float, positions that overflow.
+    /// Another rank or head_dim, a dtype that isn't a float, positions that overflow, too little memory.
     pub fn apply(&self, x: &Tensor, offset: usize) -> Result<Tensor> {
         self.check(x)?;
         self.rotate_from(x, &[offset])
@@ -132,8 +133,10 @@ impl RotaryEmbedding {
             return Ok(x.clone());
         }
         let dtype = x.dtype();
-        // Half types are rotated in f32.
-        let x = x.to_dtype(compute_dtype(dtype))?;
+        // Half types are rotated in f32. Each of the products and their sums is half as large as x.
+        let wide = compute_dtype(dtype);
+        memory::ask_for("rotated heads", 6, x, wide)?;
+        let x = x.to_dtype(wide)?;
         let Angles { cos, sin, .. } = self.angles(&x, offsets)?;
         let rotated = x.narrow(D::Minus1, 0, self.dim)?;
         let rotated = match self.config.pairing {
@@ -167,6 +170,7 @@ impl RotaryEmbedding {
             let expected = format!("(batch, num_heads, len, head_dim) with head_dim {}", self.head_dim);
             return Err(AttentionError::Shape { tensor, expected, shape });
         }
+        memory::check_countable(tensor, x)?;
         check_dtype(tensor, x.dtype())
     }
 
@@ -178,7 +182,11 @@ impl RotaryEmbedding {
         }
         // The angles are computed in f64 for every dtype: at position 100,000 an f32 angle is off by 0.004.
         let frequencies = self.config.frequencies(self.dim);
-        let mut radians = Vec::with_capacity(offsets.len() * len * self.dim / 2);
+        let dims = [offsets.len(), 1, len, self.dim / 2];
+        // The angles, and the numbers and the table of one function.
+        let bytes = memory::bytes(&dims, DType::F64).saturating_mul(3);
+        memory::ask("angles of the positions", &Device::Cpu, bytes)?;
+        let mut radians = Vec::with_capacity(dims.iter().product());
         for &offset in offsets {
             for position in offset..offset.checked_add(len).ok_or(position_overflow(offset))? {
                 radians.extend(frequencies.iter().map(|frequency| position as f64 * frequency));
@@ -187,7 +195,7 @@ impl RotaryEmbedding {
         let attention_factor = self.config.scaling.as_ref().map_or(1.0, RotaryScaling::attention_factor);
         let table = |f: fn(f64) -> f64| -> candle_core::Result<Tensor> {
             let values = radians.iter().map(|&x| attention_factor * f(x)).collect::<Vec<_>>();
-            let table = Tensor::from_vec(values, (offsets.len(), 1, len, self.dim / 2), &Device::Cpu)?;
+            let table = Tensor::from_vec(values, &dims, &Device::Cpu)?;
             table.to_dtype(x.dtype())?.to_device(x.device())
         };
         let angles = Angles { offsets: offsets.to_vec(), cos: table(f64::cos)?, sin: table(f64::sin)? };

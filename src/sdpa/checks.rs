@@ -4,6 +4,7 @@ use attention_kernels::mask::ScoreShape;
 use candle_core::{DType, Tensor};
 
 use crate::check::{check_device, check_dtype, check_number};
+use crate::empty::readable;
 use crate::error::{AttentionError, Result};
 use crate::sdpa::head_layout::HeadLayout;
 use crate::sdpa::options::AttentionOptions;
@@ -30,7 +31,7 @@ impl<'a> Checked<'a> {
     /// Checks tensors of four axes in the given layout.
     pub(crate) fn new(inputs: [&'a Tensor; 3], layout: HeadLayout, options: &'a AttentionOptions) -> Result<Self> {
         let [q, k, v] = inputs.map(|x| layout.transpose(x));
-        let (q, k, v) = (q?, k?, v?);
+        let (q, k, v) = (readable(&q?)?, readable(&k?)?, readable(&v?)?);
         check_tensors(&q, &k, &v)?;
         check_numbers(options, q.dtype())?;
         let (batch, num_heads, q_len, head_dim) = q.dims4()?;

@@ -17,9 +17,10 @@ use attention_kernels::dropout::kept_by_dropout;
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use crate::check::compute_dtype;
+use crate::empty::connected;
 use crate::error::AttentionError;
 use crate::mask::Mask;
-use crate::sdpa::grad_connect::connected;
+use crate::memory;
 use crate::sdpa::options::{AttentionOptions, AttentionOutput};
 use crate::sdpa::overflow::may_overflow;
 
@@ -159,6 +160,9 @@ fn dot_products(q: &Tensor, k: &Tensor) -> Result<Tensor> {
 /// two infinities be NaN. Each huge query and key is divided by its largest entry, and the scores are clamped to the
 /// dtype's range.
 fn scaled_scores_of_huge_inputs(q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
+    // Scaled and clamped: each step's result, two limits and two comparisons.
+    let scores = [q.dim(0)?, q.dim(1)?, q.dim(2)?, k.dim(2)?];
+    memory::ask("scores of huge inputs", q.device(), memory::bytes(&scores, q.dtype()).saturating_mul(8))?;
     let row_divisor = |x: &Tensor| -> Result<Tensor> {
         let largest = x.detach().abs()?.max_keepdim(D::Minus1)?;
         // The square of this bound is 2^-64 (f64) or 2^-16 (f32) of the largest number, which leaves room for the sum

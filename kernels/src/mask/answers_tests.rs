@@ -18,20 +18,17 @@ fn documents(lengths: &[usize]) -> Rule {
     Rule::Documents { ids: PerSequence::Same(ids.collect()), offset: None }
 }
 
-fn both(a: Rule, b: Rule) -> Rule {
-    Rule::Both(Arc::new((a, b)))
-}
-
-fn either(a: Rule, b: Rule) -> Rule {
-    Rule::Either(Arc::new((a, b)))
-}
-
-fn extra(rule: Rule, count: usize) -> Rule {
-    Rule::Extra { rule: Arc::new(rule), count }
+/// The same as [`documents`], by their ends.
+fn packed(lengths: &[usize]) -> Rule {
+    let ends = lengths.iter().scan(0, |end, len| {
+        *end += len;
+        Some(*end)
+    });
+    Rule::Packed { ends: ends.collect(), offset: None }
 }
 
 fn table(dims: [usize; 4], seed: u64) -> Rule {
-    let allowed = uniform(seed, 1.0, dims.iter().product()).into_iter().map(|x| x > 0.3).collect();
+    let allowed = uniform(seed, 1.0, dims.iter().product()).map(|x| x > 0.3).collect();
     Rule::Table(Arc::new(Table::new(dims, allowed).unwrap()))
 }
 
@@ -54,13 +51,14 @@ fn rules(shape: ScoreShape) -> Vec<(Rule, bool)> {
     let mut coarse = Vec::new();
     if q_len <= kv_len {
         coarse.push(documents(&[kv_len / 2, 0, kv_len - kv_len / 2]));
+        coarse.push(packed(&[0, kv_len / 2, 0, kv_len - kv_len / 2, 0]));
         let ids = (0..batch).map(|b| (0..kv_len).map(|j| (j * (b + 2) % 3) as u32).collect());
         coarse.push(Rule::Documents { ids: PerSequence::Each(ids.collect()), offset: Some(PerSequence::Same(0)) });
     }
     let samples = [exact[0].clone(), causal(), exact[2].clone(), exact[34].clone(), exact[40].clone()];
     let samples = samples.into_iter().chain(coarse.clone()).collect::<Vec<_>>();
     for a in &samples {
-        coarse.extend(samples.iter().flat_map(|b| [both(a.clone(), b.clone()), either(a.clone(), b.clone())]));
+        coarse.extend(samples.iter().flat_map(|b| [a.clone() & b.clone(), a.clone() | b.clone()]));
     }
     let mut all: Vec<_> = exact.into_iter().map(|rule| (rule, true)).collect();
     all.extend(coarse.into_iter().map(|rule| (rule, false)));
@@ -85,7 +83,9 @@ fn for_all(f: impl Fn(&Rule, bool, &ScoreShape, (usize, usize))) {
         for count in 1..=2.min(shape.kv_len) {
             let before = ScoreShape { kv_len: shape.kv_len - count, ..shape };
             if before.kv_len > 0 {
-                all.extend(rules(before).into_iter().step_by(3).map(|(rule, exact)| (extra(rule, count), exact)));
+                all.extend(
+                    rules(before).into_iter().step_by(3).map(|(rule, exact)| (rule.with_extra_keys(count), exact)),
+                );
             }
         }
         for (rule, exact) in all {
@@ -153,7 +153,7 @@ fn hidden_queries_are_those_that_arent_allowed() {
 /// A causal mask over packed documents is what training uses; tiles off the diagonal must cost nothing.
 #[test]
 fn tile_between_two_documents_is_none() {
-    let (rule, shape) = (both(documents(&[4, 4]), causal()), ScoreShape::from((1, 1, 8, 8)));
+    let (rule, shape) = (documents(&[4, 4]) & causal(), ScoreShape::from((1, 1, 8, 8)));
     let tile = |queries, keys| rule.tile(&shape, (0, 0), &queries, &keys);
     assert_eq!(tile(4..8, 0..4), Coverage::None);
     assert_eq!(tile(0..4, 4..8), Coverage::None);
@@ -164,7 +164,7 @@ fn tile_between_two_documents_is_none() {
 #[test]
 fn tile_without_area_is_none() {
     let shape = ScoreShape::from((1, 1, 3, 3));
-    for rule in [Rule::Full, causal(), documents(&[2, 1]), extra(causal(), 1), either(causal(), documents(&[2, 1]))] {
+    for rule in [Rule::Full, causal(), documents(&[2, 1]), causal().with_extra_keys(1), causal() | documents(&[2, 1])] {
         for (queries, keys) in [(0..0, 0..3), (1..3, 2..2), (2..2, 1..1)] {
             assert_eq!(rule.tile(&shape, (0, 0), &queries, &keys), Coverage::None, "{rule:?}");
         }
@@ -211,11 +211,14 @@ fn rules_that_dont_fit_are_refused() {
         (Rule::FirstKeys(PerSequence::Each([5, 5, 5].into())), "key lengths", "3"),
         (Rule::FirstKeys(PerSequence::Each([5, 6].into())), "key lengths", "6"),
         (documents(&[2, 2]), "documents", "4 keys"),
+        (packed(&[2, 2]), "documents", "4 keys"),
+        (packed(&[]), "documents", "0 keys"),
+        (packed(&[2, 3]).with_offset(&PerSequence::Same(3)), "documents", "positions"),
         (documents(&[2, 3]).with_offset(&PerSequence::Same(usize::MAX)), "documents", "positions"),
         (causal().with_offset(&offsets), "offsets", "1"),
         (table([2, 2, 3, 4], 1), "tensor", "[2, 2, 3, 4]"),
-        (extra(causal(), 6), "extra keys", "6"),
-        (both(causal(), extra(documents(&[5]), 1)), "documents", "5 keys"),
+        (causal().with_extra_keys(6), "extra keys", "6"),
+        (causal() & documents(&[5]).with_extra_keys(1), "documents", "5 keys"),
     ] {
         let error = rule.check(&shape).unwrap_err();
         assert!(error.part == part && error.got.contains(got), "{error}");

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::ScoreShape;
+use super::nested::{Nested, too_many};
 use super::table::Table;
 use crate::error::MaskError;
 
@@ -27,18 +28,17 @@ impl<T> PerSequence<T> {
 /// Position of the first query among the keys; none means kv_len - q_len: the last query stands at the last key.
 pub type Offset = Option<PerSequence<usize>>;
 
-/// One condition on (sequence, head, query, key), or two combined.
+/// One condition on (sequence, head, query, key), or several combined with `&` and `|`.
 ///
 /// # Examples
 ///
 /// ```
 /// use attention_kernels::mask::{PerSequence, Rule, ScoreShape};
-/// use std::sync::Arc;
 ///
 /// // Causal, and the first sequence holds 2 keys.
 /// let causal = Rule::Band { below: None, above: Some(0), offset: None };
 /// let lengths = Rule::FirstKeys(PerSequence::Each([2, 4].into()));
-/// let rule = Rule::Both(Arc::new((causal, lengths)));
+/// let rule = causal & lengths;
 /// let shape = ScoreShape::from((2, 1, 4, 4));
 /// rule.check(&shape)?;
 /// assert!(rule.allows(&shape, 0, 0, 3, 1) && !rule.allows(&shape, 0, 0, 3, 2));
@@ -68,6 +68,13 @@ pub enum Rule {
         /// Where the queries stand.
         offset: Offset,
     },
+    /// Keys of the same document as the query, for documents that stand one after the other.
+    Packed {
+        /// Document `d` ends before key `ends[d]`. The ends never decrease.
+        ends: Arc<[usize]>,
+        /// Where the queries stand. A query belongs to the document at its position.
+        offset: Offset,
+    },
     /// What a boolean tensor says.
     Table(Arc<Table>),
     /// The last `count` keys are visible to every query; the rule speaks of those before them.
@@ -77,10 +84,12 @@ pub enum Rule {
         /// How many keys there are behind them.
         count: usize,
     },
-    /// What both rules allow.
-    Both(Arc<(Rule, Rule)>),
-    /// What either rule allows.
-    Either(Arc<(Rule, Rule)>),
+    /// What all of the rules allow: made by `&`.
+    Both(Nested),
+    /// What any of the rules allows: made by `|`.
+    Either(Nested),
+    /// A combination of more rules than a rule can hold. It fits no scores.
+    TooMany,
 }
 
 impl Rule {
@@ -91,16 +100,16 @@ impl Rule {
 
     /// The same rule with the first query of each sequence at position `offset` among the keys.
     pub fn with_offset(self, offset: &PerSequence<usize>) -> Self {
-        let both =
-            |pair: &(Rule, Rule)| Arc::new((pair.0.clone().with_offset(offset), pair.1.clone().with_offset(offset)));
+        let all = |parts: &Nested| parts.map(|rule| rule.clone().with_offset(offset));
         match self {
             Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset.clone()) },
             Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset.clone()) },
+            Rule::Packed { ends, .. } => Rule::Packed { ends, offset: Some(offset.clone()) },
             Rule::Extra { rule, count } => {
                 Rule::Extra { rule: Arc::new(rule.as_ref().clone().with_offset(offset)), count }
             }
-            Rule::Both(pair) => Rule::Both(both(&pair)),
-            Rule::Either(pair) => Rule::Either(both(&pair)),
+            Rule::Both(parts) => Rule::Both(all(&parts)),
+            Rule::Either(parts) => Rule::Either(all(&parts)),
             other => other,
         }
     }
@@ -108,15 +117,15 @@ impl Rule {
     /// Whether the rule may differ between sequences.
     pub fn varies_by_sequence(&self) -> bool {
         match self {
-            Rule::Full => false,
-            Rule::Band { offset, .. } => matches!(offset, Some(PerSequence::Each(_))),
+            Rule::Full | Rule::TooMany => false,
+            Rule::Band { offset, .. } | Rule::Packed { offset, .. } => matches!(offset, Some(PerSequence::Each(_))),
             Rule::FirstKeys(lengths) => matches!(lengths, PerSequence::Each(_)),
             Rule::Documents { ids, offset } => {
                 matches!(ids, PerSequence::Each(_)) || matches!(offset, Some(PerSequence::Each(_)))
             }
             Rule::Table(table) => table.dims[0] != 1,
             Rule::Extra { rule, .. } => rule.varies_by_sequence(),
-            Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_sequence() || pair.1.varies_by_sequence(),
+            Rule::Both(parts) | Rule::Either(parts) => parts.rules().iter().any(Rule::varies_by_sequence),
         }
     }
 
@@ -125,7 +134,7 @@ impl Rule {
         match self {
             Rule::Table(table) => table.dims[1] != 1,
             Rule::Extra { rule, .. } => rule.varies_by_head(),
-            Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_head() || pair.1.varies_by_head(),
+            Rule::Both(parts) | Rule::Either(parts) => parts.rules().iter().any(Rule::varies_by_head),
             _ => false,
         }
     }
@@ -135,13 +144,17 @@ impl Rule {
     /// # Errors
     ///
     /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents of another length or with queries
-    /// outside it, more extra keys than keys, a table that doesn't broadcast to the scores.
+    /// outside it, more extra keys than keys, a table that doesn't broadcast to the scores, more rules than can be combined.
     pub fn check(&self, shape: &ScoreShape) -> Result<(), MaskError> {
         match self {
             Rule::Full | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
             Rule::Band { offset, .. } => check_offsets(offset, shape),
             Rule::FirstKeys(PerSequence::Each(lengths)) => check_key_lengths(lengths, shape),
             Rule::Documents { ids, offset } => check_documents(ids, offset, shape),
+            Rule::Packed { ends, offset } => {
+                check_document_lengths(std::iter::once(ends.last().copied().unwrap_or(0)), shape)?;
+                check_document_positions(offset, shape)
+            }
             Rule::Table(table) => table.check(shape),
             Rule::Extra { count, .. } if *count > shape.kv_len => Err(MaskError {
                 part: "extra keys",
@@ -149,7 +162,8 @@ impl Rule {
                 got: format!("{count}"),
             }),
             Rule::Extra { rule, count } => rule.check(&without(shape, *count)),
-            Rule::Both(pair) | Rule::Either(pair) => pair.0.check(shape).and_then(|()| pair.1.check(shape)),
+            Rule::Both(parts) | Rule::Either(parts) => parts.rules().iter().try_for_each(|rule| rule.check(shape)),
+            Rule::TooMany => Err(too_many()),
         }
     }
 }
@@ -200,24 +214,40 @@ fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), MaskEr
     }
 }
 
+fn documents_error<T>(expected: String, got: String) -> Result<T, MaskError> {
+    Err(MaskError { part: "documents", expected, got })
+}
+
 fn check_documents(ids: &PerSequence<Arc<[u32]>>, offset: &Offset, shape: &ScoreShape) -> Result<(), MaskError> {
-    let error = |expected, got| Err(MaskError { part: "documents", expected, got });
     let rows = match ids {
         PerSequence::Same(ids) => std::slice::from_ref(ids),
         PerSequence::Each(rows) if rows.len() == shape.batch => rows,
         PerSequence::Each(rows) => {
-            return error(format!("one row for each of {} sequences", shape.batch), format!("{} rows", rows.len()));
+            let expected = format!("one row for each of {} sequences", shape.batch);
+            return documents_error(expected, format!("{} rows", rows.len()));
         }
     };
-    if let Some(row) = rows.iter().find(|row| row.len() != shape.kv_len) {
-        return error(format!("documents of {} keys together", shape.kv_len), format!("{} keys", row.len()));
+    check_document_lengths(rows.iter().map(|row| row.len()), shape)?;
+    check_document_positions(offset, shape)
+}
+
+/// Checks the length of all documents together, in each sequence.
+fn check_document_lengths(mut lengths: impl Iterator<Item = usize>, shape: &ScoreShape) -> Result<(), MaskError> {
+    match lengths.find(|&len| len != shape.kv_len) {
+        None => Ok(()),
+        Some(len) => documents_error(format!("documents of {} keys together", shape.kv_len), format!("{len} keys")),
     }
+}
+
+/// Checks that every query stands in a document.
+fn check_document_positions(offset: &Offset, shape: &ScoreShape) -> Result<(), MaskError> {
     check_offsets(offset, shape)?;
     let alike = !matches!(offset, Some(PerSequence::Each(_)));
     for b in 0..if alike { 1 } else { shape.batch } {
         let (first, end) = (position(shape, offset, b, 0), position(shape, offset, b, shape.q_len));
         if first < 0 || end > signed(shape.kv_len) {
-            return error(format!("queries at positions 0 to {}", shape.kv_len), format!("positions {first} to {end}"));
+            let expected = format!("queries at positions 0 to {}", shape.kv_len);
+            return documents_error(expected, format!("positions {first} to {end}"));
         }
     }
     Ok(())
