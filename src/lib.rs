@@ -43,16 +43,18 @@
 //! | 5 | `sdpa/fused` | attention without a q_len x kv_len matrix: the interface to the kernels; sinks are added after them |
 //! | 4 | `block/norm` | RMS norm and layer norm |
 //! | 4 | `layer/config` | the config of a layer, and its checks |
+//! | 5 | `sdpa/score_memory` | the memory of the reference, asked for before |
 //! | 4 | `sdpa/checks` | the inputs of one call, checked once |
 //! | 3 | `sdpa/options` | the options and the output of attention |
 //! | 3 | `sdpa/broadcast` | inputs, masks and biases that broadcast |
 //! | 3 | `sdpa/head_layout` | the order of the axes: heads first or tokens first |
 //! | 3 | `sdpa/overflow` | whether scores can overflow |
-//! | 3 | `sdpa/grad_connect` | gradients of empty results |
 //! | 2 | `mask` | which keys each query may attend to |
 //! | 2 | `rotary` | rotary position embedding |
 //! | 2 | `simplified` | attention without trainable weights |
 //! | 1 | `check` | checks that several files share |
+//! | 1 | `memory` | memory, asked for before candle allocates it |
+//! | 0 | `empty` | tensors without entries: gradients through them, and views that candle can't read |
 //! | 0 | `error` | every way an input can be wrong |
 //!
 //! These files use the package `attention-kernels`: the fused computation on slices, masks as rules, dropout, random
@@ -65,9 +67,11 @@
 pub mod block;
 mod check;
 pub mod checkpoint;
+mod empty;
 mod error;
 mod layer;
 mod mask;
+mod memory;
 pub mod rotary;
 mod sdpa;
 pub mod simplified;

@@ -4,9 +4,12 @@ use std::ops::{BitAnd, BitOr};
 use std::sync::Arc;
 
 use attention_kernels::mask::{MaskError, PerSequence, Rule, ScoreShape, Table, TableAxes};
-use candle_core::{DType, Device, Tensor};
+use attention_kernels::reserve;
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 
+use crate::empty::readable;
 use crate::error::{AttentionError, Result};
+use crate::memory;
 
 /// Which keys each query may attend to: `true` means *may attend*, always.
 ///
@@ -19,7 +22,8 @@ use crate::error::{AttentionError, Result};
 /// ONNX aligns the first query with the first key (top-left), which is `Mask::causal().with_offset(0)`. The two differ
 /// only if q_len != kv_len.
 ///
-/// Masks combine: `a & b` allows what both masks allow, `a | b` what either mask allows.
+/// Masks combine: `a & b` allows what both masks allow, `a | b` what either mask allows. At most 65536 masks can be
+/// combined, and `&` and `|` can alternate at most 256 times; [`Mask::check`] refuses more.
 ///
 /// A query that may attend to nothing gets a zero context and zero gradients, never NaN.
 ///
@@ -97,8 +101,11 @@ impl Mask {
     /// (block-diagonal). The lengths must add up to kv_len. A query whose position is before the first key or after the
     /// last one sees nothing. Combine with [`Mask::causal`] to train a language model on packed text.
     pub fn documents(lengths: &[usize]) -> Self {
-        let ids = lengths.iter().zip(0u32..).flat_map(|(&len, id)| std::iter::repeat_n(id, len));
-        Self(Rule::Documents { ids: PerSequence::Same(ids.collect()), offset: None })
+        let ends = lengths.iter().scan(0usize, |end, &len| {
+            *end = end.saturating_add(len);
+            Some(*end)
+        });
+        Self(Rule::Packed { ends: ends.collect(), offset: None })
     }
 
     /// As [`Mask::documents`], with a separate packing for each sequence of the batch: `ids[b][j]` is the document of
@@ -136,10 +143,10 @@ impl Mask {
     ///
     /// # Errors
     ///
-    /// A float tensor (an additive mask is an `attn_bias`), or more than 4 axes. Whether the shape fits the scores is
-    /// checked when the mask is used.
+    /// A float tensor (an additive mask is an `attn_bias`), more than 4 axes, or too little memory. Whether the shape fits
+    /// the scores is checked when the mask is used.
     pub fn from_tensor(allowed: &Tensor) -> Result<Self> {
-        Ok(Self(Rule::Table(Arc::new(table(allowed, |x| x != 0)?))))
+        Ok(Self(Rule::Table(Arc::new(table(allowed, true)?))))
     }
 
     /// A boolean tensor of the opposite meaning, non-zero = may *not* attend, as `attn_mask` of PyTorch's
@@ -149,7 +156,7 @@ impl Mask {
     ///
     /// As [`Mask::from_tensor`].
     pub fn from_blocked(blocked: &Tensor) -> Result<Self> {
-        Ok(Self(Rule::Table(Arc::new(table(blocked, |x| x == 0)?))))
+        Ok(Self(Rule::Table(Arc::new(table(blocked, false)?))))
     }
 
     /// A boolean tensor (batch, kv_len), non-zero = padding, as `key_padding_mask` of PyTorch's
@@ -167,7 +174,7 @@ impl Mask {
             }
             .into());
         }
-        let table = table(&padding.unsqueeze(1)?.unsqueeze(1)?, |x| x == 0)?;
+        let table = table(&padding.unsqueeze(1)?.unsqueeze(1)?, false)?;
         Ok(Self(Rule::Table(Arc::new(table.with_axes(TableAxes::Padding)))))
     }
 
@@ -208,11 +215,7 @@ impl Mask {
     /// # Ok::<(), candle_attention::Error>(())
     /// ```
     pub fn with_extra_keys(self, count: usize) -> Self {
-        match self.0 {
-            Rule::Full => self,
-            rule if count == 0 => Self(rule),
-            rule => Self(Rule::Extra { rule: Arc::new(rule), count, visible: true }),
-        }
+        Self(self.0.with_extra_keys(count, true))
     }
 
     /// This mask for all keys except the last `count`, which are hidden from every query. Positions, lengths and
@@ -230,7 +233,7 @@ impl Mask {
     /// # Ok::<(), candle_attention::Error>(())
     /// ```
     pub fn with_hidden_keys(self, count: usize) -> Self {
-        if count == 0 { self } else { Self(Rule::Extra { rule: Arc::new(self.0), count, visible: false }) }
+        Self(self.0.with_extra_keys(count, false))
     }
 
     /// The same mask with `f` of the shape of each of its tensors as the tensor's four axes. `f` also gets the scores
@@ -269,7 +272,7 @@ impl Mask {
     /// # Errors
     ///
     /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents that don't add up to
-    /// kv_len, more extra or hidden keys than keys, a tensor that doesn't broadcast to the scores.
+    /// kv_len, more extra or hidden keys than keys, a tensor that doesn't broadcast to the scores, too many combined masks.
     pub fn check(&self, shape: (usize, usize, usize, usize)) -> Result<()> {
         Ok(self.0.check(&shape.into())?)
     }
@@ -279,13 +282,14 @@ impl Mask {
     ///
     /// # Errors
     ///
-    /// As [`Mask::check`].
+    /// As [`Mask::check`], and too little memory.
     pub fn to_tensor(&self, shape: (usize, usize, usize, usize), device: &Device) -> Result<Tensor> {
         let shape = ScoreShape::from(shape);
         self.0.check(&shape)?;
         let batch = if self.0.varies_by_sequence() { shape.batch } else { 1 };
         let heads = if self.0.varies_by_head() { shape.num_heads } else { 1 };
-        let mut allowed = Vec::new();
+        let dims = [batch, heads, shape.q_len, shape.kv_len];
+        let mut allowed = reserve("mask as a tensor", memory::bytes(&dims, DType::U8))?;
         for b in 0..batch {
             for h in 0..heads {
                 for i in 0..shape.q_len {
@@ -293,7 +297,7 @@ impl Mask {
                 }
             }
         }
-        Ok(Tensor::from_vec(allowed, (batch, heads, shape.q_len, shape.kv_len), device)?)
+        Ok(Tensor::from_vec(allowed, &dims, device)?)
     }
 }
 
@@ -302,10 +306,7 @@ impl BitAnd for Mask {
     type Output = Mask;
 
     fn bitand(self, other: Mask) -> Mask {
-        match (self.0, other.0) {
-            (Rule::Full, rule) | (rule, Rule::Full) => Mask(rule),
-            (a, b) => Mask(Rule::Both(Arc::new((a, b)))),
-        }
+        Mask(self.0 & other.0)
     }
 }
 
@@ -314,15 +315,13 @@ impl BitOr for Mask {
     type Output = Mask;
 
     fn bitor(self, other: Mask) -> Mask {
-        match (self.0, other.0) {
-            (Rule::Full, _) | (_, Rule::Full) => Mask(Rule::Full),
-            (a, b) => Mask(Rule::Either(Arc::new((a, b)))),
-        }
+        Mask(self.0 | other.0)
     }
 }
 
-/// The entries of a boolean tensor as a table of allowed scores.
-fn table(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> Result<Table> {
+/// The entries of a boolean tensor as a table of allowed scores: those that are non-zero, or if `nonzero_allows` is
+/// false those that are zero.
+fn table(tensor: &Tensor, nonzero_allows: bool) -> Result<Table> {
     if !tensor.dtype().is_int() {
         return Err(AttentionError::DType {
             tensor: "mask",
@@ -340,8 +339,30 @@ fn table(tensor: &Tensor, allows: impl Fn(i64) -> bool) -> Result<Table> {
         }
         .into());
     }
+    memory::check_countable("mask", tensor)?;
     let mut dims = [1; 4];
     dims[4 - rank..].copy_from_slice(tensor.dims());
-    let entries = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-    Ok(Table::new(dims, entries.into_iter().map(allows).collect())?.with_axes(TableAxes::Last(rank)))
+    // The storage is read where it is: a copy of a large table would take as much memory again.
+    let tensor = readable(&tensor.to_device(&Device::Cpu)?)?;
+    let (storage, _) = tensor.storage_and_layout();
+    let entries = match &*storage {
+        Storage::Cpu(CpuStorage::U8(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        Storage::Cpu(CpuStorage::U32(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        Storage::Cpu(CpuStorage::I16(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        Storage::Cpu(CpuStorage::I32(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        Storage::Cpu(CpuStorage::I64(x)) => are_nonzero(x, &tensor, nonzero_allows)?,
+        _ => return Err(candle_core::Error::msg("mask: expected integers on the CPU").into()),
+    };
+    Ok(Table::new(dims, entries)?.with_axes(TableAxes::Last(rank)))
+}
+
+/// For each entry of a tensor, row by row, whether being non-zero equals `expected`.
+fn are_nonzero<T: Default + PartialEq>(storage: &[T], tensor: &Tensor, expected: bool) -> Result<Vec<bool>> {
+    let holds = |x: &T| (*x != T::default()) == expected;
+    let mut entries = reserve("mask from a tensor", tensor.elem_count())?;
+    match tensor.layout().contiguous_offsets() {
+        Some((start, end)) => entries.extend(storage[start..end].iter().map(holds)),
+        None => entries.extend(tensor.strided_index().map(|at| holds(&storage[at]))),
+    }
+    Ok(entries)
 }

@@ -6,8 +6,10 @@
 use candle_core::{D, Tensor};
 use candle_nn::ops::softmax;
 
-use crate::check::{check_dtype, widened};
+use crate::check::{check_dtype, compute_dtype, widened};
+use crate::empty::readable;
 use crate::error::{AttentionError, Result};
+use crate::memory;
 
 /// How scores become weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,7 +45,7 @@ pub struct SimplifiedAttention {
 ///
 /// # Errors
 ///
-/// Another rank, or a dtype that isn't a float.
+/// Another rank, a dtype that isn't a float, or too little memory.
 ///
 /// # Examples
 ///
@@ -64,8 +66,14 @@ pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Re
         return Err(AttentionError::Rank { tensor: "inputs", expected, shape: inputs.dims().to_vec() }.into());
     }
     check_dtype("inputs", inputs.dtype())?;
-    let dtype = inputs.dtype();
-    let inputs = widened(inputs)?.contiguous()?;
+    memory::check_countable("inputs", inputs)?;
+    let (dtype, compute) = (inputs.dtype(), compute_dtype(inputs.dtype()));
+    // Inputs, scores (..., len, len) and context, in the dtype to compute in and in that of the inputs.
+    let mut dims = inputs.dims().to_vec();
+    dims[inputs.rank() - 1] = inputs.dim(D::Minus2)?;
+    let both = [&dims[..], inputs.dims()].map(|dims| memory::bytes(dims, compute).saturating_mul(2));
+    memory::ask("scores of all tokens", inputs.device(), memory::sum(both))?;
+    let inputs = memory::contiguous("inputs", &widened(&readable(inputs)?)?)?;
     let scores = inputs.matmul(&inputs.t()?)?;
     let weights = normalize(&scores, normalization)?;
     let context = weights.matmul(&inputs)?;
@@ -80,7 +88,7 @@ pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Re
 ///
 /// # Errors
 ///
-/// A tensor without axes, or one whose dtype isn't a float.
+/// A tensor without axes, one whose dtype isn't a float, or too little memory.
 ///
 /// # Examples
 ///
@@ -96,10 +104,13 @@ pub fn simplified_attention(inputs: &Tensor, normalization: Normalization) -> Re
 /// ```
 pub fn normalize(scores: &Tensor, normalization: Normalization) -> Result<Tensor> {
     check_dtype("scores", scores.dtype())?;
+    memory::check_countable("scores", scores)?;
     // candle can't take the maximum of an empty tensor, and on CUDA not the sum either.
     if scores.elem_count() == 0 {
         return Ok(scores.clone());
     }
+    // What is summed, its exponentials and their shares, each with the tensor that it is computed from.
+    memory::ask_for("normalised scores", 5, scores, compute_dtype(scores.dtype()))?;
     let dtype = scores.dtype();
     let scores = widened(scores)?;
     let share_of_sum = |x: &Tensor| x.broadcast_div(&x.sum_keepdim(D::Minus1)?);

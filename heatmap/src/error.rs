@@ -43,6 +43,14 @@ pub enum HeatmapError {
         /// The number of keys.
         kv_len: usize,
     },
+    /// There is not enough memory.
+    #[error("{what}: expected {bytes} bytes of memory, got none")]
+    Memory {
+        /// What the memory is for.
+        what: &'static str,
+        /// How many bytes it takes.
+        bytes: usize,
+    },
     /// A page has no layers.
     #[error("page: expected at least one layer, got none")]
     NoLayers,

@@ -6,6 +6,7 @@ use crate::HeatmapError;
 use crate::colours::Scale;
 use crate::label::visible;
 use crate::limits::Limits;
+use crate::memory;
 use crate::number::two_decimals;
 
 /// A row is no distribution if its sum differs from 1 by more than this. The sums of bf16 weights differ by less.
@@ -35,6 +36,7 @@ impl Heatmap {
     /// - [`HeatmapError::Empty`] if there are no weights or no tokens.
     /// - [`HeatmapError::Shape`] if the number of weights is no multiple of `len * len`.
     /// - [`HeatmapError::NonFinite`] if a weight is NaN or infinite.
+    /// - [`HeatmapError::Memory`] if there is too little memory.
     ///
     /// # Examples
     ///
@@ -47,8 +49,9 @@ impl Heatmap {
     /// ```
     pub fn new<Token: AsRef<str>>(weights: &[f32], tokens: &[Token]) -> Result<Self, HeatmapError> {
         check_weights(weights, tokens.len(), tokens.len())?;
-        let labels = labels(tokens);
-        Ok(Self { queries: labels.clone(), keys: labels, titles: None, weights: weights.to_vec() })
+        let keys = labels(tokens)?;
+        memory::ask("labels", memory::sum(keys.iter().map(|label| memory::of_label(label.len()))))?;
+        Ok(Self { queries: keys.clone(), keys, titles: None, weights: copied(weights)? })
     }
 
     /// Cross-attention: the queries and the keys are different tokens. Row `i` holds what query `i` attends to.
@@ -78,7 +81,7 @@ impl Heatmap {
         Key: AsRef<str>,
     {
         check_weights(weights, queries.len(), keys.len())?;
-        Ok(Self { queries: labels(queries), keys: labels(keys), titles: None, weights: weights.to_vec() })
+        Ok(Self { queries: labels(queries)?, keys: labels(keys)?, titles: None, weights: copied(weights)? })
     }
 
     /// The same heat map with a title for each head. Without titles, several heads are called "head 0", "head 1" and so
@@ -86,7 +89,7 @@ impl Heatmap {
     ///
     /// # Errors
     ///
-    /// [`HeatmapError::Titles`] if there are more titles than heads, or fewer.
+    /// [`HeatmapError::Titles`] if there are more titles than heads, or fewer. [`HeatmapError::Memory`].
     ///
     /// # Examples
     ///
@@ -101,7 +104,7 @@ impl Heatmap {
         if titles.len() != self.heads() {
             return Err(HeatmapError::Titles { heads: self.heads(), got: titles.len() });
         }
-        self.titles = Some(labels(titles));
+        self.titles = Some(labels(titles)?);
         Ok(self)
     }
 
@@ -180,9 +183,15 @@ impl Heatmap {
         Scale::of(&self.weights)
     }
 
-    pub(crate) fn check(&self, limits: &Limits) -> Result<(), HeatmapError> {
+    /// Checks that an output can show this heat map, and that there is memory for it: `per_weight` bytes for each weight,
+    /// and what the labels take.
+    pub(crate) fn check(&self, limits: &Limits, per_weight: usize) -> Result<(), HeatmapError> {
         limits.check_tokens(self.queries.len().max(self.keys.len()))?;
-        limits.check_weights(self.weights.len())
+        limits.check_weights(self.weights.len())?;
+        let titles = self.titles.iter().flatten();
+        let labels = self.queries.iter().chain(&self.keys).chain(titles).map(|label| memory::of_label(label.len()));
+        let weights = self.weights.len().saturating_mul(per_weight);
+        memory::ask(limits.output, memory::sum(labels).saturating_add(weights))
     }
 }
 
@@ -202,6 +211,12 @@ fn check_weights(weights: &[f32], q_len: usize, kv_len: usize) -> Result<(), Hea
     Ok(())
 }
 
-fn labels<Text: AsRef<str>>(texts: &[Text]) -> Vec<String> {
-    texts.iter().map(|text| visible(text.as_ref())).collect()
+fn labels<Text: AsRef<str>>(texts: &[Text]) -> Result<Vec<String>, HeatmapError> {
+    memory::ask("labels", memory::sum(texts.iter().map(|text| memory::of_label(text.as_ref().len()))))?;
+    Ok(texts.iter().map(|text| visible(text.as_ref())).collect())
+}
+
+fn copied(weights: &[f32]) -> Result<Vec<f32>, HeatmapError> {
+    memory::ask("weights", size_of_val(weights))?;
+    Ok(weights.to_vec())
 }

@@ -40,7 +40,7 @@
 //! | 4 | `page`, `png` | the HTML page; the SVG drawn as pixels |
 //! | 3 | `svg`, `text` | one picture of all heads; text for the terminal |
 //! | 2 | `heatmap` | weights and labels, checked |
-//! | 1 | `label`, `limits` | tokens as labels; how much each output can show |
+//! | 1 | `label`, `limits`, `memory` | tokens as labels; how much each output can show; memory, asked for before |
 //! | 0 | `colours`, `font`, `number`, `error` | colours of weights, widths of letters, numbers as text, errors |
 
 #![forbid(unsafe_code)]
@@ -52,6 +52,7 @@ mod font;
 mod heatmap;
 mod label;
 mod limits;
+mod memory;
 mod number;
 mod page;
 #[cfg(feature = "png")]

@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::colours::{DARK, LIGHT, Rgb};
 use crate::label::visible;
 use crate::limits::Limits;
+use crate::memory;
 use crate::svg::escape;
 use crate::{Heatmap, HeatmapError};
 
@@ -93,14 +94,16 @@ impl Page {
     /// - [`HeatmapError::NoLayers`].
     /// - [`HeatmapError::TooManyTokens`] for more than 1024 queries or 1024 keys in a layer.
     /// - [`HeatmapError::TooManyWeights`] for more than 2^24 weights in all layers together.
+    /// - [`HeatmapError::Memory`] if there is too little memory.
     pub fn to_html(&self) -> Result<String, HeatmapError> {
         if self.layers.is_empty() {
             return Err(HeatmapError::NoLayers);
         }
         LIMITS.check_weights(self.layers.iter().map(|(_, heatmap)| heatmap.weights().len()).sum())?;
         for (_, heatmap) in &self.layers {
-            heatmap.check(&LIMITS)?;
+            heatmap.check(&LIMITS, 0)?;
         }
+        memory::ask(LIMITS.output, self.memory())?;
         let layers = self.layers.iter().map(|(name, heatmap)| layer(name, heatmap)).collect();
         let data = serde_json::to_string(&Data { light: LIGHT, dark: DARK, layers })
             .map_err(|error| HeatmapError::Drawing { output: "page", cause: error.to_string() })?;
@@ -118,6 +121,17 @@ impl Page {
             }
         }
         Ok(page)
+    }
+
+    /// The most bytes of all layers while the page is made. A weight is two bytes, then four characters for three of its bytes; the
+    /// data grow to twice their length, are escaped, and become part of the page. A character of a text is at most six in the data.
+    fn memory(&self) -> usize {
+        let of_text = |text: &String| memory::of_label(text.len()).saturating_mul(2);
+        let of_layer = |(name, heatmap): &(String, Heatmap)| {
+            let texts = heatmap.queries().iter().chain(heatmap.keys()).chain([name]);
+            memory::sum(texts.map(of_text).chain([heatmap.weights().len().saturating_mul(24)]))
+        };
+        memory::sum(self.layers.iter().map(of_layer).chain([of_text(&self.title)]))
     }
 
     /// Writes the page to a file: the whole file or nothing.

@@ -6,7 +6,7 @@ use resvg::tiny_skia::{Pixmap, Transform};
 use resvg::usvg::{Options, Tree};
 
 use crate::font::{FONT, Ruler};
-use crate::{Heatmap, HeatmapError};
+use crate::{Heatmap, HeatmapError, memory};
 
 /// Pixels of the picture for each pixel of the SVG, so that text is sharp on a screen with small pixels.
 const ZOOM: f32 = 2.0;
@@ -28,6 +28,8 @@ impl Heatmap {
         let picture = self.picture()?;
         let (width, height) = picture.size();
         let (zoom, [width, height]) = zoom(width as f32, height as f32)?;
+        // Two pictures of four bytes for each pixel: one is drawn, the other becomes the file.
+        memory::ask("PNG", (width as usize).saturating_mul(height as usize).saturating_mul(8))?;
         let svg = picture.draw();
         let mut options = Options { font_family: "DejaVu Sans".into(), ..Default::default() };
         options.fontdb_mut().load_font_data(FONT.to_vec());

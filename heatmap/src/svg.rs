@@ -30,6 +30,9 @@ const LIMITS: Limits = Limits {
     fewer_weights: "show some of the heads, or make a Page",
 };
 
+/// A square and a number, in a text that grows to twice its length.
+const BYTES_PER_WEIGHT: usize = 320;
+
 impl Heatmap {
     /// Draws a matrix for each head, and a bar that explains the colours, as an SVG picture.
     ///
@@ -37,13 +40,14 @@ impl Heatmap {
     ///
     /// - [`HeatmapError::TooManyTokens`] for more than 128 queries or 128 keys.
     /// - [`HeatmapError::TooManyWeights`] for more than 2^18 weights in all heads together.
+    /// - [`HeatmapError::Memory`] if there is too little memory.
     pub fn to_svg(&self) -> Result<String, HeatmapError> {
         Ok(self.picture()?.draw())
     }
 
     /// The layout of the picture, before it is drawn.
     pub(crate) fn picture(&self) -> Result<Picture<'_>, HeatmapError> {
-        self.check(&LIMITS)?;
+        self.check(&LIMITS, BYTES_PER_WEIGHT)?;
         Ok(Picture::new(self))
     }
 }

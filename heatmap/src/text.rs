@@ -27,6 +27,8 @@ const LIMITS: Limits = Limits {
     max_weights: 1 << 20,
     fewer_weights: "show some of the heads",
 };
+/// A coloured cell, in a text that grows to twice its length.
+const BYTES_PER_WEIGHT: usize = 128;
 /// Shades for weights from the lowest to the highest, where there is no colour.
 const SHADES: [char; 5] = [' ', '░', '▒', '▓', '█'];
 
@@ -61,8 +63,9 @@ impl Heatmap {
     ///
     /// - [`HeatmapError::TooManyTokens`] for more than 512 queries or 512 keys.
     /// - [`HeatmapError::TooManyWeights`] for more than 2^20 weights in all heads together.
+    /// - [`HeatmapError::Memory`] if there is too little memory.
     pub fn to_text(&self, colour: Colour) -> Result<String, HeatmapError> {
-        self.check(&LIMITS)?;
+        self.check(&LIMITS, BYTES_PER_WEIGHT)?;
         let cut = |labels: &[String]| labels.iter().map(|label| cut(label, LABEL)).collect::<Vec<_>>();
         let table = Table {
             map: self,

@@ -25,17 +25,48 @@ pub fn reserve<T>(what: &'static str, count: usize) -> Result<Vec<T>, Error> {
 }
 
 /// A vector of `count` elements that all are `value`.
-pub(crate) fn filled<T: Clone>(what: &'static str, count: usize, value: T) -> Result<Vec<T>, Error> {
+///
+/// # Errors
+///
+/// As [`reserve`].
+///
+/// # Examples
+///
+/// ```
+/// use attention_kernels::filled;
+///
+/// assert_eq!(filled("lengths", 3, 7)?, [7, 7, 7]);
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub fn filled<T: Clone>(what: &'static str, count: usize, value: T) -> Result<Vec<T>, Error> {
     let mut vector = reserve(what, count)?;
     vector.resize(count, value);
     Ok(vector)
 }
 
+/// A vector of the items of an iterator that knows their number.
+///
+/// # Errors
+///
+/// As [`reserve`].
+///
+/// # Examples
+///
+/// ```
+/// use attention_kernels::collected;
+///
+/// assert_eq!(collected("squares", (1..4).map(|x| x * x))?, [1, 4, 9]);
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub fn collected<T>(what: &'static str, items: impl ExactSizeIterator<Item = T>) -> Result<Vec<T>, Error> {
+    let mut vector = reserve(what, items.len())?;
+    vector.extend(items);
+    Ok(vector)
+}
+
 /// A copy of a slice.
 pub(crate) fn copy_of<T: Clone>(what: &'static str, slice: &[T]) -> Result<Vec<T>, Error> {
-    let mut vector = reserve(what, slice.len())?;
-    vector.extend_from_slice(slice);
-    Ok(vector)
+    collected(what, slice.iter().cloned())
 }
 
 /// The product of some sizes, or the error that memory can't hold as many elements.

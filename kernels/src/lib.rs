@@ -89,7 +89,7 @@ mod simd;
 mod softmax;
 mod tiles;
 
-pub use alloc::reserve;
+pub use alloc::{collected, filled, reserve};
 pub use attention::{BackwardOptions, Element, Gradients, Incoming, Output, Saved, backward, forward};
 pub use dropout::Dropout;
 pub use dtype::Number;

@@ -53,15 +53,9 @@ pub fn named_seed(seed: u64, name: &str) -> u64 {
 }
 
 /// `count` numbers, uniform in [-bound, bound).
-pub fn uniform(seed: u64, bound: f64, count: usize) -> Vec<f64> {
-    let mut numbers = Vec::with_capacity(count.next_multiple_of(4));
-    for block in 0..count.div_ceil(4) as u64 {
-        for bits in philox(seed, [block as u32, (block >> 32) as u32, 0, 0]) {
-            numbers.push((f64::from(bits) / 2f64.powi(32) * 2.0 - 1.0) * bound);
-        }
-    }
-    numbers.truncate(count);
-    numbers
+pub fn uniform(seed: u64, bound: f64, count: usize) -> impl Iterator<Item = f64> {
+    let blocks = (0..u64::MAX).flat_map(move |block| philox(seed, [block as u32, (block >> 32) as u32, 0, 0]));
+    blocks.map(move |bits| (f64::from(bits) / 2f64.powi(32) * 2.0 - 1.0) * bound).take(count)
 }
 
 #[cfg(test)]
@@ -82,7 +76,7 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "no unsafe code, many numbers")]
     fn uniform_numbers_fill_their_range_evenly() {
-        let numbers = uniform(7, 0.5, 10_001);
+        let numbers = uniform(7, 0.5, 10_001).collect::<Vec<_>>();
         assert_eq!(numbers.len(), 10_001);
         assert!(numbers.iter().all(|x| (-0.5..0.5).contains(x)));
         let mean = numbers.iter().sum::<f64>() / numbers.len() as f64;

@@ -23,7 +23,7 @@ type Data = [Vec<f64>; 4];
 
 fn random(sizes: &Sizes) -> Data {
     let dims = [sizes.q(), sizes.k(), sizes.v(), sizes.context()];
-    [0, 1, 2, 3].map(|i| uniform(i as u64 + 1, 1.0, dims[i].iter().product()))
+    [0, 1, 2, 3].map(|i| uniform(i as u64 + 1, 1.0, dims[i].iter().product()).collect())
 }
 
 fn plain(sizes: &Sizes) -> Case {
@@ -155,7 +155,7 @@ fn long_sums_lose_nothing() {
 fn long_cases(sizes: &Sizes) -> Vec<Case> {
     let plain = plain(sizes);
     let lengths = Rule::FirstKeys(PerSequence::Same(sizes.kv_len - 1));
-    let bias = Some(([1, 1, sizes.q_len, sizes.kv_len], uniform(9, 1.0, sizes.q_len * sizes.kv_len)));
+    let bias = Some(([1, 1, sizes.q_len, sizes.kv_len], uniform(9, 1.0, sizes.q_len * sizes.kv_len).collect()));
     let dropout = Some(Dropout { p: 0.25, seed: 3 });
     vec![
         Case { rule: lengths, ..plain.clone() },

@@ -38,7 +38,7 @@ fn close(what: &str, got: &[f64], expected: &[f64], tolerance: f64) {
 fn check<E: Element>(sizes: &Sizes, case: &Case, layout: Layout, tolerance: f64) {
     let dims = [sizes.q(), sizes.k(), sizes.v(), sizes.context()];
     let numbers = [0, 1, 2, 3].map(|i| {
-        let numbers = uniform(i as u64 + 1, 1.5, dims[i].iter().product());
+        let numbers = uniform(i as u64 + 1, 1.5, dims[i].iter().product()).collect::<Vec<_>>();
         to_f64(&narrow::<E>(&numbers))
     });
     let expected: Naive = naive(sizes, case, [&numbers[0], &numbers[1], &numbers[2], &numbers[3]]);
@@ -101,7 +101,8 @@ fn hidden_keys_may_hold_anything() {
         let rule = attention_kernels::mask::Rule::FirstKeys(attention_kernels::mask::PerSequence::Each(lengths));
         let case = Case { rule, ..cases(sizes).remove(0) };
         let dims = [sizes.q(), sizes.k(), sizes.v(), sizes.context()];
-        let clean = [0, 1, 2, 3].map(|i| narrow::<f32>(&uniform(i as u64 + 1, 1.5, dims[i].iter().product())));
+        let clean = [0, 1, 2, 3]
+            .map(|i| narrow::<f32>(&uniform(i as u64 + 1, 1.5, dims[i].iter().product()).collect::<Vec<_>>()));
         let results = |data: &[Vec<f32>; 4]| {
             let strides = dims.map(|dims| Layout::HeadsFirst.strides(dims));
             let views = [0, 1, 2, 3].map(|i| View::new("test", &data[i], strides[i], dims[i]).unwrap());

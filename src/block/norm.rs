@@ -6,9 +6,10 @@
 
 use candle_core::{D, DType, Tensor};
 
-use crate::check::{check_device, check_dtype, check_number, widened};
+use crate::check::{check_device, check_dtype, check_number, compute_dtype, widened};
+use crate::empty::connected;
 use crate::error::{AttentionError, Result};
-use crate::sdpa::grad_connect::connected;
+use crate::memory;
 
 /// RMS norm: x / sqrt(mean(x²) + eps) · weight, over the last axis.
 ///
@@ -21,7 +22,7 @@ use crate::sdpa::grad_connect::connected;
 /// # Errors
 ///
 /// Input without axes; a weight of another shape or on another device; a dtype that isn't a float; an eps that isn't a
-/// finite number above 0 in the dtype of the computation.
+/// finite number above 0 in the dtype of the computation; too little memory.
 ///
 /// # Examples
 ///
@@ -108,7 +109,10 @@ fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result
             return Err(AttentionError::Shape { tensor, expected, shape: parameter.dims().to_vec() });
         }
     }
-    check_eps("eps", Some(eps), x.dtype())
+    check_eps("eps", Some(eps), x.dtype())?;
+    memory::check_countable("x", x)?;
+    // Widened, centred, its square, divided, times the weight, with the bias, and rounded.
+    memory::ask_for("normalised rows", 7, x, compute_dtype(x.dtype()))
 }
 
 /// Checks the epsilon of a norm. A row of zeros is divided by its square root.

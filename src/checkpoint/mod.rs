@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::check::{SUPPORTED, is_supported};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Parameter, SelfAttentionConfig};
+use crate::memory;
 pub use layout::Layout;
 pub(crate) use layout::{from_file, from_var_builder, to_file, to_tensors};
 pub use layout_file::LayoutFile;
@@ -58,9 +59,13 @@ fn serialise<'a>(
     tensors: impl Iterator<Item = (String, &'a Tensor)>,
     metadata: HashMap<String, String>,
 ) -> Result<Vec<u8>> {
+    let tensors = tensors.collect::<Vec<_>>();
+    // The copies of tensors that aren't contiguous or on the CPU, and the file.
+    let bytes = memory::sum(tensors.iter().map(|(_, x)| memory::bytes(x.dims(), x.dtype()).saturating_mul(2)));
+    memory::ask("bytes of a checkpoint", &Device::Cpu, bytes)?;
     // safetensors reads the data through a function that can't fail, so the copies that can fail are made first.
     let on_cpu = |(name, tensor): (String, &Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
-    let tensors = tensors.map(on_cpu).collect::<candle_core::Result<Vec<_>>>()?;
+    let tensors = tensors.into_iter().map(on_cpu).collect::<candle_core::Result<Vec<_>>>()?;
     Ok(safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)?)
 }
 
@@ -73,7 +78,8 @@ pub(crate) fn from_bytes(
     let config = read_header(bytes, layer)?;
     let tensors = SafeTensors::deserialize(bytes).map_err(|error| not_safetensors(bytes, &error))?;
     let dtype = check_tensors(&config, &tensors)?;
-    // Memory is allocated only after the checks, and only for what the file holds.
+    // Memory is allocated only after the checks, and only for what the file holds: a tensor, and a variable of it.
+    memory::ask("parameters of a checkpoint", device, bytes.len().saturating_mul(2))?;
     let mut parameters = Vec::new();
     for Parameter { name, .. } in config.parameters() {
         let view = tensors.tensor(name).map_err(candle_core::Error::from)?;

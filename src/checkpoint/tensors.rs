@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use attention_files::FileError;
-use attention_kernels::reserve;
+use attention_kernels::filled;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::error::{AttentionError, Error, Result};
+use crate::memory;
 
 /// The limit of the safetensors crate for the length of a header.
 const MAX_HEADER_LEN: u64 = 100_000_000;
@@ -46,7 +47,7 @@ impl TensorFile {
         if len > (bytes - 8).min(MAX_HEADER_LEN) {
             return Err(not_safetensors(format!("a header of {len} bytes")));
         }
-        let mut header = vec![0; len as usize];
+        let mut header = filled("header of a checkpoint", len as usize, 0)?;
         file.read_exact(&mut header).map_err(io_error)?;
         let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| not_safetensors(error.to_string()))?;
         let (data, start) = (metadata.data_len() as u64, 8 + len);
@@ -69,8 +70,9 @@ impl TensorFile {
         let missing = || candle_core::Error::CannotFindTensor { path: name.to_string() }.with_path(&self.path);
         let info = self.info(name).ok_or_else(missing)?;
         let (from, to) = info.data_offsets;
-        let mut data = reserve("tensor of a checkpoint", to - from)?;
-        data.resize(to - from, 0);
+        // The bytes, and the tensor made of them.
+        memory::ask("tensor of a checkpoint", &Device::Cpu, (to - from).saturating_mul(2))?;
+        let mut data = filled("tensor of a checkpoint", to - from, 0)?;
         {
             // A read that panicked can have changed only the position in the file, which is set here.
             let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);

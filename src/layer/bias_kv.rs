@@ -3,6 +3,9 @@
 
 use candle_core::{D, Result, Tensor};
 
+use crate::check::compute_dtype;
+use crate::empty::readable;
+use crate::memory;
 use crate::sdpa::AttentionOptions;
 use crate::sdpa::broadcast::broadcast;
 
@@ -36,7 +39,8 @@ impl BiasKv {
 
     fn extend(&self, x: &Tensor, learned: Option<&Tensor>) -> Result<Tensor> {
         let (batch, _, heads, dim) = x.dims4()?;
-        let mut parts = vec![x.contiguous()?];
+        memory::ask_for("keys or values and the appended ones", 1, x, x.dtype())?;
+        let mut parts = vec![memory::contiguous("keys or values", x)?];
         if let Some(learned) = learned {
             let one = learned.reshape((1, 1, heads, dim))?;
             parts.push(broadcast(&one, &[batch, 1, heads, dim])?.contiguous()?);
@@ -55,5 +59,8 @@ fn pad_bias(bias: &Tensor, kv_len: usize, count: usize) -> Result<Tensor> {
         Some(last) => *last = kv_len,
         None => dims.push(kv_len),
     }
-    broadcast(bias, &dims)?.pad_with_zeros(D::Minus1, 0, count)
+    // A contiguous copy, and that with zeros.
+    let bytes = memory::bytes(&dims, compute_dtype(bias.dtype())).saturating_mul(3);
+    memory::ask("attn_bias of the appended keys", bias.device(), bytes)?;
+    broadcast(&readable(bias)?, &dims)?.pad_with_zeros(D::Minus1, 0, count)
 }

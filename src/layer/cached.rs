@@ -1,14 +1,16 @@
 //! Attention over keys and values that were computed earlier: those of earlier tokens, or those of a memory.
 
+use attention_kernels::{collected, filled};
 use candle_core::Tensor;
 
 use crate::check::check_device;
+use crate::empty::connected;
 use crate::error::{AttentionError, Result};
 use crate::layer::core::{Core, batches_fit, score_shape};
 use crate::layer::kv_cache::{KvCache, Staged, check_sequences};
 use crate::layer::options::{ForwardOptions, ForwardOutput};
+use crate::memory;
 use crate::rotary::Positions;
-use crate::sdpa::grad_connect::connected;
 use crate::sdpa::{AttentionOptions, reference};
 
 /// The keys and values that a [`CrossAttention`](crate::CrossAttention) layer computes from a memory. They are computed
@@ -30,19 +32,21 @@ impl ProjectedMemory {
     ///
     /// # Errors
     ///
-    /// A sequence index outside the batch.
+    /// A sequence index outside the batch, or too little memory.
     pub fn select(&self, sequences: &[usize]) -> Result<Self> {
         check_sequences(sequences, self.key.dim(0)?)?;
-        let indices: Vec<_> = sequences.iter().map(|&b| b as u32).collect();
+        let indices = collected("sequences", sequences.iter().map(|&b| b as u32))?;
         let indices = Tensor::from_vec(indices, sequences.len(), self.key.device())?;
         let select = |x: &Tensor| -> candle_core::Result<Tensor> {
-            if x.elem_count() * sequences.len() > 0 {
-                return x.contiguous()?.index_select(&indices, 0);
-            }
+            let dims = [&[sequences.len()], &x.dims()[1..]].concat();
             // candle can't select from an empty tensor on CUDA. An empty result has no contents, only a shape and an
             // origin.
-            let empty = Tensor::zeros([&[sequences.len()], &x.dims()[1..]].concat(), x.dtype(), x.device())?;
-            connected(empty, x)
+            if dims.contains(&0) {
+                return connected(Tensor::zeros(dims, x.dtype(), x.device())?, x);
+            }
+            let x = memory::contiguous("projected memory", x)?;
+            memory::ask("selected memories", x.device(), memory::bytes(&dims, x.dtype()))?;
+            x.index_select(&indices, 0)
         };
         Ok(Self { key: select(&self.key)?, value: select(&self.value)?, has_batch: true })
     }
@@ -71,7 +75,7 @@ impl Core {
         let (batch, len, _) = x.dims3()?;
         let weight = self.k_proj.weight();
         cache.check(&self.config, weight.dtype(), weight.device(), batch)?;
-        let all = vec![len; cache.batch()];
+        let all = filled("lengths of the sequences", cache.batch(), len)?;
         let added = added.unwrap_or(&all);
         cache.check_added(added, len)?;
 
@@ -95,7 +99,7 @@ impl Core {
         let memories = [&batch(memories[0])?, &batch(memories[1])?];
         let (key, value) = self.keys_and_values(memories, &Positions::from_offsets(&[0]))?;
         // The keys of a head are stored contiguously, since every call reads them in this order.
-        let by_head = |x: Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+        let by_head = |x: Tensor| memory::contiguous("projected memory", &x.transpose(1, 2)?)?.transpose(1, 2);
         Ok(ProjectedMemory { key: by_head(key)?, value: by_head(value)?, has_batch })
     }
 
@@ -149,7 +153,14 @@ fn cached_options(mut options: AttentionOptions, staged: &Staged) -> Result<Atte
     let offsets: Vec<_> = staged.offsets().iter().map(position).collect();
     options.attn_mask = options.attn_mask.with_offsets(&offsets);
     if let Some(slopes) = options.alibi_slopes.take() {
-        // The slopes would align the last query of every sequence with the last key, so they are replaced by a bias.
+        // The slopes would align the last query of every sequence with the last key, so they are replaced by a bias. It
+        // is computed in three steps, and widened and added to the given one.
+        let dims = [staged.offsets().len(), slopes.elem_count(), staged.q_len(), staged.kv_len()];
+        memory::ask(
+            "bias of the ALiBi slopes",
+            slopes.device(),
+            memory::bytes(&dims, slopes.dtype()).saturating_mul(5),
+        )?;
         let bias = slopes.reshape((1, (), 1, 1))?.broadcast_mul(&distances(staged, &slopes)?)?.neg()?;
         options.attn_bias = Some(match &options.attn_bias {
             Some(own) => {

@@ -17,6 +17,7 @@ use crate::layer::config::SelfAttentionConfig;
 use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::projection::project;
+use crate::memory;
 use crate::rotary::{Positions, RotaryEmbedding};
 use crate::sdpa::broadcast::{InputAxes, align_bias, align_mask, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
@@ -81,6 +82,11 @@ impl Core {
 
     /// A copy of the layer in which every parameter is a new variable.
     pub(super) fn trainable(&self) -> Result<Self> {
+        memory::ask(
+            "trainable parameters",
+            self.q_proj.weight().device(),
+            memory::sum(self.parameters().iter().map(|(_, x)| memory::bytes(x.dims(), x.dtype()))),
+        )?;
         let variable = |(name, tensor): (&'static str, &Tensor)| Ok((name, Var::from_tensor(tensor)?.into_inner()));
         let parameters = self.parameters().into_iter().map(variable).collect::<CandleResult<_>>()?;
         let trainable = Self::from_parameters(self.kind, &self.config, parameters, "")?;
@@ -280,6 +286,7 @@ impl Core {
             let expected = format!("(len, {dim}) or (batch, len, {dim})");
             return Err(AttentionError::Shape { tensor, expected, shape });
         }
+        memory::check_countable(tensor, x)?;
         self.check_dtype_and_device(tensor, x)
     }
 

@@ -1,6 +1,6 @@
 //! The parameters of a layer: checked, created, initialised.
 
-use attention_kernels::philox;
+use attention_kernels::{philox, reserve};
 use candle_core::{DType, Device, Result as CandleResult, Tensor, Var};
 use candle_nn::VarBuilder;
 
@@ -9,12 +9,24 @@ use crate::check::{check_dtype, compute_dtype};
 use crate::checkpoint::{LayerKind, Parameters};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Init, Parameter, SelfAttentionConfig};
+use crate::memory;
 
 /// Every parameter from the `VarBuilder`. Parameters that it has only just created are initialised from the config's
 /// seed.
 pub(crate) fn create(config: &SelfAttentionConfig, vb: &VarBuilder) -> CandleResult<Parameters> {
     let parameters = config.parameters();
+    ask_for_memory(&parameters, vb)?;
     parameters.iter().map(|parameter| Ok((parameter.name, create_one(parameter, config.seed, vb)?))).collect()
+}
+
+/// Asks for the memory of all parameters together, before the first is created: a `VarMap` keeps those of a layer that is
+/// then refused.
+fn ask_for_memory(parameters: &[Parameter], vb: &VarBuilder) -> Result<(), AttentionError> {
+    let sizes = parameters.iter().map(|parameter| memory::bytes(&parameter.shape, vb.dtype()));
+    // Initial numbers are drawn in f64, and then cast.
+    let new = parameters.iter().filter(|parameter| !vb.contains_tensor(parameter.name));
+    let drawn = new.map(|parameter| memory::bytes(&parameter.shape, DType::F64).saturating_mul(2));
+    memory::ask("parameters", vb.device(), memory::sum(sizes.chain(drawn.max())))
 }
 
 fn create_one(parameter: &Parameter, seed: u64, vb: &VarBuilder) -> CandleResult<Tensor> {
@@ -33,7 +45,9 @@ fn create_one(parameter: &Parameter, seed: u64, vb: &VarBuilder) -> CandleResult
     let tensor = vb.get_with_hints(shape.as_slice(), name, hint)?;
     if is_new && *init == Init::XavierUniform && tensor.is_variable() {
         // candle's CPU generator can't be seeded, so its numbers are replaced.
-        let numbers = philox::uniform(philox::named_seed(seed, &full_name(&vb.prefix(), name)), bound, count);
+        let seed = philox::named_seed(seed, &full_name(&vb.prefix(), name));
+        let mut numbers = reserve("initial numbers of a parameter", count).map_err(AttentionError::from)?;
+        numbers.extend(philox::uniform(seed, bound, count));
         let numbers = Tensor::from_vec(numbers, shape.as_slice(), &Device::Cpu)?.to_dtype(tensor.dtype())?;
         Var::from_tensor(&tensor)?.set(&numbers.to_device(tensor.device())?)?;
     }

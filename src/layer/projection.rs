@@ -10,18 +10,24 @@
 use std::borrow::Cow;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType};
 use candle_nn::Linear;
 
 use crate::check::compute_dtype;
-use crate::sdpa::grad_connect::connected;
+use crate::empty::connected;
+use crate::memory;
 
 /// Projects x to a tensor of the given shape. The last axes of x together hold the inputs of the projection, and the
 /// last axes of the result together hold its outputs.
 pub(crate) fn project(linear: &Linear, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
     let (outputs, inputs) = linear.weight().dims2()?;
+    let x = memory::contiguous("input of a projection", x)?;
     let rows = x.elem_count() / inputs.max(1);
-    let x = x.contiguous()?;
+    memory::ask(
+        "result of a projection",
+        x.device(),
+        product_memory(&[[rows, outputs]], &[[rows, inputs], [outputs, inputs]], x.dtype()),
+    )?;
     if !x.device().is_cpu() || rows * outputs == 0 {
         return project_with_candle(linear, &x.reshape((rows, inputs))?)?.reshape(shape);
     }
@@ -30,6 +36,15 @@ pub(crate) fn project(linear: &Linear, x: &Tensor, shape: &[usize]) -> Result<Te
         Some(bias) => x.apply_op3(linear.weight(), &bias.contiguous()?, op),
         None => x.apply_op2(linear.weight(), op),
     }
+}
+
+/// The memory of a matrix product with these results and operands.
+fn product_memory(results: &[[usize; 2]], operands: &[[usize; 2]], dtype: DType) -> usize {
+    let all = |matrices: &[[usize; 2]], dtype| memory::sum(matrices.iter().map(|dims| memory::bytes(dims, dtype)));
+    // Half types are multiplied as f32, of which there are copies.
+    let wide = compute_dtype(dtype);
+    let copies = if dtype == wide { [0; 2] } else { [all(operands, wide), all(results, wide)] };
+    memory::sum(copies.into_iter().chain([all(results, dtype)]))
 }
 
 /// The projection by candle's own operations, which run on every device.
@@ -87,6 +102,9 @@ impl Projection {
     /// The gradients of x and W, each only if it is needed. `grad` is the gradient of the result by rows, in the dtype to
     /// compute in.
     fn gradients(&self, x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (like_x, like_weight) = ([self.rows, self.inputs], [self.outputs, self.inputs]);
+        let bytes = product_memory(&[like_x, like_weight], &[like_x, like_weight], x.dtype());
+        memory::ask("gradients of a projection", grad.device(), bytes)?;
         let wide = |x: &Tensor| x.detach().to_dtype(grad.dtype());
         let grad_x = || grad.matmul(&wide(weight)?)?.reshape(x.shape())?.to_dtype(x.dtype());
         let grad_weight = || grad.t()?.matmul(&wide(x)?.reshape((self.rows, self.inputs))?)?.to_dtype(weight.dtype());
@@ -94,8 +112,8 @@ impl Projection {
     }
 
     fn rows_of(&self, grad: &Tensor) -> Result<Tensor> {
-        let grad = grad.detach().to_dtype(compute_dtype(grad.dtype()))?;
-        grad.contiguous()?.reshape((self.rows, self.outputs))
+        let wide = memory::cast("gradient of a projection", &grad.detach(), compute_dtype(grad.dtype()))?;
+        memory::contiguous("gradient of a projection", &wide)?.reshape((self.rows, self.outputs))
     }
 }
 

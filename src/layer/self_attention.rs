@@ -113,7 +113,7 @@ impl SelfAttention {
     /// # Errors
     ///
     /// An invalid config (see [`SelfAttentionConfig::validate`]); a dtype other than f16, bf16, f32 and f64; tensors
-    /// that `vb` lacks or holds in another shape.
+    /// that `vb` lacks or holds in another shape; too little memory.
     pub fn new(config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
         Ok(Self(Core::new(Self::KIND, config, &vb)?))
     }

@@ -6,11 +6,12 @@ mod tables;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{D, Device, DeviceLocation, Tensor};
+use candle_core::{D, DType, Device, DeviceLocation, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::check::{check_dtype, compute_dtype};
 use crate::error::{AttentionError, Result};
+use crate::memory;
 pub(crate) use positions::Positions;
 pub use scaling::{RotaryScaling, Yarn};
 use tables::Tables;
@@ -163,8 +164,8 @@ impl RotaryEmbedding {
     ///
     /// # Errors
     ///
-    /// Another rank or head_dim, a dtype that isn't a float, positions that overflow. With tables also: positions that
-    /// they don't hold, tables for another number of sequences, another device.
+    /// Another rank or head_dim, a dtype that isn't a float, positions that overflow, too little memory. With tables also:
+    /// positions that they don't hold, tables for another number of sequences, another device.
     pub fn apply(&self, x: &Tensor, offset: usize) -> Result<Tensor> {
         self.apply_each(x, &[offset])
     }
@@ -228,8 +229,10 @@ impl RotaryEmbedding {
             return Ok(x.clone());
         }
         let dtype = x.dtype();
-        // Half types are rotated in f32.
-        let x = x.to_dtype(compute_dtype(dtype))?;
+        // Half types are rotated in f32. Each of the products and their sums is half as large as x.
+        let wide = compute_dtype(dtype);
+        memory::ask_for("rotated heads", 6, x, wide)?;
+        let x = x.to_dtype(wide)?;
         let Angles { cos, sin, .. } = self.angles(&x, positions)?;
         let rotated = x.narrow(D::Minus1, 0, self.dim)?;
         let rotated = match self.pairing {
@@ -263,6 +266,7 @@ impl RotaryEmbedding {
             let expected = format!("(batch, num_heads, len, head_dim) with head_dim {}", self.head_dim);
             return Err(AttentionError::Shape { tensor, expected, shape });
         }
+        memory::check_countable(tensor, x)?;
         check_dtype(tensor, x.dtype())?;
         match &self.source {
             Source::Config(_) => Ok(()),
@@ -325,6 +329,10 @@ impl RotaryConfig {
     fn cos_sin(&self, dim: usize, positions: &Positions, x: &Tensor) -> Result<[Tensor; 2]> {
         // The angles are computed in f64 for every dtype: at position 100,000 an f32 angle is off by 0.004.
         let (len, frequencies) = (x.dim(2)?, self.frequencies(dim));
+        let dims = [positions.lists(), 1, len, dim / 2];
+        // The angles, and the numbers and the table of one function.
+        let bytes = memory::bytes(&dims, DType::F64).saturating_mul(3);
+        memory::ask("angles of the positions", &Device::Cpu, bytes)?;
         let flat = positions.flatten(len)?;
         let mut radians = Vec::with_capacity(flat.len() * frequencies.len());
         for position in flat {
@@ -333,7 +341,7 @@ impl RotaryConfig {
         let attention_factor = self.scaling.as_ref().map_or(1.0, RotaryScaling::attention_factor);
         let table = |f: fn(f64) -> f64| -> candle_core::Result<Tensor> {
             let values = radians.iter().map(|&x| attention_factor * f(x)).collect::<Vec<_>>();
-            let table = Tensor::from_vec(values, (positions.lists(), 1, len, dim / 2), &Device::Cpu)?;
+            let table = Tensor::from_vec(values, &dims, &Device::Cpu)?;
             table.to_dtype(x.dtype())?.to_device(x.device())
         };
         Ok([table(f64::cos)?, table(f64::sin)?])

@@ -1,12 +1,12 @@
 //! Inputs, masks and biases that broadcast: how they meet the scores (batch, num_heads, q_len, kv_len).
 
 use attention_kernels::mask::ScoreShape;
-use attention_kernels::reserve;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use crate::check::compute_dtype;
 use crate::error::{AttentionError, Result};
 use crate::mask::Mask;
+use crate::memory;
 
 /// The axes of the caller's inputs. They decide what the first of three axes of a mask or bias means
 /// ([`Mask::from_tensor`]), and errors name them.
@@ -56,7 +56,7 @@ pub(crate) fn align_bias(bias: &Tensor, scores: &ScoreShape, inputs: InputAxes) 
         return Ok(bias.unsqueeze(1)?);
     }
     if !bias.is_contiguous() {
-        ask_for_copy("copy of attn_bias", own, bias.dtype())?;
+        memory::ask_for("copy of attn_bias", 1, bias, bias.dtype())?;
     }
     Ok(bias.reshape(&dims)?)
 }
@@ -120,13 +120,7 @@ pub(crate) fn broadcast(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
     if !x.track_op() || dtype == wide || dims.contains(&0) {
         return Ok(x.broadcast_as(dims)?);
     }
-    ask_for_copy("copies of a tensor that broadcasts", dims, wide)?;
+    // The widened copy, and that of the result.
+    memory::ask("copies of a tensor that broadcasts", x.device(), memory::bytes(dims, wide).saturating_mul(2))?;
     Ok(x.to_dtype(wide)?.broadcast_as(dims)?.to_dtype(dtype)?)
-}
-
-/// Asks for the memory of a copy, since candle aborts the process if it can't allocate it.
-fn ask_for_copy(what: &'static str, dims: &[usize], dtype: DType) -> Result<(), AttentionError> {
-    let bytes = dims.iter().fold(dtype.size_in_bytes(), |bytes, &dim| bytes.saturating_mul(dim));
-    reserve::<u8>(what, bytes)?;
-    Ok(())
 }

@@ -4,6 +4,7 @@ use attention_kernels::mask::ScoreShape;
 use candle_core::{DType, Tensor};
 
 use crate::check::{check_device, check_dtype, check_number};
+use crate::empty::readable;
 use crate::error::{AttentionError, Result};
 use crate::sdpa::broadcast::{InputAxes, broadcast_batch, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
@@ -39,7 +40,7 @@ impl<'a> Checked<'a> {
         let batch = check_tensors([&q?, &k?, &v?], axes)?;
         let [q, k, v] = inputs.map(|x| broadcast_batch(x, batch));
         let inputs = [q?, k?, v?];
-        let [q, k, v] = inputs.each_ref().map(|x| layout.transpose(x));
+        let [q, k, v] = inputs.each_ref().map(|x| readable(&layout.transpose(x)?));
         let (q, k, v) = (q?, k?, v?);
         check_numbers(options, q.dtype())?;
         let (_, num_heads, q_len, head_dim) = q.dims4()?;

@@ -7,7 +7,7 @@
 use std::sync::{Arc, OnceLock};
 
 use attention_kernels::{
-    self as kernels, BackwardOptions, BiasView, Dropout, Element, Number, Problem, ProblemOptions, View, reserve,
+    self as kernels, BackwardOptions, BiasView, Dropout, Element, Number, Problem, ProblemOptions, View,
 };
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Shape, Storage, Tensor, WithDType};
 use half::{bf16, f16};
@@ -15,10 +15,14 @@ use half::{bf16, f16};
 use crate::check::compute_dtype;
 use crate::error::AttentionError;
 use crate::mask::Mask;
+use crate::memory;
 use crate::sdpa::checks::Checked;
 use crate::sdpa::head_layout::HeadLayout;
 use crate::sdpa::options::AttentionOutput;
 use crate::sdpa::overflow::may_overflow;
+
+/// What an option is in an error of memory, in the dtype to compute in.
+const WIDENED_OPTION: &str = "widened bias or slopes";
 
 /// Context and log-sum-exp without weights, or the reason why only the reference can compute them.
 pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<AttentionOutput, AttentionError>> {
@@ -29,18 +33,22 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
     let dtype = checked.q.dtype();
     let want_logsumexp = options.return_logsumexp || options.sinks.is_some();
     // The operation's result has one dtype, and a log-sum-exp needs at least f32.
-    let widen = |x: &Tensor| if want_logsumexp { x.to_dtype(compute_dtype(dtype)) } else { Ok(x.clone()) };
+    let wide = if want_logsumexp { compute_dtype(dtype) } else { dtype };
+    let widen = |x: &Tensor| memory::cast("widened input", x, wide);
     let [q, k, v] = checked.inputs.each_ref().map(|x| unit_stride(&widen(x)?));
     let (q, k, v) = (q?, k?, v?);
     let compute = compute_dtype(dtype);
-    let constant = |x: &Option<Tensor>| x.as_ref().map(|x| x.detach().to_dtype(compute)).transpose();
+    let constant =
+        |x: &Option<Tensor>| x.as_ref().map(|x| memory::cast(WIDENED_OPTION, &x.detach(), compute)).transpose();
     let trained_bias = options.attn_bias.as_ref().filter(|bias| bias.track_op());
     let op = FusedAttention {
         scale,
         softcap: options.softcap,
         mask: options.attn_mask.clone(),
         bias: if trained_bias.is_some() { None } else { constant(&options.attn_bias)? },
-        slopes: constant(&options.alibi_slopes)?.map(|slopes| slopes.contiguous()).transpose()?,
+        slopes: constant(&options.alibi_slopes)?
+            .map(|slopes| memory::contiguous("ALiBi slopes", &slopes))
+            .transpose()?,
         dropout: (options.dropout_p > 0.0).then_some(Dropout { p: options.dropout_p, seed: options.dropout_seed }),
         packed: trained_bias.map(|_| PackedKv::new(&k, &v)),
         layout,
@@ -51,8 +59,11 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
     let result = match trained_bias {
         // A candle operation takes at most three inputs. If the bias needs a gradient, key and value become one input.
         Some(bias) => {
+            // A contiguous copy of each, and both together.
+            let both = [&k, &v].map(|x| memory::bytes(x.dims(), x.dtype()).saturating_mul(2));
+            memory::ask("key and value in one tensor", q.device(), memory::sum(both))?;
             let kv = Tensor::cat(&[k.flatten_all()?, v.flatten_all()?], 0)?;
-            q.apply_op3(&kv, &bias.to_dtype(compute)?, op)?
+            q.apply_op3(&kv, &memory::cast(WIDENED_OPTION, bias, compute)?, op)?
         }
         None => q.apply_op3(&k, &v, op)?,
     };
@@ -89,6 +100,10 @@ fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_co
     if !with_logsumexp {
         return Ok(AttentionOutput { context: result.reshape(shape)?, weights: None, scores: None, logsumexp: None });
     }
+    // The sums with a sink, each for every row; the context, times the share of the keys, in the input's dtype.
+    let bytes = memory::bytes(&[rows, 10], result.dtype());
+    let contexts = memory::bytes(&[rows, value_dim, 2], result.dtype());
+    memory::ask("context beside its sinks", result.device(), memory::sum([bytes, contexts]))?;
     let mut context = result.narrow(0, 0, rows * value_dim)?.reshape(shape)?;
     let logsumexp = result.narrow(0, rows * value_dim, rows)?;
     let mut logsumexp = logsumexp.reshape((scores.batch, scores.num_heads, scores.q_len))?;
@@ -121,10 +136,7 @@ fn unit_stride(x: &Tensor) -> candle_core::Result<Tensor> {
     if x.stride().last() == Some(&1) || x.dim(D::Minus1)? == 1 {
         return Ok(x.clone());
     }
-    // The copy of a broadcast view can be larger than memory, and candle aborts the process if it can't allocate it.
-    let bytes = x.elem_count().saturating_mul(x.dtype().size_in_bytes());
-    reserve::<u8>("copy of an input", bytes).map_err(AttentionError::from)?;
-    x.contiguous()
+    memory::contiguous("copy of an input", x)
 }
 
 /// The layouts of key and value in the tensor that holds both, first the key and then the value.
@@ -261,7 +273,7 @@ impl FusedAttention {
             let kernels::Output { context: mut result, logsumexp } = output;
             let shape = if self.pack_logsumexp {
                 // The operation then computes in f32 or f64, so that the log-sum-exp loses no precision.
-                result.extend(logsumexp.iter().map(|x| E::narrow(x.value())));
+                memory::append("context and log-sum-exp", &mut result, logsumexp.iter().map(|x| E::narrow(x.value())))?;
                 Shape::from(result.len())
             } else {
                 Shape::from(self.layout.shape(batch, heads, q_len, dv))
@@ -285,7 +297,7 @@ impl FusedAttention {
             let dims = problem.context_dims();
             let strides = self.layout.in_memory().strides(dims);
             // Both hold the context, followed by the log-sum-exp if it is packed.
-            let (result, grad) = (result.detach(), grad.detach().contiguous()?);
+            let (result, grad) = (result.detach(), memory::contiguous("gradient of the context", &grad.detach())?);
             let (result_guard, grad_guard) = (result.storage_and_layout(), grad.storage_and_layout());
             let (result, grad) =
                 (numbers::<E>(&result_guard.0, result_guard.1)?, numbers::<E>(&grad_guard.0, grad_guard.1)?);
@@ -308,7 +320,7 @@ impl FusedAttention {
             return Ok([Some(grad_q), Some(grad_k), Some(grad_v)]);
         }
         let mut kv = grads.k;
-        kv.extend(grads.v);
+        memory::append("gradients of key and value", &mut kv, grads.v.into_iter())?;
         let grad_kv = Tensor::from_vec(kv, args[1].shape(), q.device())?;
         let grad_bias = grads.bias.map(|bias| Tensor::from_vec(bias, args[2].shape(), q.device())).transpose()?;
         Ok([Some(grad_q), Some(grad_kv), grad_bias])

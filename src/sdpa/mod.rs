@@ -3,11 +3,11 @@
 pub(crate) mod broadcast;
 pub(crate) mod checks;
 mod fused;
-pub(crate) mod grad_connect;
 pub(crate) mod head_layout;
 mod options;
 mod overflow;
 pub(crate) mod reference;
+mod score_memory;
 
 use std::sync::Once;
 
@@ -40,7 +40,7 @@ pub use options::{AttentionOptions, AttentionOutput, Backend, ScoreStage};
 /// # Errors
 ///
 /// Ranks, shapes, dtypes or devices that don't fit together; head_dim 0; a scale, softcap or dropout_p outside its
-/// range; a mask, bias, slopes or sinks of another size. Empty inputs are no error: without queries or sequences the
+/// range; a mask, bias, slopes or sinks of another size; too little memory. Empty inputs are no error: without queries or sequences the
 /// context is empty, and without keys it is zero.
 ///
 /// # Examples
@@ -113,7 +113,10 @@ pub(crate) fn attention(
     let checked = Checked::new(inputs, layout, axes, options)?;
     let output = context_and_weights(&checked)?;
     // The scores are computed separately, so that a request for them changes no other number.
-    let scores = options.return_scores.map(|stage| reference::scores(&checked.q, &checked.k, options, stage));
+    let scores = options.return_scores.map(|stage| {
+        score_memory::ask(&checked)?;
+        reference::scores(&checked.q, &checked.k, options, stage)
+    });
     let scores = scores.transpose().map_err(|error| explain_memory(error, &checked))?;
     Ok(AttentionOutput { scores, ..output })
 }
@@ -127,6 +130,7 @@ fn context_and_weights(checked: &Checked) -> Result<AttentionOutput> {
     match fused {
         // The weights are computed separately, so that a request for them changes no other number.
         Some(Ok(output)) if options.return_weights => {
+            score_memory::ask(&checked)?;
             let weights = reference::weights(&checked.q, &checked.k, options)?;
             Ok(AttentionOutput { weights: Some(weights), ..output })
         }
@@ -141,6 +145,7 @@ fn context_and_weights(checked: &Checked) -> Result<AttentionOutput> {
 }
 
 fn reference_attention(checked: &Checked) -> Result<AttentionOutput> {
+    score_memory::ask(checked)?;
     let output = reference::attention(&checked.q, &checked.k, &checked.v, checked.options);
     let output = output.map_err(|error| explain_memory(error, checked))?;
     Ok(AttentionOutput { context: checked.layout.transpose(&output.context)?, ..output })

@@ -2,9 +2,13 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
+use crate::memory;
+
 /// Whether some |q·k| · |scale| might be larger than the dtype's largest number. The bound is computed in logarithms,
 /// which don't overflow. `q` and `k` are not empty.
 pub(crate) fn may_overflow(q: &Tensor, k: &Tensor, scale: f64) -> Result<bool> {
+    let both = [q, k].map(|x| memory::bytes(x.dims(), x.dtype()));
+    memory::ask("largest entries of query and key", q.device(), memory::sum(both))?;
     // Row by row first: CUDA reduces a whole tensor with a single block of threads.
     let largest = |x: &Tensor| x.detach().abs()?.max_keepdim(D::Minus1)?.flatten_all()?.max_keepdim(0);
     // Both in one tensor, since every read from another device waits for that device.

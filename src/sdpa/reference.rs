@@ -17,15 +17,16 @@ use attention_kernels::dropout::kept_by_dropout;
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use crate::check::compute_dtype;
+use crate::empty::connected;
 use crate::error::AttentionError;
 use crate::mask::Mask;
-use crate::sdpa::grad_connect::connected;
+use crate::memory;
 use crate::sdpa::options::{AttentionOptions, AttentionOutput, ScoreStage};
 use crate::sdpa::overflow::may_overflow;
 
 /// The largest number of entries of a tensor on CUDA. candle's kernels count the entries in 32 bits, in blocks of 1024,
 /// and don't terminate if there are more.
-const MAX_ENTRIES_ON_CUDA: usize = (1 << 32) - 1024;
+const MAX_ENTRIES_ON_CUDA: u64 = (1 << 32) - 1024;
 
 /// Attention over inputs that have been checked.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
@@ -96,7 +97,8 @@ fn scores_after(stage: ScoreStage, q: &Tensor, k: &Tensor, options: &AttentionOp
 
 fn check_score_count(q: &Tensor, k: &Tensor) -> std::result::Result<(), AttentionError> {
     let shape = vec![q.dims()[0], q.dims()[1], q.dims()[2], k.dims()[2]];
-    if q.device().is_cuda() && shape.iter().product::<usize>() > MAX_ENTRIES_ON_CUDA {
+    let entries: u64 = shape.iter().map(|&size| size as u64).product();
+    if q.device().is_cuda() && entries > MAX_ENTRIES_ON_CUDA {
         let expected = format!("of at most {MAX_ENTRIES_ON_CUDA} entries on a CUDA device");
         return Err(AttentionError::Shape { tensor: "scores", expected, shape });
     }
@@ -178,6 +180,9 @@ fn dot_products(q: &Tensor, k: &Tensor) -> Result<Tensor> {
 /// two infinities be NaN. Each huge query and key is divided by its largest entry, and the scores are clamped to the
 /// dtype's range.
 fn scaled_scores_of_huge_inputs(q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
+    // Scaled and clamped: each step's result, two limits and two comparisons.
+    let scores = [q.dim(0)?, q.dim(1)?, q.dim(2)?, k.dim(2)?];
+    memory::ask("scores of huge inputs", q.device(), memory::bytes(&scores, q.dtype()).saturating_mul(8))?;
     let row_divisor = |x: &Tensor| -> Result<Tensor> {
         let largest = x.detach().abs()?.max_keepdim(D::Minus1)?;
         // The square of this bound is 2^-64 (f64) or 2^-16 (f32) of the largest number, which leaves room for the sum

@@ -2,6 +2,9 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(target_os = "linux")]
+#[path = "../common/own_process.rs"]
+mod own_process;
 
 mod attention;
 mod fused;

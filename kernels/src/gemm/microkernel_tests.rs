@@ -10,7 +10,7 @@ use crate::simd::with_every_simd;
 
 /// `count` numbers in [-1, 1).
 pub(crate) fn numbers<R: SimdFloat>(seed: u64, count: usize) -> Vec<R> {
-    uniform(seed, 1.0, count).into_iter().map(R::from_f64).collect()
+    uniform(seed, 1.0, count).map(R::from_f64).collect()
 }
 
 /// That nothing but the rows of a matrix was written.

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::documents::{self, documents_of, whole_documents};
 use super::rule::{position, positions, signed, without};
 use super::{Coverage, Rule, ScoreShape};
 
@@ -27,13 +28,18 @@ impl Rule {
                 let ids = ids.get(b);
                 ids[positions(shape, offset, b, &(i..i + 1))].iter().any(|&id| id == ids[j])
             }
+            Rule::Packed { ends, offset } => {
+                let query = positions(shape, offset, b, &(i..i + 1));
+                !query.is_empty() && whole_documents(ends, query).contains(&j)
+            }
             Rule::Table(table) => table.get(b, h, i, j),
             Rule::Extra { rule, count, visible } => {
                 let shape = without(shape, *count);
                 if j >= shape.kv_len { *visible } else { rule.allows(&shape, b, h, i, j) }
             }
-            Rule::Both(pair) => pair.0.allows(shape, b, h, i, j) && pair.1.allows(shape, b, h, i, j),
-            Rule::Either(pair) => pair.0.allows(shape, b, h, i, j) || pair.1.allows(shape, b, h, i, j),
+            Rule::Both(parts) => parts.rules().iter().all(|rule| rule.allows(shape, b, h, i, j)),
+            Rule::Either(parts) => parts.rules().iter().any(|rule| rule.allows(shape, b, h, i, j)),
+            Rule::TooMany => false,
         }
     }
 
@@ -67,11 +73,15 @@ impl Rule {
             },
             Rule::Documents { ids, offset } => {
                 let queries = positions(shape, offset, at.0, q);
-                match documents_tile(ids.get(at.0), queries.clone(), k.clone()) {
-                    // The other queries stand where no key is, and see nothing.
-                    Coverage::All if queries.len() < q.len() => Coverage::Some,
-                    coverage => coverage,
-                }
+                let ids = ids.get(at.0);
+                let of_documents = || documents::coverage(extremes(&ids[queries.clone()]), extremes(&ids[k.clone()]));
+                at_keys(&queries, q, of_documents)
+            }
+            Rule::Packed { ends, offset } => {
+                let queries = positions(shape, offset, at.0, q);
+                let of_documents =
+                    || documents::coverage(documents_of(ends, queries.clone()), documents_of(ends, k.clone()));
+                at_keys(&queries, q, of_documents)
             }
             Rule::Table(table) => table.tile(at, q, k),
             Rule::Extra { rule, count, visible } => {
@@ -87,16 +97,15 @@ impl Rule {
                     },
                 }
             }
-            Rule::Both(pair) => match (pair.0.coverage(shape, at, q, k), pair.1.coverage(shape, at, q, k)) {
-                (Coverage::None, _) | (_, Coverage::None) => Coverage::None,
-                (Coverage::All, Coverage::All) => Coverage::All,
-                _ => Coverage::Some,
-            },
-            Rule::Either(pair) => match (pair.0.coverage(shape, at, q, k), pair.1.coverage(shape, at, q, k)) {
-                (Coverage::All, _) | (_, Coverage::All) => Coverage::All,
-                (Coverage::None, Coverage::None) => Coverage::None,
-                _ => Coverage::Some,
-            },
+            Rule::Both(parts) => {
+                let mut coverages = parts.rules().iter().map(|rule| rule.coverage(shape, at, q, k));
+                combined(&mut coverages, Coverage::None, Coverage::All)
+            }
+            Rule::Either(parts) => {
+                let mut coverages = parts.rules().iter().map(|rule| rule.coverage(shape, at, q, k));
+                combined(&mut coverages, Coverage::All, Coverage::None)
+            }
+            Rule::TooMany => Coverage::None,
         }
     }
 }
@@ -128,6 +137,11 @@ impl Rule {
                 let (low, high) = extremes(&ids[positions(shape, offset, at.0, q)]);
                 trim(k, |key| (low..=high).contains(&ids[key]))
             }
+            Rule::Packed { ends, offset } => {
+                let queries = positions(shape, offset, at.0, q);
+                let keys = if queries.is_empty() { queries } else { whole_documents(ends, queries) };
+                keys.start.clamp(k.start, k.end)..keys.end.clamp(k.start, k.end)
+            }
             Rule::Table(table) => trim(k, |key| table.is_seen(at, q, key)),
             Rule::Extra { rule, count, visible } => {
                 let shape = without(shape, *count);
@@ -140,14 +154,13 @@ impl Rule {
                     (false, false) => seen.start..extra.end,
                 }
             }
-            Rule::Both(pair) => pair.1.visible_keys(shape, at, q, pair.0.visible_keys(shape, at, q, k)),
-            Rule::Either(pair) => {
-                match (pair.0.visible_keys(shape, at, q, k.clone()), pair.1.visible_keys(shape, at, q, k)) {
-                    (a, b) if a.is_empty() => b,
-                    (a, b) if b.is_empty() => a,
-                    (a, b) => a.start.min(b.start)..a.end.max(b.end),
-                }
+            Rule::Both(parts) => parts.rules().iter().fold(k, |k, rule| rule.visible_keys(shape, at, q, k)),
+            Rule::Either(parts) => {
+                let seen = parts.rules().iter().map(|rule| rule.visible_keys(shape, at, q, k.clone()));
+                let seen = seen.filter(|keys| !keys.is_empty());
+                seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(k.start..k.start)
             }
+            Rule::TooMany => k.start..k.start,
         }
     }
 
@@ -172,17 +185,16 @@ impl Rule {
                 let within = |i: i64| i.clamp(signed(q.start), signed(q.end)) as usize;
                 let from = above.map_or(q.start, |above| within(nearest.saturating_sub(above)));
                 let to = below.map_or(q.end, |below| within(nearest.saturating_add(below).saturating_add(1)));
-                let to = to.max(from);
-                for hidden in [q.start..from, to..q.end] {
-                    if !hidden.is_empty() {
-                        hide(hidden);
-                    }
-                }
+                hide_others(q, from..to, hide);
             }
-            Rule::Both(pair) => {
-                pair.0.hidden(shape, at, q, j, hide);
-                pair.1.hidden(shape, at, q, j, hide);
+            Rule::Packed { ends, offset } => {
+                let first = position(shape, offset, at.0, 0);
+                let seen = whole_documents(ends, j..j + 1);
+                let query_at = |position: usize| signed(position).saturating_sub(first);
+                let within = |position| query_at(position).clamp(signed(q.start), signed(q.end)) as usize;
+                hide_others(q, within(seen.start)..within(seen.end), hide);
             }
+            Rule::Both(parts) => parts.rules().iter().for_each(|rule| rule.hidden(shape, at, q, j, hide)),
             Rule::Table(table) => table.hidden(at, q, j, hide),
             Rule::Extra { rule, count, visible } => {
                 let shape = without(shape, *count);
@@ -228,23 +240,44 @@ fn trim(mut range: Range<usize>, is_seen: impl Fn(usize) -> bool) -> Range<usize
     range
 }
 
-fn extremes(ids: &[u32]) -> (u32, u32) {
-    ids.iter().fold((u32::MAX, 0), |(low, high), &id| (id.min(low), id.max(high)))
+/// Hides all of `q` but the queries in `seen`.
+fn hide_others(q: &Range<usize>, seen: Range<usize>, hide: &mut dyn FnMut(Range<usize>)) {
+    for hidden in [q.start..seen.start, seen.end.max(seen.start)..q.end] {
+        if !hidden.is_empty() {
+            hide(hidden);
+        }
+    }
 }
 
-fn documents_tile(ids: &[u32], queries: Range<usize>, keys: Range<usize>) -> Coverage {
+/// The coverage of a tile whose queries `q` are at the positions `queries`, out of those that have a key. `coverage` is that of
+/// these. The others see nothing.
+fn at_keys(queries: &Range<usize>, q: &Range<usize>, coverage: impl FnOnce() -> Coverage) -> Coverage {
     if queries.is_empty() {
         return Coverage::None;
     }
-    let (q_low, q_high) = extremes(&ids[queries]);
-    let (k_low, k_high) = extremes(&ids[keys]);
-    if q_high < k_low || k_high < q_low {
-        Coverage::None
-    } else if q_low == q_high && (q_low, q_high) == (k_low, k_high) {
-        Coverage::All
-    } else {
-        Coverage::Some
+    match coverage() {
+        Coverage::All if queries.len() < q.len() => Coverage::Some,
+        coverage => coverage,
     }
+}
+
+/// The coverage of several rules together: `decisive` if one of them has it, `neutral` if all have that.
+fn combined(coverages: &mut dyn Iterator<Item = Coverage>, decisive: Coverage, neutral: Coverage) -> Coverage {
+    let mut coverage = neutral;
+    for of_rule in coverages {
+        if of_rule == decisive {
+            return decisive;
+        }
+        if of_rule != neutral {
+            coverage = Coverage::Some;
+        }
+    }
+    coverage
+}
+
+/// The least and the greatest of these ids.
+fn extremes(ids: &[u32]) -> (u32, u32) {
+    ids.iter().fold((u32::MAX, 0), |(low, high), &id| (id.min(low), id.max(high)))
 }
 
 #[cfg(test)]

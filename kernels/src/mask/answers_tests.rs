@@ -18,24 +18,17 @@ fn documents(lengths: &[usize]) -> Rule {
     Rule::Documents { ids: PerSequence::Same(ids.collect()), offset: None }
 }
 
-fn both(a: Rule, b: Rule) -> Rule {
-    Rule::Both(Arc::new((a, b)))
-}
-
-fn either(a: Rule, b: Rule) -> Rule {
-    Rule::Either(Arc::new((a, b)))
-}
-
-fn extra(rule: Rule, count: usize) -> Rule {
-    Rule::Extra { rule: Arc::new(rule), count, visible: true }
-}
-
-fn hidden_extra(rule: Rule, count: usize) -> Rule {
-    Rule::Extra { rule: Arc::new(rule), count, visible: false }
+/// The same as [`documents`], by their ends.
+fn packed(lengths: &[usize]) -> Rule {
+    let ends = lengths.iter().scan(0, |end, len| {
+        *end += len;
+        Some(*end)
+    });
+    Rule::Packed { ends: ends.collect(), offset: None }
 }
 
 fn table(dims: [usize; 4], seed: u64) -> Rule {
-    let allowed = uniform(seed, 1.0, dims.iter().product()).into_iter().map(|x| x > 0.3).collect();
+    let allowed = uniform(seed, 1.0, dims.iter().product()).map(|x| x > 0.3).collect();
     Rule::Table(Arc::new(Table::new(dims, allowed).unwrap()))
 }
 
@@ -52,17 +45,19 @@ fn rules(shape: ScoreShape) -> Vec<(Rule, bool)> {
         exact.push(table(std::array::from_fn(|axis| if axes >> axis & 1 == 1 { dims[axis] } else { 1 }), axes as u64));
     }
     let ids: Vec<Arc<[u32]>> = (0..batch).map(|b| (0..kv_len).map(|j| (j * (b + 2) % 3) as u32).collect()).collect();
-    let mut coarse = vec![documents(&[kv_len / 2, 0, kv_len - kv_len / 2])];
+    let halves = [kv_len / 2, 0, kv_len - kv_len / 2];
+    let mut coarse = vec![documents(&halves), packed(&halves)];
     for offset in [0, 1, 7, -1, -4, i64::MIN, i64::MAX] {
         exact.push(causal().with_offset(&PerSequence::Same(offset)));
         let each = PerSequence::Each((0..batch).map(|b| offset.saturating_add(b as i64)).collect());
         exact.push(band(Some(1), Some(1)).with_offset(&each));
+        coarse.push(packed(&[0, kv_len / 2, 0, kv_len - kv_len / 2, 0]).with_offset(&each));
         coarse.push(Rule::Documents { ids: PerSequence::Each(ids.as_slice().into()), offset: Some(each) });
     }
     let samples = [exact[0].clone(), causal(), exact[2].clone(), exact[34].clone(), exact[40].clone()];
     let samples = samples.into_iter().chain(coarse.iter().step_by(3).cloned()).collect::<Vec<_>>();
     for a in &samples {
-        coarse.extend(samples.iter().flat_map(|b| [both(a.clone(), b.clone()), either(a.clone(), b.clone())]));
+        coarse.extend(samples.iter().flat_map(|b| [a.clone() & b.clone(), a.clone() | b.clone()]));
     }
     let mut all: Vec<_> = exact.into_iter().map(|rule| (rule, true)).collect();
     all.extend(coarse.into_iter().map(|rule| (rule, false)));
@@ -87,8 +82,8 @@ fn for_all(f: impl Fn(&Rule, bool, &ScoreShape, (usize, usize))) {
         for count in 1..=2.min(shape.kv_len) {
             let before = ScoreShape { kv_len: shape.kv_len - count, ..shape };
             if before.kv_len > 0 {
-                let before = rules(before).into_iter().step_by(3).zip([extra, hidden_extra].into_iter().cycle());
-                all.extend(before.map(|((rule, exact), around)| (around(rule, count), exact)));
+                let before = rules(before).into_iter().step_by(3).zip([true, false].into_iter().cycle());
+                all.extend(before.map(|((rule, exact), visible)| (rule.with_extra_keys(count, visible), exact)));
             }
         }
         for (rule, exact) in all {
@@ -156,7 +151,7 @@ fn hidden_queries_are_those_that_arent_allowed() {
 /// A causal mask over packed documents is what training uses; tiles off the diagonal must cost nothing.
 #[test]
 fn tile_between_two_documents_is_none() {
-    let (rule, shape) = (both(documents(&[4, 4]), causal()), ScoreShape::from((1, 1, 8, 8)));
+    let (rule, shape) = (documents(&[4, 4]) & causal(), ScoreShape::from((1, 1, 8, 8)));
     let tile = |queries, keys| rule.tile(&shape, (0, 0), &queries, &keys);
     assert_eq!(tile(4..8, 0..4), Coverage::None);
     assert_eq!(tile(0..4, 4..8), Coverage::None);
@@ -167,7 +162,9 @@ fn tile_between_two_documents_is_none() {
 #[test]
 fn tile_without_area_is_none() {
     let shape = ScoreShape::from((1, 1, 3, 3));
-    for rule in [Rule::Full, causal(), documents(&[2, 1]), extra(causal(), 1), either(causal(), documents(&[2, 1]))] {
+    for rule in
+        [Rule::Full, causal(), documents(&[2, 1]), causal().with_extra_keys(1, true), causal() | documents(&[2, 1])]
+    {
         for (queries, keys) in [(0..0, 0..3), (1..3, 2..2), (2..2, 1..1)] {
             assert_eq!(rule.tile(&shape, (0, 0), &queries, &keys), Coverage::None, "{rule:?}");
         }
@@ -218,10 +215,12 @@ fn rules_that_dont_fit_are_refused() {
         (Rule::FirstKeys(PerSequence::Each([5, 5, 5].into())), "key lengths", "3"),
         (Rule::FirstKeys(PerSequence::Each([5, 6].into())), "key lengths", "6"),
         (documents(&[2, 2]), "documents", "4 keys"),
+        (packed(&[2, 2]), "documents", "4 keys"),
+        (packed(&[]), "documents", "0 keys"),
         (causal().with_offset(&offsets), "offsets", "1"),
         (table([2, 2, 3, 4], 1), "tensor", "[2, 2, 3, 4]"),
-        (extra(causal(), 6), "extra keys", "6"),
-        (both(causal(), extra(documents(&[5]), 1)), "documents", "5 keys"),
+        (causal().with_extra_keys(6, true), "extra keys", "6"),
+        (causal() & documents(&[5]).with_extra_keys(1, true), "documents", "5 keys"),
     ] {
         let error = rule.check(&shape).unwrap_err();
         assert!(error.part == part && error.got.contains(got), "{error}");
@@ -244,7 +243,7 @@ fn query_where_no_key_stands_sees_no_document() {
 
 #[test]
 fn tile_of_hidden_keys_is_none() {
-    let (rule, shape) = (hidden_extra(Rule::Full, 2), ScoreShape::from((1, 1, 3, 5)));
+    let (rule, shape) = (Rule::Full.with_extra_keys(2, false), ScoreShape::from((1, 1, 3, 5)));
     let tile = |keys| rule.tile(&shape, (0, 0), &(0..3), &keys);
     assert_eq!([tile(0..3), tile(3..5), tile(2..4)], [Coverage::All, Coverage::None, Coverage::Some]);
     assert_eq!(rule.visible_keys(&shape, (0, 0), &(0..3), 0..5), 0..3);

@@ -1,9 +1,12 @@
 //! Which keys each query may attend to.
 
 mod answers;
+mod documents;
+mod nested;
 mod rule;
 mod table;
 
+pub use nested::Nested;
 pub use rule::{Offset, PerSequence, Rule};
 pub use table::{Table, TableAxes};
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::ScoreShape;
+use super::nested::{Nested, too_many};
 use super::table::Table;
 use crate::error::MaskError;
 
@@ -29,18 +30,17 @@ impl<T> PerSequence<T> {
 /// query stands at the last key.
 pub type Offset = Option<PerSequence<i64>>;
 
-/// One condition on (sequence, head, query, key), or two combined.
+/// One condition on (sequence, head, query, key), or several combined with `&` and `|`.
 ///
 /// # Examples
 ///
 /// ```
 /// use attention_kernels::mask::{PerSequence, Rule, ScoreShape};
-/// use std::sync::Arc;
 ///
 /// // Causal, and the first sequence holds 2 keys.
 /// let causal = Rule::Band { below: None, above: Some(0), offset: None };
 /// let lengths = Rule::FirstKeys(PerSequence::Each([2, 4].into()));
-/// let rule = Rule::Both(Arc::new((causal, lengths)));
+/// let rule = causal & lengths;
 /// let shape = ScoreShape::from((2, 1, 4, 4));
 /// rule.check(&shape)?;
 /// assert!(rule.allows(&shape, 0, 0, 3, 1) && !rule.allows(&shape, 0, 0, 3, 2));
@@ -71,6 +71,13 @@ pub enum Rule {
         /// Where the queries stand.
         offset: Offset,
     },
+    /// Keys of the same document as the query, for documents that stand one after the other.
+    Packed {
+        /// Document `d` ends before key `ends[d]`. The ends never decrease.
+        ends: Arc<[usize]>,
+        /// Where the queries stand. A query belongs to the document at its position; where there is no key, to none.
+        offset: Offset,
+    },
     /// What a boolean tensor says.
     Table(Arc<Table>),
     /// The last `count` keys are visible to every query, or to none; the rule speaks of those before them.
@@ -82,10 +89,12 @@ pub enum Rule {
         /// Whether every query may attend to them.
         visible: bool,
     },
-    /// What both rules allow.
-    Both(Arc<(Rule, Rule)>),
-    /// What either rule allows.
-    Either(Arc<(Rule, Rule)>),
+    /// What all of the rules allow: made by `&`.
+    Both(Nested),
+    /// What any of the rules allows: made by `|`.
+    Either(Nested),
+    /// A combination of more rules than a rule can hold. It fits no scores.
+    TooMany,
 }
 
 impl Rule {
@@ -96,16 +105,16 @@ impl Rule {
 
     /// The same rule with the first query of each sequence at position `offset` among the keys.
     pub fn with_offset(self, offset: &PerSequence<i64>) -> Self {
-        let both =
-            |pair: &(Rule, Rule)| Arc::new((pair.0.clone().with_offset(offset), pair.1.clone().with_offset(offset)));
+        let all = |parts: &Nested| parts.map(|rule| rule.clone().with_offset(offset));
         match self {
             Rule::Band { below, above, .. } => Rule::Band { below, above, offset: Some(offset.clone()) },
             Rule::Documents { ids, .. } => Rule::Documents { ids, offset: Some(offset.clone()) },
+            Rule::Packed { ends, .. } => Rule::Packed { ends, offset: Some(offset.clone()) },
             Rule::Extra { rule, count, visible } => {
                 Rule::Extra { rule: Arc::new(rule.as_ref().clone().with_offset(offset)), count, visible }
             }
-            Rule::Both(pair) => Rule::Both(both(&pair)),
-            Rule::Either(pair) => Rule::Either(both(&pair)),
+            Rule::Both(parts) => Rule::Both(all(&parts)),
+            Rule::Either(parts) => Rule::Either(all(&parts)),
             other => other,
         }
     }
@@ -119,17 +128,14 @@ impl Rule {
     where
         F: Fn(&Arc<Table>, &ScoreShape) -> Result<Arc<Table>, MaskError>,
     {
-        let both = |pair: &(Rule, Rule)| {
-            Ok::<_, MaskError>(Arc::new((pair.0.map_tables(shape, f)?, pair.1.map_tables(shape, f)?)))
-        };
         Ok(match self {
             Rule::Table(table) => Rule::Table(f(table, shape)?),
             Rule::Extra { rule, count, visible } => {
                 let rule = Arc::new(rule.map_tables(&without(shape, *count), f)?);
                 Rule::Extra { rule, count: *count, visible: *visible }
             }
-            Rule::Both(pair) => Rule::Both(both(pair)?),
-            Rule::Either(pair) => Rule::Either(both(pair)?),
+            Rule::Both(parts) => Rule::Both(parts.try_map(|rule| rule.map_tables(shape, f))?),
+            Rule::Either(parts) => Rule::Either(parts.try_map(|rule| rule.map_tables(shape, f))?),
             other => other.clone(),
         })
     }
@@ -137,15 +143,15 @@ impl Rule {
     /// Whether the rule may differ between sequences.
     pub fn varies_by_sequence(&self) -> bool {
         match self {
-            Rule::Full => false,
-            Rule::Band { offset, .. } => matches!(offset, Some(PerSequence::Each(_))),
+            Rule::Full | Rule::TooMany => false,
+            Rule::Band { offset, .. } | Rule::Packed { offset, .. } => matches!(offset, Some(PerSequence::Each(_))),
             Rule::FirstKeys(lengths) => matches!(lengths, PerSequence::Each(_)),
             Rule::Documents { ids, offset } => {
                 matches!(ids, PerSequence::Each(_)) || matches!(offset, Some(PerSequence::Each(_)))
             }
             Rule::Table(table) => table.dims[0] != 1,
             Rule::Extra { rule, .. } => rule.varies_by_sequence(),
-            Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_sequence() || pair.1.varies_by_sequence(),
+            Rule::Both(parts) | Rule::Either(parts) => parts.rules().iter().any(Rule::varies_by_sequence),
         }
     }
 
@@ -154,7 +160,7 @@ impl Rule {
         match self {
             Rule::Table(table) => table.dims[1] != 1,
             Rule::Extra { rule, .. } => rule.varies_by_head(),
-            Rule::Both(pair) | Rule::Either(pair) => pair.0.varies_by_head() || pair.1.varies_by_head(),
+            Rule::Both(parts) | Rule::Either(parts) => parts.rules().iter().any(Rule::varies_by_head),
             _ => false,
         }
     }
@@ -164,13 +170,17 @@ impl Rule {
     /// # Errors
     ///
     /// Lengths or offsets for another number of sequences, lengths beyond kv_len, documents of another length, more extra keys
-    /// than keys, a table that doesn't broadcast to the scores.
+    /// than keys, a table that doesn't broadcast to the scores, more rules than can be combined.
     pub fn check(&self, shape: &ScoreShape) -> Result<(), MaskError> {
         match self {
             Rule::Full | Rule::FirstKeys(PerSequence::Same(_)) => Ok(()),
             Rule::Band { offset, .. } => check_offsets(offset, shape),
             Rule::FirstKeys(PerSequence::Each(lengths)) => check_key_lengths(lengths, shape),
             Rule::Documents { ids, offset } => check_documents(ids, offset, shape),
+            Rule::Packed { ends, offset } => {
+                check_document_lengths(std::iter::once(ends.last().copied().unwrap_or(0)), shape)?;
+                check_offsets(offset, shape)
+            }
             Rule::Table(table) => table.check(shape),
             Rule::Extra { count, .. } if *count > shape.kv_len => Err(MaskError {
                 part: "extra keys",
@@ -178,7 +188,8 @@ impl Rule {
                 got: format!("{count}"),
             }),
             Rule::Extra { rule, count, .. } => rule.check(&without(shape, *count)),
-            Rule::Both(pair) | Rule::Either(pair) => pair.0.check(shape).and_then(|()| pair.1.check(shape)),
+            Rule::Both(parts) | Rule::Either(parts) => parts.rules().iter().try_for_each(|rule| rule.check(shape)),
+            Rule::TooMany => Err(too_many()),
         }
     }
 }
@@ -235,17 +246,27 @@ fn check_key_lengths(lengths: &[usize], shape: &ScoreShape) -> Result<(), MaskEr
     }
 }
 
+fn documents_error<T>(expected: String, got: String) -> Result<T, MaskError> {
+    Err(MaskError { part: "documents", expected, got })
+}
+
 fn check_documents(ids: &PerSequence<Arc<[u32]>>, offset: &Offset, shape: &ScoreShape) -> Result<(), MaskError> {
-    let error = |expected, got| Err(MaskError { part: "documents", expected, got });
     let rows = match ids {
         PerSequence::Same(ids) => std::slice::from_ref(ids),
         PerSequence::Each(rows) if rows.len() == shape.batch => rows,
         PerSequence::Each(rows) => {
-            return error(format!("one row for each of {} sequences", shape.batch), format!("{} rows", rows.len()));
+            let expected = format!("one row for each of {} sequences", shape.batch);
+            return documents_error(expected, format!("{} rows", rows.len()));
         }
     };
-    if let Some(row) = rows.iter().find(|row| row.len() != shape.kv_len) {
-        return error(format!("documents of {} keys together", shape.kv_len), format!("{} keys", row.len()));
-    }
+    check_document_lengths(rows.iter().map(|row| row.len()), shape)?;
     check_offsets(offset, shape)
+}
+
+/// Checks the length of all documents together, in each sequence.
+fn check_document_lengths(mut lengths: impl Iterator<Item = usize>, shape: &ScoreShape) -> Result<(), MaskError> {
+    match lengths.find(|&len| len != shape.kv_len) {
+        None => Ok(()),
+        Some(len) => documents_error(format!("documents of {} keys together", shape.kv_len), format!("{len} keys")),
+    }
 }

@@ -72,15 +72,15 @@ pub fn cases(sizes: &Sizes) -> Vec<Case> {
         grad_logsumexp: false,
     };
     let masked = |name, rule| Case { name, rule, ..plain.clone() };
-    let bias_of = |seed, dims: [usize; 4]| Some((dims, uniform(seed, 2.0, dims.iter().product())));
+    let bias_of = |seed, dims: [usize; 4]| Some((dims, uniform(seed, 2.0, dims.iter().product()).collect()));
     let biased = |name, seed, dims| Case { name, bias: bias_of(seed, dims), ..plain.clone() };
     // The first sequence has no keys at all.
     let lengths = Rule::FirstKeys(PerSequence::Each((0..batch).map(|b| (kv_len * b).min(kv_len - 1)).collect()));
-    let allowed = uniform(7, 1.0, q_len * kv_len).into_iter().map(|x| x > -0.3).collect();
+    let allowed = uniform(7, 1.0, q_len * kv_len).map(|x| x > -0.3).collect();
     let table = Table::new([1, 1, q_len, kv_len], allowed).unwrap();
-    let slopes = Some(uniform(9, 0.5, heads).into_iter().map(f64::abs).collect::<Vec<_>>());
+    let slopes = Some(uniform(9, 0.5, heads).map(f64::abs).collect::<Vec<_>>());
     let band = Rule::Band { below: Some(1), above: Some(0), offset: None };
-    let prefix = Rule::Either(Arc::new((Rule::FirstKeys(PerSequence::Same(2)), causal())));
+    let prefix = Rule::FirstKeys(PerSequence::Same(2)) | causal();
     let mut all = vec![
         plain.clone(),
         Case { name: "log-sum-exp", grad_logsumexp: true, ..plain.clone() },
@@ -99,13 +99,13 @@ pub fn cases(sizes: &Sizes) -> Vec<Case> {
     if q_len <= kv_len {
         let ids = PerSequence::Same((0..kv_len).map(|j| u32::from(j >= kv_len / 3)).collect());
         let documents = Rule::Documents { ids, offset: None };
-        all.push(masked("documents", Rule::Both(Arc::new((documents, causal())))));
+        all.push(masked("documents", documents & causal()));
     }
     all.push(Case {
         name: "everything",
         scale: 0.15,
         softcap: Some(3.0),
-        rule: Rule::Both(Arc::new((causal(), lengths))),
+        rule: causal() & lengths,
         bias: bias_of(8, [1, heads, q_len, kv_len]),
         slopes,
         dropout: Some(Dropout { p: 0.2, seed: 6 }),
@@ -157,7 +157,8 @@ pub fn run<E: Element>(
     let output = forward(&problem, layout).unwrap();
     let dims = problem.context_dims();
     let context = View::new("context", &output.context, layout.strides(dims), dims).unwrap();
-    let grad_logsumexp = case.grad_logsumexp.then(|| floats(&uniform(20, 1.0, output.logsumexp.len())));
+    let grad_logsumexp =
+        case.grad_logsumexp.then(|| floats(&uniform(20, 1.0, output.logsumexp.len()).collect::<Vec<_>>()));
     let saved = Saved { context, logsumexp: &output.logsumexp };
     let incoming = Incoming { context: grad, logsumexp: grad_logsumexp.as_deref() };
     let bias = bias_gradient && case.bias.is_some();
@@ -180,7 +181,7 @@ pub fn naive(sizes: &Sizes, case: &Case, [q, k, v, grad]: [&[f64]; 4]) -> Naive 
     let Sizes { batch, heads, kv_heads, q_len, kv_len, dim, value_dim } = *sizes;
     let shape = ScoreShape { batch, num_heads: heads, q_len, kv_len };
     let kept = case.dropout.map(|x| (x.p, kept_by_dropout(x.seed, x.p, (batch, heads, q_len, kv_len)).unwrap()));
-    let grad_logsumexp = uniform(20, 1.0, batch * heads * q_len);
+    let grad_logsumexp = uniform(20, 1.0, batch * heads * q_len).collect::<Vec<_>>();
     let bias_index = |dims: [usize; 4], at: [usize; 4]| {
         (0..4).fold(0, |index, axis| index * dims[axis] + if dims[axis] == 1 { 0 } else { at[axis] })
     };

@@ -10,6 +10,10 @@ use crate::checkpoint::weights::Weights;
 use crate::checkpoint::{LayoutFile, Parameters, serialise};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Parameter, SelfAttentionConfig};
+use crate::memory;
+
+/// What parameters are in an error of memory.
+const PARAMETERS: &str = "parameters of a checkpoint";
 
 /// The parameters that a `VarBuilder` holds in this layout, in its dtype. They are new variables if the `VarBuilder`
 /// holds variables, otherwise constants.
@@ -20,6 +24,9 @@ pub(crate) fn from_var_builder(layout: Layout, config: &SelfAttentionConfig, vb:
         if !vb.contains_tensor(piece.name) {
             return Ok(None);
         }
+        // The tensor, in another dtype or not, and the parameters that it is split into.
+        let bytes = memory::bytes(&piece.shape(), vb.dtype()).saturating_mul(4);
+        memory::ask(PARAMETERS, vb.device(), bytes).map_err(|error| error.to_string())?;
         // A `VarMap` needs a shape, so a failed read without one is repeated with the expected shape.
         let unchecked = vb.get_unchecked_dtype(piece.name, vb.dtype());
         Ok(Some(unchecked.or_else(|_| vb.get(piece.shape(), piece.name)).map_err(|error| error.to_string())?))
@@ -90,10 +97,11 @@ fn cast_finite(tensor: &Tensor, dtype: DType, device: &Device) -> Result<Tensor,
     // Zero times a finite number is zero. Zero times infinity or NaN is NaN.
     let is_finite = |x: &Tensor| (x * 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>().map(|sum| sum == 0.0);
     let text = |error: candle_core::Error| error.to_string();
+    memory::ask_for(PARAMETERS, 1, tensor, tensor.dtype()).map_err(|error| error.to_string())?;
     if !is_finite(tensor).map_err(text)? {
         return Err("expected finite numbers, got NaN or infinity".into());
     }
-    let cast = tensor.to_dtype(dtype).map_err(text)?;
+    let cast = memory::cast(PARAMETERS, tensor, dtype).map_err(text)?;
     if !is_finite(&cast).map_err(text)? {
         return Err(format!("expected numbers that {dtype:?} can hold, got larger ones"));
     }
@@ -103,6 +111,8 @@ fn cast_finite(tensor: &Tensor, dtype: DType, device: &Device) -> Result<Tensor,
 /// Splits a tensor into the parameters that it holds. If it is a variable, each parameter becomes a new variable with a
 /// copy of the values.
 fn split(piece: &Piece, tensor: &Tensor) -> Result<Parameters> {
+    // Each part, and a variable or a contiguous copy of it.
+    memory::ask_for(PARAMETERS, 2, tensor, tensor.dtype())?;
     let (tensor, trains) = (tensor.detach(), tensor.track_op());
     let rows = match piece.form {
         Form::Plain | Form::ByKeyHeads => tensor,
@@ -127,6 +137,11 @@ pub(crate) fn to_tensors(
     config: &SelfAttentionConfig,
     parameters: &[(&'static str, &Tensor)],
 ) -> Result<Vec<(String, Tensor)>> {
+    let all = parameters.iter().map(|(_, x)| memory::bytes(x.dims(), x.dtype()).saturating_mul(3));
+    if let Some((_, first)) = parameters.first() {
+        // The rows of all tensors, and a contiguous copy.
+        memory::ask(PARAMETERS, first.device(), memory::sum(all))?;
+    }
     let tensor_of = |name: &str| {
         let found = parameters.iter().find(|(other, _)| *other == name);
         found

@@ -9,7 +9,7 @@ mod tensors;
 
 use std::ops::Range;
 
-use attention_kernels::reserve;
+use attention_kernels::{collected, filled, reserve};
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{AttentionError, Result};
@@ -62,6 +62,9 @@ pub struct KvCache {
     store: Option<Store>,
 }
 
+/// What a list with an entry for each sequence is in an error of memory.
+const LENGTHS: &str = "lengths of the sequences";
+
 /// The store of a cache with new tokens written after the held ones. [`KvCache::commit`] adds them to the cache.
 pub(crate) struct Staged {
     store: Store,
@@ -77,13 +80,11 @@ impl KvCache {
                 AttentionError::Config { field: "is_causal", expected: expected.into(), got: "false".into() }.into()
             );
         }
-        let mut lengths = reserve("lengths of the sequences", batch)?;
-        lengths.resize(batch, 0);
         Ok(Self {
             layout: Layout::of(config, dtype, device),
             max_len: None,
-            held: lengths.clone(),
-            lengths,
+            lengths: filled(LENGTHS, batch, 0)?,
+            held: filled(LENGTHS, batch, 0)?,
             store: None,
         })
     }
@@ -127,7 +128,7 @@ impl KvCache {
     pub fn reserve(&mut self, more: usize) -> Result<()> {
         let capacity = longest(&self.held).saturating_add(more);
         if capacity > self.capacity() {
-            self.store = Some(self.rebuilt(&self.occupied(), capacity)?);
+            self.store = Some(self.rebuilt(&self.occupied()?, capacity)?);
         }
         Ok(())
     }
@@ -144,7 +145,7 @@ impl KvCache {
     ///
     /// As [`KvCache::truncate_each`].
     pub fn truncate(&mut self, len: usize) -> Result<()> {
-        let lengths: Vec<_> = self.lengths.iter().map(|&old| old.min(len)).collect();
+        let lengths = collected(LENGTHS, self.lengths.iter().map(|&old| old.min(len)))?;
         self.truncate_each(&lengths)
     }
 
@@ -154,10 +155,10 @@ impl KvCache {
     /// # Errors
     ///
     /// Lengths for another number of sequences; a length greater than that of its sequence; with a sliding window, a
-    /// length whose window is no longer held. The tokens of the last call can always be removed.
+    /// length whose window is no longer held; too little memory. The tokens of the last call can always be removed.
     pub fn truncate_each(&mut self, lengths: &[usize]) -> Result<()> {
         check_equal("lengths", self.batch(), lengths.len())?;
-        let mut held = Vec::with_capacity(lengths.len());
+        let mut held = reserve(LENGTHS, lengths.len())?;
         for (&len, (&old, &old_held)) in lengths.iter().zip(self.lengths.iter().zip(&self.held)) {
             let dropped = old - old_held;
             let first_needed = self.layout.window.map_or(0, |window| len.saturating_add(1).saturating_sub(window));
@@ -172,7 +173,7 @@ impl KvCache {
             }
             held.push(len.saturating_sub(dropped));
         }
-        (self.lengths, self.held) = (lengths.to_vec(), held);
+        (self.lengths, self.held) = (collected(LENGTHS, lengths.iter().copied())?, held);
         Ok(())
     }
 
@@ -184,14 +185,13 @@ impl KvCache {
     /// A sequence index outside the batch, or too little memory.
     pub fn select(&self, sequences: &[usize]) -> Result<Self> {
         check_sequences(sequences, self.batch())?;
-        let of = |all: &[usize]| sequences.iter().map(|&b| all[b]).collect::<Vec<_>>();
-        let occupied = self.occupied();
-        let selected: Vec<_> = sequences.iter().map(|&b| occupied[b].clone()).collect();
+        let of = |all: &[usize]| collected(LENGTHS, sequences.iter().map(|&b| all[b]));
+        let selected = collected(LENGTHS, sequences.iter().map(|&b| (b, 0..self.held[b])))?;
         Ok(Self {
             layout: self.layout.clone(),
             max_len: self.max_len,
-            lengths: of(&self.lengths),
-            held: of(&self.held),
+            lengths: of(&self.lengths)?,
+            held: of(&self.held)?,
             store: self.store.as_ref().map(|_| self.rebuilt(&selected, self.capacity())).transpose()?,
         })
     }
@@ -243,34 +243,37 @@ impl KvCache {
     /// Adds the first `added[b]` of the tokens that were staged for sequence `b`.
     pub(crate) fn commit(&mut self, staged: Staged, added: &[usize]) {
         self.lengths.iter_mut().zip(added).for_each(|(len, added)| *len += added);
-        self.held = staged.held.iter().zip(added).map(|(held, added)| held + added).collect();
+        self.held = staged.held;
+        self.held.iter_mut().zip(added).for_each(|(held, added)| *held += added);
         self.store = Some(staged.store);
     }
 
     /// A store with room for `len` more tokens, and the number of tokens of each sequence that it holds.
     fn room_for(&self, len: usize) -> Result<(Store, Vec<usize>)> {
         match &self.store {
-            Some(store) if longest(&self.held) + len <= self.capacity() => Ok((store.clone(), self.held.clone())),
+            Some(store) if longest(&self.held).saturating_add(len) <= self.capacity() => {
+                Ok((store.clone(), collected(LENGTHS, self.held.iter().copied())?))
+            }
             _ => {
-                let parts = self.needed();
-                let kept: Vec<_> = parts.iter().map(|(_, slots)| slots.len()).collect();
+                let parts = self.needed()?;
+                let kept = collected(LENGTHS, parts.iter().map(|(_, slots)| slots.len()))?;
                 let max = self.layout.window.map_or(usize::MAX, |window| window.saturating_mul(2));
-                let capacity = (longest(&kept) + len).max(self.capacity().saturating_mul(2).min(max));
+                let capacity = longest(&kept).saturating_add(len).max(self.capacity().saturating_mul(2).min(max));
                 Ok((self.rebuilt(&parts, capacity)?, kept))
             }
         }
     }
 
     /// The index of every sequence, and the slots of the store that it occupies.
-    fn occupied(&self) -> Vec<(usize, Range<usize>)> {
-        (0..).zip(self.held.iter().map(|&held| 0..held)).collect()
+    fn occupied(&self) -> Result<Vec<(usize, Range<usize>)>> {
+        Ok(collected(LENGTHS, self.held.iter().map(|&held| 0..held).enumerate())?)
     }
 
     /// The index of every sequence, and the slots whose keys later tokens may attend to. Keys outside the window of the
     /// next token aren't needed again.
-    fn needed(&self) -> Vec<(usize, Range<usize>)> {
+    fn needed(&self) -> Result<Vec<(usize, Range<usize>)>> {
         let needed = self.layout.needed();
-        (0..).zip(self.held.iter().map(|&held| held - held.min(needed)..held)).collect()
+        Ok(collected(LENGTHS, self.held.iter().map(|&held| held - held.min(needed)..held).enumerate())?)
     }
 
     /// A new store. For `parts[i] = (b, slots)` its sequence `i` holds these slots of sequence `b` of the old store.

@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use attention_kernels::reserve;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{AttentionError, Result};
 use crate::layer::config::SelfAttentionConfig;
 use crate::layer::kv_cache::{check_equal, common};
+use crate::memory;
 
 /// What a cache must have in common with its layer.
 #[derive(Clone, Debug)]
@@ -64,10 +64,7 @@ impl Layout {
             let shape = [batch, self.num_kv_heads, capacity, dim];
             let bytes = shape.iter().try_fold(self.dtype.size_in_bytes(), |bytes, &size| bytes.checked_mul(size));
             let bytes = bytes.ok_or(AttentionError::TooLarge { shape })?;
-            // On the CPU candle aborts the process if an allocation fails. On other devices it returns an error.
-            if self.device.is_cpu() {
-                reserve::<u8>("key-value cache", bytes)?;
-            }
+            memory::ask("key-value cache", &self.device, bytes)?;
             Ok(Tensor::zeros(&shape, self.dtype, &self.device)?)
         };
         Ok(Store { key: zeros(self.head_dim)?, value: zeros(self.value_dim)? })
@@ -98,7 +95,7 @@ impl Store {
     /// Writes keys and values (batch, len, num_kv_heads, dim), those of sequence `b` from slot `starts[b]` on.
     pub(super) fn write(&self, key: &Tensor, value: &Tensor, starts: &[usize]) -> Result<()> {
         for (from, to) in [(key, &self.key), (value, &self.value)] {
-            let from = from.transpose(1, 2)?.contiguous()?;
+            let from = memory::contiguous("new keys or values", &from.transpose(1, 2)?)?;
             if let Some(start) = common(starts) {
                 to.slice_set(&from, 2, start)?;
                 continue;
@@ -115,7 +112,7 @@ impl Store {
         for (i, (b, slots)) in parts.iter().enumerate().filter(|(_, (_, slots))| !slots.is_empty()) {
             for (from, to) in [(&self.key, &to.key), (&self.value, &to.value)] {
                 let from = from.narrow(0, *b, 1)?.narrow(2, slots.start, slots.len())?;
-                to.narrow(0, i, 1)?.slice_set(&from.contiguous()?, 2, 0)?;
+                to.narrow(0, i, 1)?.slice_set(&memory::contiguous("part of a key-value cache", &from)?, 2, 0)?;
             }
         }
         Ok(())

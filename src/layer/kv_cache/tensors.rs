@@ -63,7 +63,7 @@ impl KvCache {
             return Ok(cache);
         }
         let store = layout.store(batch, capacity)?;
-        Store { key: key.detach(), value: value.detach() }.copy(&cache.occupied(), &store)?;
+        Store { key: key.detach(), value: value.detach() }.copy(&cache.occupied()?, &store)?;
         Ok(Self { store: Some(store), ..cache })
     }
 
@@ -82,7 +82,7 @@ impl KvCache {
     ///
     /// Too little memory.
     pub fn key_value(&self) -> Result<(Tensor, Tensor)> {
-        let needed = self.needed();
+        let needed = self.needed()?;
         let len = needed.iter().map(|(_, slots)| slots.len()).max().unwrap_or(0);
         let Store { key, value } = self.rebuilt(&needed, len)?;
         Ok((key, value))

@@ -1,7 +1,7 @@
 //! Inputs, memories, masks, biases and positions that don't fit the layer.
 
 use candle_attention::rotary::{RotaryConfig, RotaryEmbedding};
-use candle_attention::{ForwardOptions, Mask, Result, SelfAttentionConfig};
+use candle_attention::{Error, ForwardOptions, Mask, Result, SelfAttentionConfig};
 use candle_core::{DType, Device, Tensor};
 
 use crate::common::{assert_finite, randn};
@@ -177,5 +177,29 @@ fn offsets_for_another_number_of_sequences_are_refused() -> Result<()> {
     let expected = ["position_offset", "room to count the positions"];
     assert_error_says(rotary.apply_each(&x, &[0, usize::MAX, 0]), &expected);
     assert_eq!(rotary.apply_each(&input(&[0, 2, 5, 4])?, &[])?.dims(), [0, 2, 5, 4]);
+    Ok(())
+}
+
+/// A part of an empty tensor may begin behind the end of its storage, where candle can't read it.
+#[test]
+fn parts_of_empty_tensors_have_empty_outputs() -> Result<()> {
+    let part = |dims: [usize; 3]| Ok::<_, Error>(input(&dims)?.narrow(2, 9, 10)?);
+    let layer = self_attention(&everything(), DType::F32)?;
+    for dims in [[0, 5, 20], [2, 0, 20]] {
+        let output = layer.forward_with_weights(&part(dims)?)?.0;
+        assert_eq!(output.dims()[..2], dims[..2]);
+    }
+    let config = SelfAttentionConfig { add_bias_kv: true, add_zero_attn: true, ..SelfAttentionConfig::new(10, 2) };
+    let layer = cross_attention(&config, DType::F32)?;
+    let bias = input(&[2, 2, 3, 0])?.transpose(2, 3)?.narrow(3, 1, 2)?.transpose(2, 3)?;
+    let options = ForwardOptions { attn_bias: Some(bias), ..Default::default() };
+    let (x, memory) = (input(&[2, 2, 10])?, part([2, 0, 20])?);
+    assert_finite(&layer.forward_with(&x, &memory, &options)?.output, "output");
+    assert_finite(&layer.forward_projected(&x, &layer.project(&memory)?)?, "output");
+    let rotary = RotaryEmbedding::new(&RotaryConfig::default(), 10)?;
+    assert_eq!(rotary.apply(&part([1, 0, 20])?.unsqueeze(0)?, 3)?.dims(), [1, 1, 0, 10]);
+    let causal = SelfAttentionConfig { is_causal: true, ..SelfAttentionConfig::new(10, 2) };
+    let layer = self_attention(&causal, DType::F32)?;
+    assert_eq!(layer.forward_cached(&part([2, 0, 20])?, &mut layer.kv_cache(2)?)?.dims(), [2, 0, 10]);
     Ok(())
 }

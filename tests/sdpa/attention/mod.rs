@@ -5,6 +5,7 @@ mod definition;
 mod dropout;
 mod dtypes;
 mod empty;
+mod empty_views;
 mod equivalences;
 mod extremes;
 mod layout;

@@ -1,64 +1,29 @@
 //! Shapes that need too much memory or time give an error that says what was expected: no panic, no abort, no giant
 //! allocation. A broadcast view of one row takes no memory, whatever its shape.
 //!
-//! An allocation that fails aborts the process, and one that succeeds may stop the machine. So each case runs in its
-//! own process, with little memory and little time.
+//! Each case runs in its own process, with little memory and little time.
 #![cfg(target_os = "linux")]
-
-use std::process::{Command, exit};
-use std::time::Duration;
 
 use candle_attention::{AttentionOptions, Backend, Mask, scaled_dot_product_attention};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
-/// Set in the process that runs a case.
-const IN_CASE: &str = "CANDLE_ATTENTION_HOSTILE_CASE";
-/// The path of this module in libtest.
-const MODULE: &str = "fused::hostile";
+use crate::own_process::with_memory;
+
 const MEMORY_KIB: usize = 6 << 20;
-const TIME_LIMIT: Duration = Duration::from_secs(15);
-
-/// Runs the test `name` of this binary in its own process, and returns its output if it fails.
-fn in_own_process(name: &str) -> Option<String> {
-    let program = std::env::current_exe().expect("this program's path");
-    let script = format!("ulimit -v {MEMORY_KIB}; exec \"$0\" --exact --include-ignored --nocapture \"$1\"");
-    let output = Command::new("sh")
-        .args(["-c".as_ref(), script.as_ref(), program.as_os_str(), format!("{MODULE}::{name}").as_ref()])
-        .env(IN_CASE, name)
-        .env("RUST_BACKTRACE", "0")
-        .output()
-        .expect("a process");
-    let text = format!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(text.contains("running 1 test") || !output.status.success(), "no test {name}: {text}");
-    (!output.status.success()).then(|| format!("{}: {text}", output.status))
-}
-
-/// Exits the process if the case takes too long.
-fn watch() {
-    std::thread::spawn(|| {
-        std::thread::sleep(TIME_LIMIT);
-        eprintln!("no result after {TIME_LIMIT:?}");
-        exit(3);
-    });
-}
 
 /// One test for each entry: its name, a result that must be an error, and parts of the error's text.
 macro_rules! hostile {
     ($($(#[$attribute:meta])* $name:ident: $result:expr => $($expected:expr),+;)*) => {
         $($(#[$attribute])* #[test]
         fn $name() {
-            if std::env::var_os(IN_CASE).is_none() {
-                if let Some(failure) = in_own_process(stringify!($name)) {
-                    panic!("{failure}");
+            let test = concat!(module_path!(), "::", stringify!($name));
+            with_memory(MEMORY_KIB, test, || {
+                let result: Result<()> = $result;
+                let text = result.expect_err("an error").to_string();
+                for expected in [$($expected),+] {
+                    assert!(text.contains(expected), "{expected:?} is not in {text:?}");
                 }
-                return;
-            }
-            watch();
-            let result: Result<()> = $result;
-            let text = result.expect_err("an error").to_string();
-            for expected in [$($expected),+] {
-                assert!(text.contains(expected), "{expected:?} is not in {text:?}");
-            }
+            });
         })*
     };
 }

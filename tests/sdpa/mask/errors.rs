@@ -131,3 +131,59 @@ fn more_extra_keys_than_keys_are_refused() {
     assert!(Mask::key_lengths(&[3]).with_extra_keys(1).check((1, 1, 2, 3)).is_err());
     Mask::key_lengths(&[2]).with_extra_keys(1).check((1, 1, 2, 3)).unwrap();
 }
+
+#[test]
+fn documents_of_more_tokens_than_can_be_counted_are_refused() {
+    for lengths in [&[usize::MAX][..], &[usize::MAX, usize::MAX], &[1 << 63, 1 << 63, 5], &[1 << 36]] {
+        refuses(Mask::documents(lengths), "expected documents of 5 keys together", " keys");
+    }
+}
+
+/// `a & b & c` is one list. Where `&` and `|` alternate, masks lie inside one another, and no answer may overflow the stack.
+#[test]
+fn masks_are_combined_in_any_number_and_refused_beyond_a_bound() {
+    let part = || Mask::sliding_window(2);
+    let all = (0..50_000).fold(part(), |mask, _| mask & part());
+    let any = (0..50_000).fold(part(), |mask, _| part() | mask);
+    for mask in [all.clone(), any, all.with_extra_keys(1).with_offset(2)] {
+        mask.check(SHAPE).unwrap();
+    }
+    let alternating = (0..50_000).fold(part(), |mask, i| if i % 2 == 0 { mask & part() } else { mask | part() });
+    let nested = (0..50_000).fold(part(), |mask, _| (mask & part()).with_extra_keys(1));
+    let doubled = (0..64).fold(part(), |mask, _| mask.clone() & mask);
+    for mask in [alternating, nested, doubled] {
+        refuses(mask.clone().with_offset(1), "combination: expected at most 65536 masks, and 256 changes", "got more");
+        refuses(mask.clone() & Mask::full() & part(), "combination", "got more");
+    }
+}
+
+/// Every constructor with the greatest numbers, over the greatest scores. Each mask fits or is refused.
+#[test]
+fn greatest_numbers_never_overflow() {
+    let most = usize::MAX;
+    let masks = [
+        Mask::causal(),
+        Mask::window(Some(most), Some(most)),
+        Mask::window(Some(most), Some(0)),
+        Mask::sliding_window(most),
+        Mask::sliding_window(0),
+        Mask::prefix(most),
+        Mask::key_lengths(&[most]),
+        Mask::documents(&[most, 1]),
+    ];
+    let shapes = [(1, 1, 3, 5), (1, 1, 5, 3), (1, most, most, most), (1, 1, most, 1), (1, 1, 1, most), (0, 0, 0, 0)];
+    for mask in &masks {
+        for offset in [0, 1, i64::MIN, i64::MAX] {
+            for extra in [0, 1, most] {
+                let moved = mask.clone().with_offset(offset);
+                let moved = (moved.with_extra_keys(extra) | Mask::prefix(1)).with_offsets(&[offset]);
+                for shape in shapes {
+                    let fits = moved.check(shape).is_ok();
+                    if fits && shape.2 < 6 && shape.3 < 6 {
+                        moved.to_tensor(shape, &Device::Cpu).unwrap();
+                    }
+                }
+            }
+        }
+    }
+}
