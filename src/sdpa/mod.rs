@@ -5,8 +5,9 @@ mod fused;
 pub(crate) mod grad_connect;
 pub(crate) mod head_layout;
 mod options;
-mod overflow;
+pub(crate) mod overflow;
 pub(crate) mod reference;
+mod visible;
 
 use std::sync::Once;
 
