@@ -63,7 +63,8 @@ pub(crate) fn check_range(tensor: &'static str, x: &Tensor, computed_in: DType) 
 /// 1 where `x` is finite, 0 where it is infinite or NaN.
 pub(crate) fn is_finite(x: &Tensor) -> Result<Tensor> {
     let x = x.detach();
-    (&x - &x)?.eq(0.0)
+    // Infinity minus infinity is NaN.
+    x.sub(&x)?.eq(0.0)
 }
 
 /// `x` with zeros in place of infinity and NaN.
