@@ -19,7 +19,7 @@ fn epsilon_that_f32_cannot_hold_is_refused_unless_in_f64() -> Result<()> {
     for eps in [1e-46, 1e-40, 1e300] {
         let config = SelfAttentionConfig { qk_norm_eps: Some(eps), ..SelfAttentionConfig::new(8, 2) };
         for dtype in COMPUTED_IN_F32 {
-            let expected = ["qk_norm_eps", "a number that F32 can hold", &format!("got {eps}")];
+            let expected = ["qk_norm_eps", "above 0, also in f32", &format!("got {eps}")];
             assert_error_says(SelfAttention::new(&config, builder(dtype)), &expected);
             assert_error_says(CrossAttention::new(&config, builder(dtype)), &expected);
         }
