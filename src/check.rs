@@ -1,6 +1,7 @@
 //! Checks that several modules share.
 
 use candle_core::{DType, Tensor};
+use half::{bf16, f16};
 
 use crate::error::AttentionError;
 
@@ -46,4 +47,16 @@ pub(crate) fn check_number(
         Some(got) if !allowed(got) => Err(AttentionError::Number { name, expected, got }),
         _ => Ok(()),
     }
+}
+
+/// Refuses a number that is infinite in `dtype`, or so small that it loses digits there or becomes zero. `None` and 0
+/// are accepted.
+pub(crate) fn check_held(name: &'static str, number: Option<f64>, dtype: DType) -> Result<(), AttentionError> {
+    let (expected, held): (_, fn(f64) -> bool) = match dtype {
+        DType::F16 => ("a number that F16 can hold", |x| f16::from_f64(x).is_normal()),
+        DType::BF16 => ("a number that BF16 can hold", |x| bf16::from_f64(x).is_normal()),
+        DType::F32 => ("a number that F32 can hold", |x| (x as f32).is_normal()),
+        _ => ("a number that F64 can hold", f64::is_normal),
+    };
+    check_number(name, number, expected, |x| x == 0.0 || held(x))
 }

@@ -45,10 +45,11 @@
 //! | 4 | `layer/config` | the config of a layer, and its checks |
 //! | 5 | `sdpa/score_memory` | the memory of the reference, asked for before |
 //! | 4 | `sdpa/checks` | the inputs of one call, checked once |
+//! | 4 | `sdpa/visible` | matrix products over the pairs of query and key that the mask allows |
 //! | 3 | `sdpa/options` | the options and the output of attention |
 //! | 3 | `sdpa/broadcast` | inputs, masks and biases that broadcast |
 //! | 3 | `sdpa/head_layout` | the order of the axes: heads first or tokens first |
-//! | 3 | `sdpa/overflow` | whether scores can overflow |
+//! | 3 | `sdpa/overflow` | whether scores can overflow, and which numbers are finite |
 //! | 2 | `mask` | which keys each query may attend to |
 //! | 2 | `rotary` | rotary position embedding |
 //! | 2 | `simplified` | attention without trainable weights |

@@ -11,6 +11,7 @@ use crate::layer::kv_cache::{KvCache, Staged, check_sequences};
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::memory;
 use crate::rotary::Positions;
+use crate::sdpa::overflow::check_range;
 use crate::sdpa::{AttentionOptions, reference};
 
 /// The keys and values that a [`CrossAttention`](crate::CrossAttention) layer computes from a memory. They are computed
@@ -165,6 +166,7 @@ fn cached_options(mut options: AttentionOptions, staged: &Staged) -> Result<Atte
         options.attn_bias = Some(match &options.attn_bias {
             Some(own) => {
                 check_device("attn_bias", own, &bias)?;
+                check_range("attn_bias", own, bias.dtype())?;
                 own.to_dtype(bias.dtype())?.broadcast_add(&bias)?
             }
             None => bias,

@@ -10,6 +10,7 @@ use crate::checkpoint::{LayerKind, Parameters};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Init, Parameter, SelfAttentionConfig};
 use crate::memory;
+use crate::sdpa::checks::check_scale_and_softcap;
 
 /// Every parameter from the `VarBuilder`. Parameters that it has only just created are initialised from the config's
 /// seed.
@@ -65,7 +66,14 @@ pub(crate) fn check(kind: LayerKind, config: &SelfAttentionConfig, dtype: DType)
     config.check()?;
     check_kind(kind, config)?;
     check_dtype("parameters", dtype)?;
-    check_eps("qk_norm_eps", config.qk_norm_eps, dtype)
+    check_numbers(config, dtype)
+}
+
+/// Refuses numbers that a layer in this dtype can't compute with.
+fn check_numbers(config: &SelfAttentionConfig, dtype: DType) -> Result<(), AttentionError> {
+    check_scale_and_softcap(config.scale, config.softcap, dtype)?;
+    check_eps("qk_norm_eps", config.qk_norm_eps, dtype)?;
+    config.rotary.as_ref().map_or(Ok(()), |rotary| rotary.check_dtype(dtype))
 }
 
 /// Refuses a config that only the other kind of layer can have.

@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{D, DType, Device, DeviceLocation, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::check::{check_dtype, compute_dtype};
+use crate::check::{check_dtype, check_held, check_number, compute_dtype};
 use crate::error::{AttentionError, Result};
 use crate::memory;
 pub(crate) use positions::Positions;
 pub use scaling::{RotaryScaling, Yarn};
+use scaling::{frequency, has_angles};
 use tables::Tables;
 
 /// Which entries of a head are rotated together.
@@ -99,8 +100,8 @@ impl RotaryEmbedding {
     ///
     /// # Errors
     ///
-    /// An odd number of entries to rotate, or more than head_dim; a base that isn't finite and positive; an invalid
-    /// scaling.
+    /// An odd number of entries to rotate, or more than head_dim; a base that isn't finite and positive, or so small
+    /// that angles overflow; an invalid scaling.
     pub fn new(config: &RotaryConfig, head_dim: usize) -> Result<Self> {
         config.validate(head_dim)?;
         let dim = config.dim.unwrap_or(head_dim);
@@ -164,8 +165,9 @@ impl RotaryEmbedding {
     ///
     /// # Errors
     ///
-    /// Another rank or head_dim, a dtype that isn't a float, positions that overflow, too little memory. With tables also:
-    /// positions that they don't hold, tables for another number of sequences, another device.
+    /// Another rank or head_dim, a dtype that isn't a float or can't hold the attention factor, positions that overflow,
+    /// too little memory. With tables also: positions that they don't hold, tables for another number of sequences,
+    /// another device.
     pub fn apply(&self, x: &Tensor, offset: usize) -> Result<Tensor> {
         self.apply_each(x, &[offset])
     }
@@ -269,7 +271,7 @@ impl RotaryEmbedding {
         memory::check_countable(tensor, x)?;
         check_dtype(tensor, x.dtype())?;
         match &self.source {
-            Source::Config(_) => Ok(()),
+            Source::Config(config) => config.check_dtype(x.dtype()),
             Source::Tables(tables) => tables.check(x),
         }
     }
@@ -309,16 +311,22 @@ impl RotaryConfig {
             let expected = format!("an even number from 2 to head_dim {head_dim}");
             return Err(AttentionError::Config { field: "rotary.dim", expected, got: dim.to_string() });
         }
-        if !(self.base.is_finite() && self.base > 0.0) {
-            let expected = "a finite number above 0";
-            return Err(AttentionError::Number { name: "rotary.base", expected, got: self.base });
-        }
+        check_number("rotary.base", Some(self.base), "a finite number above 0", |x| x.is_finite() && x > 0.0)?;
+        // The frequencies grow or shrink from pair to pair.
+        let fits = |_| has_angles(frequency(self.base, 0, dim).max(frequency(self.base, dim / 2 - 1, dim)));
+        check_number("rotary.base", Some(self.base), "a number that gives every position a finite angle", fits)?;
         self.scaling.as_ref().map_or(Ok(()), |scaling| scaling.validate(self.base, dim))
+    }
+
+    /// Checks that inputs of this dtype can be rotated and stay finite.
+    pub(crate) fn check_dtype(&self, dtype: DType) -> Result<(), AttentionError> {
+        let factor = self.scaling.as_ref().map(RotaryScaling::attention_factor);
+        check_held("rotary.scaling.attention_factor", factor, dtype)
     }
 
     /// The rotation of each of the dim / 2 pairs, in radians per position.
     fn frequencies(&self, dim: usize) -> Vec<f64> {
-        let mut frequencies: Vec<_> = (0..dim / 2).map(|i| self.base.powf(-2.0 * i as f64 / dim as f64)).collect();
+        let mut frequencies: Vec<_> = (0..dim / 2).map(|i| frequency(self.base, i, dim)).collect();
         if let Some(scaling) = &self.scaling {
             scaling.scale(&mut frequencies, self.base);
         }

@@ -239,8 +239,11 @@ impl RotaryScaling {
                     let (field, got) = ("rotary.scaling.factors", factors.len().to_string());
                     return Err(AttentionError::Config { field, expected, got });
                 }
-                for &factor in factors {
-                    check_number("rotary.scaling.factors", Some(factor), "finite numbers above 0", above_zero)?;
+                for (i, &factor) in factors.iter().enumerate() {
+                    let name = "rotary.scaling.factors";
+                    check_number(name, Some(factor), "finite numbers above 0", above_zero)?;
+                    let fits = |factor: f64| has_angles(frequency(base, i, dim) / factor);
+                    check_number(name, Some(factor), "numbers that give every position a finite angle", fits)?;
                 }
             }
         }
@@ -256,6 +259,16 @@ impl RotaryScaling {
 fn blend(factor: f64, fraction: f64) -> f64 {
     let fraction = fraction.clamp(0.0, 1.0);
     (1.0 - fraction) + fraction / factor
+}
+
+/// The rotation of pair `i` before any scaling, in radians per position.
+pub(super) fn frequency(base: f64, i: usize, dim: usize) -> f64 {
+    base.powf(-2.0 * i as f64 / dim as f64)
+}
+
+/// Whether the angle of every position that can be counted is finite.
+pub(super) fn has_angles(frequency: f64) -> bool {
+    (frequency * usize::MAX as f64).is_finite()
 }
 
 fn above_zero(x: f64) -> bool {

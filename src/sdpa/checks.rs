@@ -3,12 +3,13 @@
 use attention_kernels::mask::ScoreShape;
 use candle_core::{DType, Tensor};
 
-use crate::check::{check_device, check_dtype, check_number};
+use crate::check::{check_device, check_dtype, check_held, check_number, compute_dtype};
 use crate::empty::readable;
 use crate::error::{AttentionError, Result};
 use crate::sdpa::broadcast::{InputAxes, broadcast_batch, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
 use crate::sdpa::options::AttentionOptions;
+use crate::sdpa::overflow::check_range;
 
 /// Inputs and options that have been checked against each other. Every backend takes this.
 pub(crate) struct Checked<'a> {
@@ -42,7 +43,8 @@ impl<'a> Checked<'a> {
         let inputs = [q?, k?, v?];
         let [q, k, v] = inputs.each_ref().map(|x| readable(&layout.transpose(x)?));
         let (q, k, v) = (q?, k?, v?);
-        check_numbers(options, q.dtype())?;
+        check_scale_and_softcap(options.scale, options.softcap, q.dtype())?;
+        check_number("dropout_p", Some(options.dropout_p), "a probability in [0, 1)", |x| (0.0..1.0).contains(&x))?;
         let (_, num_heads, q_len, head_dim) = q.dims4()?;
         let scores = ScoreShape { batch, num_heads, q_len, kv_len: k.dim(2)? };
         check_options(&q, &scores, options)?;
@@ -118,14 +120,18 @@ fn check_tensors([query, key, value]: [&Tensor; 3], axes: InputAxes) -> Result<u
     Ok(batch)
 }
 
-fn check_numbers(options: &AttentionOptions, dtype: DType) -> Result<(), AttentionError> {
-    // All dtypes but f64 are computed in f32, which must be able to hold the number.
-    let representable = |x: f64| x.is_finite() && (dtype == DType::F64 || (x as f32).is_finite());
-    // The scores are divided by the softcap.
-    let invertible = |x: f64| representable(x) && representable(1.0 / x) && (dtype == DType::F64 || x as f32 > 0.0);
-    check_number("scale", options.scale, "a finite number", representable)?;
-    check_number("softcap", options.softcap, "a finite number above 0", |x| x > 0.0 && invertible(x))?;
-    check_number("dropout_p", Some(options.dropout_p), "a probability in [0, 1)", |x| (0.0..1.0).contains(&x))
+/// Checks the numbers that scores of inputs in `dtype` are multiplied by and divided by.
+pub(crate) fn check_scale_and_softcap(
+    scale: Option<f64>,
+    softcap: Option<f64>,
+    dtype: DType,
+) -> Result<(), AttentionError> {
+    let computed_in = compute_dtype(dtype);
+    check_number("scale", scale, "a finite number", f64::is_finite)?;
+    check_held("scale", scale, computed_in)?;
+    check_number("softcap", softcap, "a finite number above 0", |x| x > 0.0 && x.is_finite())?;
+    // The inverse of such a number is finite, too.
+    check_held("softcap", softcap, computed_in)
 }
 
 fn check_options(query: &Tensor, shape: &ScoreShape, options: &AttentionOptions) -> Result<()> {
@@ -150,18 +156,13 @@ fn check_options(query: &Tensor, shape: &ScoreShape, options: &AttentionOptions)
     Ok(())
 }
 
-/// Checks a tensor other than query, key and value: any float dtype, the same device, a shape that fits.
-fn check_extra(
-    tensor: &'static str,
-    x: &Tensor,
-    query: &Tensor,
-    fits: bool,
-    expected: String,
-) -> Result<(), AttentionError> {
+/// Checks a tensor other than query, key and value: any float dtype, the same device, a shape that fits, numbers in the
+/// range that is computed in.
+fn check_extra(tensor: &'static str, x: &Tensor, query: &Tensor, fits: bool, expected: String) -> Result<()> {
     check_dtype(tensor, x.dtype())?;
     check_device(tensor, x, query)?;
     if !fits {
-        return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() });
+        return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
     }
-    Ok(())
+    Ok(check_range(tensor, x, compute_dtype(query.dtype()))?)
 }

@@ -5,9 +5,10 @@ pub(crate) mod checks;
 mod fused;
 pub(crate) mod head_layout;
 mod options;
-mod overflow;
+pub(crate) mod overflow;
 pub(crate) mod reference;
 mod score_memory;
+mod visible;
 
 use std::sync::Once;
 

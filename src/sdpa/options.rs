@@ -73,7 +73,8 @@ pub struct AttentionOptions {
     /// differs from `Mask::causal()` if q_len != kv_len.
     pub attn_mask: Mask,
     /// Added to the scores: a float tensor that broadcasts to (batch, num_heads, q_len, kv_len), aligned at the right as
-    /// [`Mask::from_tensor`] says. It gets a gradient. Minus infinity masks a key.
+    /// [`Mask::from_tensor`] says. It gets a gradient. Minus infinity masks a key, as a mask does. A finite number that the
+    /// dtype to compute in can't hold, such as `f64::MIN` for queries in f32, is an error.
     pub attn_bias: Option<Tensor>,
     /// Slopes of attention with linear biases (ALiBi), (num_heads) or (batch, num_heads): adds -slope · |position of
     /// the query - position of the key| to the scores. The last query is aligned with the last key, whatever the mask's

@@ -1,21 +1,85 @@
-//! Overflow of scores: whether finite inputs are so large that their dot products are not finite.
+//! Inputs so large that their dot products are not finite, and inputs that are not finite themselves.
 
 use candle_core::{D, DType, Result, Tensor};
 
+use crate::check::check_number;
 use crate::memory;
 
-/// Whether some |q·k| · |scale| might be larger than the dtype's largest number. The bound is computed in logarithms,
-/// which don't overflow. `q` and `k` are not empty.
+/// What the reference has to know about its inputs before it chooses its steps.
+pub(crate) struct Range {
+    /// Whether some |q·k| · |scale| of finite numbers might be larger than the dtype's largest number.
+    pub(crate) scores_may_overflow: bool,
+    pub(crate) values_are_finite: bool,
+    /// Whether the bias is minus infinity somewhere.
+    pub(crate) bias_hides: bool,
+}
+
+impl Range {
+    /// Reads all that is needed at once, since every read from another device waits for that device. `q` and `k` are not
+    /// empty.
+    pub(crate) fn read(q: &Tensor, k: &Tensor, scale: f64, v: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Self> {
+        // Each of them: the result of a step, and that of the step before it.
+        let inputs = [Some(q), Some(k), v, bias].into_iter().flatten();
+        let bytes = memory::sum(inputs.map(|x| memory::bytes(x.dims(), x.dtype()))).saturating_mul(3);
+        memory::ask("largest entries of the inputs", q.device(), bytes)?;
+        let largest = |x: &Tensor| -> Result<Tensor> { over_rows(&finite_or_zero(&x.detach())?.abs()?, Tensor::max) };
+        let count = |of: Tensor| over_rows(&of.to_dtype(DType::F32)?, Tensor::sum);
+        let number = |x: Option<Result<Tensor>>| x.unwrap_or_else(|| Tensor::zeros(1, q.dtype(), q.device()));
+        let numbers = [
+            largest(q)?,
+            largest(k)?,
+            number(v.filter(|v| v.elem_count() > 0).map(|v| count(is_finite(v)?.eq(0u8)?)))?,
+            number(bias.map(|bias| count(bias.eq(f64::NEG_INFINITY)?)))?,
+        ];
+        let numbers = numbers.iter().map(|x| x.to_dtype(DType::F64)).collect::<Result<Vec<_>>>()?;
+        let numbers = Tensor::cat(&numbers, 0)?.to_vec1::<f64>()?;
+        // The bound is computed in logarithms, which don't overflow.
+        let bound = numbers[0].ln() + numbers[1].ln() + (q.dim(D::Minus1)? as f64).ln() + scale.abs().max(1.0).ln();
+        let limit = if q.dtype() == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
+        Ok(Self {
+            // A margin of 1 covers the rounding of the sum.
+            scores_may_overflow: bound > limit.ln() - 1.0,
+            values_are_finite: numbers[2] == 0.0,
+            bias_hides: numbers[3] > 0.0,
+        })
+    }
+}
+
+/// [`Range::scores_may_overflow`] alone.
 pub(crate) fn may_overflow(q: &Tensor, k: &Tensor, scale: f64) -> Result<bool> {
-    let both = [q, k].map(|x| memory::bytes(x.dims(), x.dtype()));
-    memory::ask("largest entries of query and key", q.device(), memory::sum(both))?;
-    // Row by row first: CUDA reduces a whole tensor with a single block of threads.
-    let largest = |x: &Tensor| x.detach().abs()?.max_keepdim(D::Minus1)?.flatten_all()?.max_keepdim(0);
-    // Both in one tensor, since every read from another device waits for that device.
-    let largest = Tensor::cat(&[largest(q)?, largest(k)?], 0)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    let largest: f64 = largest.iter().map(|x| x.ln()).sum();
-    let limit = if q.dtype() == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
-    let bound = largest + (q.dim(D::Minus1)? as f64).ln() + scale.abs().max(1.0).ln();
-    // A margin of 1 covers the rounding of the sum. Non-finite inputs are no overflow: they affect only their own rows.
-    Ok(bound.is_finite() && bound > limit.ln() - 1.0)
+    Ok(Range::read(q, k, scale, None, None)?.scores_may_overflow)
+}
+
+/// Refuses finite numbers that become infinite in the dtype that is computed in. Infinite numbers are accepted: minus
+/// infinity in a bias hides a key.
+pub(crate) fn check_range(tensor: &'static str, x: &Tensor, computed_in: DType) -> Result<()> {
+    if x.dtype() != DType::F64 || computed_in == DType::F64 || x.elem_count() == 0 {
+        return Ok(());
+    }
+    let x = finite_or_zero(&x.detach())?;
+    for got in Tensor::cat(&[over_rows(&x, Tensor::min)?, over_rows(&x, Tensor::max)?], 0)?.to_vec1::<f64>()? {
+        check_number(tensor, Some(got), "numbers that F32, which is computed in, can hold", |x| {
+            (x as f32).is_finite()
+        })?;
+    }
+    Ok(())
+}
+
+/// 1 where `x` is finite, 0 where it is infinite or NaN.
+pub(crate) fn is_finite(x: &Tensor) -> Result<Tensor> {
+    let x = x.detach();
+    // Infinity minus infinity is NaN.
+    x.sub(&x)?.eq(0.0)
+}
+
+/// `x` with zeros in place of infinity and NaN.
+pub(crate) fn finite_or_zero(x: &Tensor) -> Result<Tensor> {
+    is_finite(x)?.where_cond(x, &x.zeros_like()?)
+}
+
+/// Reduces a whole tensor to one number. It goes row by row first: CUDA reduces a whole tensor with a single block of
+/// threads.
+fn over_rows(x: &Tensor, reduce: impl Fn(&Tensor, usize) -> Result<Tensor>) -> Result<Tensor> {
+    let rows = if x.rank() > 1 { reduce(x, x.rank() - 1)?.flatten_all()? } else { x.flatten_all()? };
+    reduce(&rows, 0)?.reshape(1)
 }

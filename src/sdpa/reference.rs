@@ -10,7 +10,8 @@
 //! | w | (B, H, Lq, Lk) | weights: softmax(s) over the keys |
 //! | lse | (B, H, Lq, 1) | ln Σ exp(s) over the keys |
 //!
-//! Each step is a candle tensor operation with a gradient, so it runs on any device and candle differentiates it.
+//! Each step is a candle tensor operation with a gradient, so it runs on any device and candle differentiates it. If some
+//! pairs of query and key are hidden, [`Visible`] computes the two matrix products, over the visible pairs only.
 //! Source: Vaswani et al., "Attention Is All You Need" (NIPS 2017), section 3.2.1.
 
 use attention_kernels::dropout::kept_by_dropout;
@@ -22,7 +23,8 @@ use crate::error::AttentionError;
 use crate::mask::Mask;
 use crate::memory;
 use crate::sdpa::options::{AttentionOptions, AttentionOutput, ScoreStage};
-use crate::sdpa::overflow::may_overflow;
+use crate::sdpa::overflow::{Range, finite_or_zero, is_finite};
+use crate::sdpa::visible::Visible;
 
 /// The largest number of entries of a tensor on CUDA. candle's kernels count the entries in 32 bits, in blocks of 1024,
 /// and don't terminate if there are more.
@@ -37,10 +39,12 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionO
         return without_keys(q, k, v, options);
     }
     let dtype = q.dtype();
-    let (w, lse) = weights_and_logsumexp(&widened(q)?, &widened(k)?, options)?;
+    let (q, k) = (widened(q)?, widened(k)?);
     // candle can't cast an empty tensor on CUDA.
     let v = if v.elem_count() == 0 { v.clone() } else { widened(v)? };
-    let context = weighted_sum(&dropout(&w, options)?.to_dtype(v.dtype())?, &v)?;
+    let steps = Steps::new(&q, &k, Some(&v), options)?;
+    let (w, lse) = weights_and_logsumexp(&q, &k, options, &steps)?;
+    let context = weighted_sum(&dropout(&w, options)?.to_dtype(v.dtype())?, &v, &steps)?;
     Ok(AttentionOutput {
         context: context.to_dtype(dtype)?,
         weights: options.return_weights.then(|| w.to_dtype(dtype)).transpose()?,
@@ -51,7 +55,40 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionO
 
 /// The weights alone, for at least one query and key.
 pub(crate) fn weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
-    weights_and_logsumexp(&widened(q)?, &widened(k)?, options)?.0.to_dtype(q.dtype())
+    let (dtype, q, k) = (q.dtype(), widened(q)?, widened(k)?);
+    let steps = Steps::new(&q, &k, None, options)?;
+    weights_and_logsumexp(&q, &k, options, &steps)?.0.to_dtype(dtype)
+}
+
+/// What decides how the steps are computed.
+struct Steps {
+    scale: f64,
+    scores_may_overflow: bool,
+    values_are_finite: bool,
+    /// Which pairs count; `None` if all do.
+    visible: Option<Visible>,
+}
+
+impl Steps {
+    fn new(q: &Tensor, k: &Tensor, v: Option<&Tensor>, options: &AttentionOptions) -> Result<Self> {
+        check_score_count(q, k)?;
+        let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
+        let (has_mask, bias) = (!options.attn_mask.is_full(), options.attn_bias.as_ref());
+        let range = Range::read(q, k, scale, v.filter(|_| has_mask || bias.is_some()), bias)?;
+        let bias = bias.filter(|_| range.bias_hides);
+        let hides = has_mask || bias.is_some();
+        Ok(Self {
+            scale,
+            scores_may_overflow: range.scores_may_overflow,
+            values_are_finite: range.values_are_finite,
+            visible: hides.then(|| Visible::new(&options.attn_mask, bias, q, k.dim(2)?)).transpose()?,
+        })
+    }
+
+    /// `x`, one number for each pair, with `instead` in place of those of hidden pairs.
+    fn keep_visible(&self, x: Tensor, instead: f64) -> Result<Tensor> {
+        self.visible.as_ref().map_or(Ok(x.clone()), |visible| visible.keep(&x, instead))
+    }
 }
 
 /// The scores after this step, in the dtype to compute in.
@@ -60,7 +97,13 @@ pub(crate) fn scores(q: &Tensor, k: &Tensor, options: &AttentionOptions, stage: 
     if q.elem_count() == 0 || kv_len == 0 {
         return connected_zeros(&[batch, heads, q_len, kv_len], q, k, options);
     }
-    scores_after(stage, &widened(q)?, &widened(k)?, options)
+    let (q, k) = (widened(q)?, widened(k)?);
+    let mut steps = Steps::new(&q, &k, None, options)?;
+    if stage < ScoreStage::Masked {
+        // No pair is hidden yet, and each has a gradient.
+        steps.visible = None;
+    }
+    scores_after(stage, &q, &k, options, &steps)
 }
 
 /// `x` in the dtype to compute in. Half types accumulate in f32.
@@ -69,20 +112,31 @@ fn widened(x: &Tensor) -> Result<Tensor> {
 }
 
 /// The weights, and ln Σ exp(s), for at least one query and key.
-fn weights_and_logsumexp(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<(Tensor, Tensor)> {
-    let s = scores_after(ScoreStage::Masked, q, k, options)?;
+fn weights_and_logsumexp(
+    q: &Tensor,
+    k: &Tensor,
+    options: &AttentionOptions,
+    steps: &Steps,
+) -> Result<(Tensor, Tensor)> {
+    let s = scores_after(ScoreStage::Masked, q, k, options, steps)?;
     let sinks = match &options.sinks {
         Some(sinks) => Some(sinks.to_dtype(q.dtype())?.reshape((1, (), 1, 1))?),
         None => None,
     };
-    softmax(&s, sinks.as_ref())
+    let (w, lse) = softmax(&s, sinks.as_ref())?;
+    // Hidden weights are zero already, unless the row holds NaN.
+    Ok((steps.keep_visible(w, 0.0)?, lse))
 }
 
 /// The scores after the steps up to this one, for at least one query and key.
-fn scores_after(stage: ScoreStage, q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
-    check_score_count(q, k)?;
-    let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
-    let mut s = scaled_scores(q, k, scale)?;
+fn scores_after(
+    stage: ScoreStage,
+    q: &Tensor,
+    k: &Tensor,
+    options: &AttentionOptions,
+    steps: &Steps,
+) -> Result<Tensor> {
+    let mut s = scaled_scores(q, k, steps)?;
     if let Some(cap) = options.softcap.filter(|_| stage >= ScoreStage::Softcapped) {
         s = ((s / cap)?.tanh()? * cap)?;
     }
@@ -92,7 +146,7 @@ fn scores_after(stage: ScoreStage, q: &Tensor, k: &Tensor, options: &AttentionOp
     if let Some(slopes) = options.alibi_slopes.as_ref().filter(|_| stage >= ScoreStage::Biased) {
         s = s.broadcast_sub(&alibi(&slopes.to_dtype(q.dtype())?, q.dim(2)?, k.dim(2)?)?)?;
     }
-    if stage >= ScoreStage::Masked { mask_scores(&s, options) } else { Ok(s) }
+    if stage >= ScoreStage::Masked { steps.keep_visible(s, f64::NEG_INFINITY) } else { Ok(s) }
 }
 
 fn check_score_count(q: &Tensor, k: &Tensor) -> std::result::Result<(), AttentionError> {
@@ -110,9 +164,9 @@ fn check_score_count(q: &Tensor, k: &Tensor) -> std::result::Result<(), Attentio
 fn without_queries(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
     let (batch, heads, q_len, _) = q.dims4()?;
     let logsumexp = || connected_zeros(&[batch, heads, q_len], q, k, options);
-    let w = connect_options(dot_products(q, k)?, options)?;
+    let w = connect_options(dot_products(q, k, None)?, options)?;
     Ok(AttentionOutput {
-        context: weighted_sum(&w, v)?,
+        context: product_with_values(&w, v, |w, v| w.matmul(v))?,
         weights: options.return_weights.then_some(w),
         scores: None,
         logsumexp: options.return_logsumexp.then(logsumexp).transpose()?,
@@ -155,13 +209,12 @@ fn without_keys(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) 
     })
 }
 
-/// q·kᵀ · scale. The query heads that share a key head are rows of one matrix product, so that no key is copied
-/// (grouped-query attention: Ainslie et al., "GQA", EMNLP 2023, section 2.2).
-fn scaled_scores(q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
-    if may_overflow(q, k, scale)? {
-        return scaled_scores_of_huge_inputs(q, k, scale);
+/// q·kᵀ · scale.
+fn scaled_scores(q: &Tensor, k: &Tensor, steps: &Steps) -> Result<Tensor> {
+    if steps.scores_may_overflow {
+        return scaled_scores_of_huge_inputs(q, k, steps);
     }
-    multiply(&dot_products(q, k)?, scale)
+    multiply(&dot_products(q, k, steps.visible.as_ref())?, steps.scale)
 }
 
 /// s · scale. A multiplication by the number 0 would cut candle's graph, and gradients would be missing.
@@ -169,37 +222,46 @@ fn multiply(s: &Tensor, scale: f64) -> Result<Tensor> {
     if scale == 0.0 { s * s.zeros_like()? } else { s * scale }
 }
 
-fn dot_products(q: &Tensor, k: &Tensor) -> Result<Tensor> {
+/// q·kᵀ. The query heads that share a key head are rows of one matrix product, so that no key is copied (grouped-query
+/// attention: Ainslie et al., "GQA", EMNLP 2023, section 2.2).
+fn dot_products(q: &Tensor, k: &Tensor, visible: Option<&Visible>) -> Result<Tensor> {
     let (batch, heads, q_len, dim) = q.dims4()?;
     let (_, kv_heads, kv_len, _) = k.dims4()?;
     let rows = q.reshape((batch, kv_heads, heads / kv_heads * q_len, dim))?;
-    rows.matmul(&k.t()?)?.reshape((batch, heads, q_len, kv_len))
+    let s = match visible {
+        Some(visible) => visible.dot_products(&rows, k)?,
+        None => rows.matmul(&k.t()?)?,
+    };
+    s.reshape((batch, heads, q_len, kv_len))
 }
 
 /// As [`scaled_scores`], for inputs so large that a dot product could overflow to infinity, and then the difference of
 /// two infinities be NaN. Each huge query and key is divided by its largest entry, and the scores are clamped to the
 /// dtype's range.
-fn scaled_scores_of_huge_inputs(q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
+fn scaled_scores_of_huge_inputs(q: &Tensor, k: &Tensor, steps: &Steps) -> Result<Tensor> {
     // Scaled and clamped: each step's result, two limits and two comparisons.
     let scores = [q.dim(0)?, q.dim(1)?, q.dim(2)?, k.dim(2)?];
     memory::ask("scores of huge inputs", q.device(), memory::bytes(&scores, q.dtype()).saturating_mul(8))?;
     let row_divisor = |x: &Tensor| -> Result<Tensor> {
-        let largest = x.detach().abs()?.max_keepdim(D::Minus1)?;
+        let largest = finite_or_zero(&x.detach())?.abs()?.max_keepdim(D::Minus1)?;
         // The square of this bound is 2^-64 (f64) or 2^-16 (f32) of the largest number, which leaves room for the sum
         // over head_dim. Rows below the bound are not divided and keep every bit.
         let huge = if x.dtype() == DType::F64 { 2f64.powi(480) } else { 2f64.powi(56) };
         largest.gt(huge)?.where_cond(&largest, &largest.ones_like()?)
     };
     let (q_divisor, k_divisor) = (row_divisor(q)?, row_divisor(k)?);
-    let s = multiply(&dot_products(&q.broadcast_div(&q_divisor)?, &k.broadcast_div(&k_divisor)?)?, scale)?;
-    let s = s.broadcast_mul(&q_divisor)?;
+    let (q, k) = (q.broadcast_div(&q_divisor)?, k.broadcast_div(&k_divisor)?);
+    let quotients = dot_products(&q, &k, steps.visible.as_ref())?;
+    let s = multiply(&quotients, steps.scale)?.broadcast_mul(&q_divisor)?;
     // A key's divisor applies to every query head of its group.
     let (batch, heads, q_len, kv_len) = s.dims4()?;
     let kv_heads = k.dim(1)?;
     let k_divisor = k_divisor.t()?.contiguous()?;
     let s = s.reshape((batch, kv_heads, heads / kv_heads * q_len, kv_len))?.broadcast_mul(&k_divisor)?;
+    let s = s.reshape((batch, heads, q_len, kv_len))?;
     let limit = if q.dtype() == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
-    clamp_keeping_nan(&s, limit)?.reshape((batch, heads, q_len, kv_len))
+    // Quotients don't overflow. One that isn't finite comes from an infinite or NaN input, and has to stay what it is.
+    is_finite(&quotients)?.where_cond(&clamp_keeping_nan(&s, limit)?, &s)
 }
 
 /// Clamps to ±limit and keeps NaN, which candle's `clamp` turns into a number on CUDA.
@@ -226,16 +288,6 @@ pub(crate) fn distances(queries: impl Iterator<Item = f64>, kv_len: usize, like:
     // Only two short lists are copied to the device, not the table of all pairs.
     let to_device = |x: Tensor| x.to_dtype(like.dtype())?.to_device(like.device());
     to_device(queries)?.broadcast_sub(&to_device(keys)?)?.abs()
-}
-
-/// Sets the scores to minus infinity where a query may not attend.
-fn mask_scores(s: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
-    if options.attn_mask.is_full() {
-        return Ok(s.clone());
-    }
-    let allowed = options.attn_mask.to_tensor(s.dims4()?, s.device())?;
-    let hidden = Tensor::new(f64::NEG_INFINITY, s.device())?.to_dtype(s.dtype())?.broadcast_as(s.shape())?;
-    allowed.broadcast_as(s.shape())?.where_cond(s, &hidden)
 }
 
 /// exp(s) / Σ exp(s) over the keys, and ln Σ exp(s). The sink, if there is one, is one more score in both sums.
@@ -275,10 +327,18 @@ fn dropout(w: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     w * (kept * (1.0 / (1.0 - options.dropout_p)))?
 }
 
-/// w·v, with the query heads of a group as rows of one matrix product, as in [`scaled_scores`].
-fn weighted_sum(w: &Tensor, v: &Tensor) -> Result<Tensor> {
+/// w·v over the visible pairs.
+fn weighted_sum(w: &Tensor, v: &Tensor, steps: &Steps) -> Result<Tensor> {
+    product_with_values(w, v, |w, v| match &steps.visible {
+        Some(visible) if v.elem_count() > 0 => visible.weighted_sum(w, v, steps.values_are_finite),
+        _ => w.matmul(v),
+    })
+}
+
+/// A product of weights and values, with the query heads of a group as rows of one matrix, as in [`dot_products`].
+fn product_with_values(w: &Tensor, v: &Tensor, product: impl Fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
     let (batch, heads, q_len, kv_len) = w.dims4()?;
     let (_, kv_heads, _, value_dim) = v.dims4()?;
     let rows = w.reshape((batch, kv_heads, heads / kv_heads * q_len, kv_len))?;
-    rows.matmul(v)?.reshape((batch, heads, q_len, value_dim))
+    product(&rows, v)?.reshape((batch, heads, q_len, value_dim))
 }

@@ -1,6 +1,6 @@
 //! Invalid input gives an error that names what was expected and what was found, never a panic.
 
-use candle_attention::{AttentionError, AttentionOptions, Error, Mask, scaled_dot_product_attention};
+use candle_attention::{AttentionError, AttentionOptions, Backend, Error, Mask, scaled_dot_product_attention};
 use candle_core::{DType, Device, Tensor};
 
 /// Query (2, 4, 3, 6), key (2, 2, 5, 6), value (2, 2, 5, 7).
@@ -136,6 +136,14 @@ fn with_dropout(dropout_p: f64) -> AttentionOptions {
 
 // Numbers.
 hostile! {
+    scale_beyond_f32: options(with_scale(1e300))
+        => Number, "scale: expected a number that F32 can hold", "got 1000000";
+    scale_that_is_zero_in_f32: options(with_scale(1e-50))
+        => Number, "scale: expected a number that F32 can hold", "got 0.0000000";
+    softcap_beyond_f32: options(with_softcap(1e39))
+        => Number, "softcap: expected a number that F32 can hold", "got 1000000";
+    softcap_that_is_zero_in_f32: options(with_softcap(1e-46))
+        => Number, "softcap: expected a number that F32 can hold", "got 0.0000000";
     scale_of_nan: options(with_scale(f64::NAN))
         => Number, "scale: expected a finite number", "got NaN";
     scale_of_infinity: options(with_scale(f64::INFINITY))
@@ -174,6 +182,42 @@ fn with_slopes(dims: &[usize], dtype: DType) -> AttentionOptions {
 
 fn with_sinks(dims: &[usize], dtype: DType) -> AttentionOptions {
     AttentionOptions { sinks: Some(zeros(dims, dtype)), ..Default::default() }
+}
+
+/// An f64 tensor of zeros with `number` at the end, which f32 can't hold.
+fn beyond_f32(dims: &[usize], number: f64) -> Option<Tensor> {
+    let mut numbers = vec![0.0; dims.iter().product()];
+    *numbers.last_mut().expect("an entry") = number;
+    Some(Tensor::from_vec(numbers, dims, &Device::Cpu).unwrap())
+}
+
+hostile! {
+    bias_beyond_f32: options(AttentionOptions { attn_bias: beyond_f32(&[3, 5], 1e300), ..Default::default() })
+        => Number, "attn_bias: expected numbers that F32, which is computed in, can hold", "got 1000000";
+    bias_of_the_lowest_f64: options(AttentionOptions { attn_bias: beyond_f32(&[3, 5], f64::MIN), ..Default::default() })
+        => Number, "attn_bias: expected numbers that F32, which is computed in, can hold", "got -1797693";
+    slopes_beyond_f32: options(AttentionOptions { alibi_slopes: beyond_f32(&[4], -1e39), ..Default::default() })
+        => Number, "alibi_slopes: expected numbers that F32, which is computed in, can hold", "got -1000000";
+    sinks_beyond_f32: options(AttentionOptions { sinks: beyond_f32(&[4], 1e300), ..Default::default() })
+        => Number, "sinks: expected numbers that F32, which is computed in, can hold", "got 1000000";
+}
+
+/// Numbers in a wider dtype than the queries are no error if they can be computed with. Nor is minus infinity.
+#[test]
+fn numbers_of_a_wider_dtype_that_fit_are_accepted() {
+    let lowest_f32 = |numbers: [f64; 2]| Tensor::new(&numbers, &Device::Cpu).unwrap();
+    for (dtype, bias) in [
+        (DType::F32, lowest_f32([f64::NEG_INFINITY, f64::from(f32::MIN)])),
+        (DType::F16, lowest_f32([f64::NEG_INFINITY, f64::from(f32::MIN)])),
+        (DType::F16, lowest_f32([f64::NEG_INFINITY, -1e5]).to_dtype(DType::F32).unwrap()),
+        (DType::F64, lowest_f32([f64::NEG_INFINITY, f64::MIN])),
+    ] {
+        let (query, key) = (zeros(&[1, 1], dtype), zeros(&[2, 1], dtype));
+        let value = Tensor::new(&[[7f64], [3.]], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let options = AttentionOptions { attn_bias: Some(bias), backend: Backend::Reference, ..Default::default() };
+        let context = scaled_dot_product_attention(&query, &key, &value, &options).unwrap().context;
+        assert_eq!(context.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap(), [[3.0]], "{dtype:?}");
+    }
 }
 
 const SCORES: &str = "broadcasts to (batch, num_heads, q_len, kv_len) = [2, 4, 3, 5]";

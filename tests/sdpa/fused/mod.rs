@@ -4,6 +4,7 @@
 mod check;
 mod extremes;
 mod grid;
+mod hidden;
 mod hostile;
 mod laws;
 mod masks;
