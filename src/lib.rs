@@ -52,6 +52,7 @@
 //! | 2 | `rotary` | rotary position embedding |
 //! | 2 | `simplified` | attention without trainable weights |
 //! | 1 | `check` | checks that several files share |
+//! | 1 | `unique_map` | JSON objects in which no name stands twice |
 //! | 0 | `error` | every way an input can be wrong |
 //!
 //! These files use the package `attention-kernels`: the fused computation on slices, masks as rules, dropout, random
@@ -70,6 +71,7 @@ mod mask;
 pub mod rotary;
 mod sdpa;
 pub mod simplified;
+mod unique_map;
 
 pub use attention_files::FileError;
 pub use attention_kernels::mask::MaskError;

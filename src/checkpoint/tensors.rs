@@ -10,6 +10,7 @@ use attention_kernels::reserve;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo};
 
+use crate::checkpoint::header::check_header;
 use crate::error::{AttentionError, Error, Result};
 
 /// The limit of the safetensors crate for the length of a header.
@@ -48,6 +49,7 @@ impl TensorFile {
         }
         let mut header = vec![0; len as usize];
         file.read_exact(&mut header).map_err(io_error)?;
+        check_header(&header, bytes).map_err(not_safetensors)?;
         let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| not_safetensors(error.to_string()))?;
         let (data, start) = (metadata.data_len() as u64, 8 + len);
         if data != bytes - start {

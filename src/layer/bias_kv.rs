@@ -4,8 +4,8 @@
 use candle_core::{D, Result, Tensor};
 
 use crate::check::compute_dtype;
-use crate::error::AttentionError;
 use crate::sdpa::AttentionOptions;
+use crate::sdpa::checks::check_bias;
 
 /// The keys and values to append: first the learned ones, then those of zeros.
 #[derive(Clone, Debug)]
@@ -17,8 +17,10 @@ pub(crate) struct BiasKv {
 
 impl BiasKv {
     /// Appends the extra keys and values to those given, (batch, kv_len, num_kv_heads, dim), and extends mask and bias.
+    /// `query` is (batch, q_len, num_heads, head_dim).
     pub(crate) fn append(
         &self,
+        query: &Tensor,
         key: Tensor,
         value: Tensor,
         options: AttentionOptions,
@@ -30,7 +32,14 @@ impl BiasKv {
         let kv_len = key.dim(1)?;
         let (bias_k, bias_v) = self.learned.as_ref().map(|(bias_k, bias_v)| (bias_k, bias_v)).unzip();
         let (key, value) = (self.extend(&key, bias_k)?, self.extend(&value, bias_v)?);
-        let attn_bias = options.attn_bias.as_ref().map(|bias| pad_bias(bias, kv_len, count)).transpose()?;
+        let attn_bias = match &options.attn_bias {
+            Some(bias) => {
+                let (batch, q_len, num_heads, _) = query.dims4()?;
+                check_bias(bias, query, [batch, num_heads, q_len, kv_len])?;
+                Some(pad_bias(bias, kv_len, count)?)
+            }
+            None => None,
+        };
         let attn_mask = options.attn_mask.with_extra_keys(count);
         Ok((key, value, AttentionOptions { attn_mask, attn_bias, ..options }))
     }
@@ -49,17 +58,11 @@ impl BiasKv {
     }
 }
 
-/// Extends a bias with zeros for the extra keys.
+/// Extends a bias, which has been checked, with zeros for the extra keys.
 fn pad_bias(bias: &Tensor, kv_len: usize, count: usize) -> Result<Tensor> {
     let mut dims = bias.dims().to_vec();
-    match dims.last_mut() {
-        Some(last) if *last == 1 || *last == kv_len => *last = kv_len,
-        Some(_) => {
-            let expected = format!("one that broadcasts to kv_len {kv_len}");
-            return Err(AttentionError::Shape { tensor: "attn_bias", expected, shape: dims }.into());
-        }
-        None => dims.push(kv_len),
-    }
+    dims.pop();
+    dims.push(kv_len);
     broadcast(bias, &dims)?.pad_with_zeros(D::Minus1, 0, count)
 }
 

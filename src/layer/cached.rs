@@ -2,11 +2,11 @@
 
 use candle_core::Tensor;
 
-use crate::check::check_device;
 use crate::error::{AttentionError, Result};
 use crate::layer::core::Core;
 use crate::layer::kv_cache::{KvCache, Staged, check_sequences};
 use crate::layer::options::{ForwardOptions, ForwardOutput};
+use crate::sdpa::checks::check_bias;
 use crate::sdpa::grad_connect::connected;
 use crate::sdpa::{AttentionOptions, reference};
 
@@ -78,6 +78,9 @@ impl Core {
         let (key, value) = self.keys_and_values([&x, &x], cache.lengths())?;
         let staged = cache.stage(&key, &value)?;
         let (key, value) = staged.key_value()?;
+        if let Some(bias) = &options.attn_bias {
+            check_bias(bias, &query, [batch, self.config.num_heads, len, staged.kv_len()])?;
+        }
         let output = self.attend_heads(&query.detach(), key, value, self.cached_options(options, &staged)?)?;
         cache.commit(staged, added);
         output.map(|tensor| if has_batch { Ok(tensor.detach()) } else { tensor.detach().squeeze(0) })
@@ -97,10 +100,7 @@ impl Core {
             // bias.
             let bias = slopes.reshape((1, (), 1, 1))?.broadcast_mul(&distances(staged, &slopes)?)?.neg()?;
             options.attn_bias = Some(match &options.attn_bias {
-                Some(own) => {
-                    check_device("attn_bias", own, &bias)?;
-                    own.to_dtype(bias.dtype())?.broadcast_add(&bias)?
-                }
+                Some(own) => own.to_dtype(bias.dtype())?.broadcast_add(&bias)?,
                 None => bias,
             });
         }

@@ -188,7 +188,7 @@ impl Core {
         options: AttentionOptions,
     ) -> Result<ForwardOutput> {
         let (batch, q_len, _, _) = query.dims4()?;
-        let (key, value, options) = self.bias_kv.append(key, value, options)?;
+        let (key, value, options) = self.bias_kv.append(query, key, value, options)?;
         let attended = attention([query, &key, &value], HeadLayout::Blhd, &options)?;
         let output = [batch, q_len, self.config.output_dim()];
         let output = match &self.o_proj {

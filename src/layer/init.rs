@@ -6,15 +6,23 @@ use candle_nn::VarBuilder;
 
 use crate::block::norm::check_eps;
 use crate::check::{check_dtype, compute_dtype};
-use crate::checkpoint::{LayerKind, Parameters};
+use crate::checkpoint::{LayerKind, Parameters, check_all, check_built, prefixed};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Init, Parameter, SelfAttentionConfig};
 
 /// Every parameter from the `VarBuilder`. Parameters that it has only just created are initialised from the config's
 /// seed.
-pub(crate) fn create(config: &SelfAttentionConfig, vb: &VarBuilder) -> CandleResult<Parameters> {
-    let parameters = config.parameters();
-    parameters.iter().map(|parameter| Ok((parameter.name, create_one(parameter, config.seed, vb)?))).collect()
+pub(crate) fn create(config: &SelfAttentionConfig, vb: &VarBuilder) -> Result<Parameters> {
+    let (old, new): (Vec<_>, Vec<_>) = config.parameters().into_iter().partition(|x| vb.contains_tensor(x.name));
+    let create = |parameter: &Parameter| Ok((parameter.name, create_one(parameter, config.seed, vb)?));
+    // What is there is checked before anything is created, since a `VarMap` keeps the parameters of a refused layer.
+    let mut parameters = old.iter().map(create).collect::<CandleResult<Parameters>>()?;
+    let prefix = vb.prefix();
+    check_all(parameters.iter().map(|(name, tensor)| (prefixed(&prefix, name), check_built(vb, name, tensor))))?;
+    for parameter in &new {
+        parameters.push(create(parameter)?);
+    }
+    Ok(parameters)
 }
 
 fn create_one(parameter: &Parameter, seed: u64, vb: &VarBuilder) -> CandleResult<Tensor> {

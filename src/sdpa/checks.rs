@@ -114,7 +114,8 @@ fn check_numbers(options: &AttentionOptions, dtype: DType) -> Result<(), Attenti
     // The scores are divided by the softcap.
     let invertible = |x: f64| representable(x) && representable(1.0 / x) && (dtype == DType::F64 || x as f32 > 0.0);
     check_number("scale", options.scale, "a finite number", representable)?;
-    check_number("softcap", options.softcap, "a finite number above 0", |x| x > 0.0 && invertible(x))?;
+    let expected = "a finite number above 0, or 0 for none";
+    check_number("softcap", options.softcap(), expected, |x| x > 0.0 && invertible(x))?;
     check_number("dropout_p", Some(options.dropout_p), "a probability in [0, 1)", |x| (0.0..1.0).contains(&x))
 }
 
@@ -123,10 +124,7 @@ fn check_options(query: &Tensor, shape: &ScoreShape, options: &AttentionOptions)
     let scores = [batch, num_heads, q_len, kv_len];
     options.attn_mask.rule().check(shape)?;
     if let Some(bias) = &options.attn_bias {
-        let broadcasts = bias.rank() <= 4
-            && bias.dims().iter().rev().zip(scores.iter().rev()).all(|(&dim, &size)| dim == size || dim == 1);
-        let expected = format!("that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}");
-        check_extra("attn_bias", bias, query, broadcasts, expected)?;
+        check_bias(bias, query, scores)?;
     }
     if let Some(slopes) = &options.alibi_slopes {
         let fits = slopes.dims() == [num_heads] || slopes.dims() == [batch, num_heads];
@@ -138,6 +136,15 @@ fn check_options(query: &Tensor, shape: &ScoreShape, options: &AttentionOptions)
         check_extra("sinks", sinks, query, sinks.dims() == [num_heads], expected)?;
     }
     Ok(())
+}
+
+/// Checks a bias for scores (batch, num_heads, q_len, kv_len) of this query. A layer calls this before it changes a
+/// bias.
+pub(crate) fn check_bias(bias: &Tensor, query: &Tensor, scores: [usize; 4]) -> Result<(), AttentionError> {
+    let broadcasts = bias.rank() <= 4
+        && bias.dims().iter().rev().zip(scores.iter().rev()).all(|(&dim, &size)| dim == size || dim == 1);
+    let expected = format!("that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}");
+    check_extra("attn_bias", bias, query, broadcasts, expected)
 }
 
 /// Checks a tensor other than query, key and value: any float dtype, the same device, a shape that fits.

@@ -37,7 +37,7 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
     let trained_bias = options.attn_bias.as_ref().filter(|bias| bias.track_op());
     let op = FusedAttention {
         scale,
-        softcap: options.softcap,
+        softcap: options.softcap(),
         mask: options.attn_mask.clone(),
         bias: if trained_bias.is_some() { None } else { constant(&options.attn_bias)? },
         slopes: constant(&options.alibi_slopes)?.map(|slopes| slopes.contiguous()).transpose()?,

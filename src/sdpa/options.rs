@@ -33,7 +33,8 @@ pub enum Backend {
 pub struct AttentionOptions {
     /// What the dot products are multiplied by; 1 / sqrt(head_dim) if not given. Finite; may be negative.
     pub scale: Option<f64>,
-    /// Bounds the scores smoothly: softcap · tanh(scores / softcap). Finite and positive. (Gemma 2, section 2.)
+    /// Bounds the scores smoothly: softcap · tanh(scores / softcap). Finite and positive; 0 is none, as in ONNX. (Gemma
+    /// 2, section 2.)
     pub softcap: Option<f64>,
     /// Which keys each query may attend to.
     pub attn_mask: Mask,
@@ -59,6 +60,13 @@ pub struct AttentionOptions {
     /// Whether to return [`AttentionOutput::logsumexp`]. Half types are widened for it, which changes other numbers by
     /// rounding. Numbers in f32 and f64 stay the same.
     pub return_logsumexp: bool,
+}
+
+impl AttentionOptions {
+    /// The softcap, where 0 is none.
+    pub(crate) fn softcap(&self) -> Option<f64> {
+        self.softcap.filter(|&cap| cap != 0.0)
+    }
 }
 
 /// What attention returns. Every tensor is differentiable.

@@ -62,7 +62,7 @@ fn weights_and_logsumexp(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> 
     check_score_count(q, k)?;
     let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
     let mut s = scaled_scores(q, k, scale)?;
-    if let Some(cap) = options.softcap {
+    if let Some(cap) = options.softcap() {
         s = ((s / cap)?.tanh()? * cap)?;
     }
     if let Some(bias) = &options.attn_bias {
