@@ -55,6 +55,7 @@
 //! | 2 | `simplified` | attention without trainable weights |
 //! | 1 | `check` | checks that several files share |
 //! | 1 | `memory` | memory, asked for before candle allocates it |
+//! | 1 | `unique_map` | JSON objects in which no name stands twice |
 //! | 0 | `empty` | tensors without entries: gradients through them, and views that candle can't read |
 //! | 0 | `error` | every way an input can be wrong |
 //!
@@ -76,6 +77,7 @@ mod memory;
 pub mod rotary;
 mod sdpa;
 pub mod simplified;
+mod unique_map;
 
 pub use attention_files::FileError;
 pub use attention_kernels::mask::MaskError;

@@ -152,7 +152,7 @@ impl<'a, R> BiasView<'a, R> {
 pub struct ProblemOptions<'a, R> {
     /// What the dot products are multiplied by. None is 1 / sqrt(head_dim).
     pub scale: Option<f64>,
-    /// Bounds the scores smoothly: softcap · tanh(scores / softcap).
+    /// Bounds the scores smoothly: softcap · tanh(scores / softcap). 0 is none.
     pub softcap: Option<f64>,
     /// Which keys each query may attend to.
     pub mask: &'a Rule,
@@ -202,6 +202,7 @@ impl<'a, E: Number> Problem<'a, E> {
         options: ProblemOptions<'a, E::Float>,
     ) -> Result<Self, Error> {
         let scale = options.scale.unwrap_or(1.0 / (q.dims()[3] as f64).sqrt());
+        let options = ProblemOptions { softcap: options.softcap.filter(|&cap| cap != 0.0), ..options };
         let problem = Self { q, k, v, scale, options };
         problem.check_dims()?;
         problem.check_numbers()?;
@@ -247,7 +248,7 @@ impl<'a, E: Number> Problem<'a, E> {
             // The scores are divided by the softcap.
             let is_invertible = E::Float::from_f64(cap) > E::Float::ZERO && is_finite(1.0 / cap);
             if !is_invertible || !is_finite(cap) {
-                return refuse("softcap", "a finite number above 0", cap);
+                return refuse("softcap", "a finite number above 0, or 0 for none", cap);
             }
         }
         match self.options.dropout {

@@ -145,8 +145,16 @@ fn scale_that_is_not_finite_is_refused() {
 
 #[test]
 fn softcap_that_cant_be_divided_by_is_refused() {
-    for softcap in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-60, 1e300] {
+    for softcap in [-1.0, f64::NAN, f64::INFINITY, 1e-60, 1e300] {
         refuses_option(ProblemOptions { softcap: Some(softcap), ..Default::default() }, "softcap");
+    }
+}
+
+#[test]
+fn softcap_of_zero_is_none() {
+    for softcap in [0.0, -0.0] {
+        let problem = problem(ProblemOptions { softcap: Some(softcap), ..Default::default() }).unwrap();
+        assert_eq!((problem.options().softcap, problem.operands().softcap), (None, None));
     }
 }
 

@@ -5,12 +5,15 @@
 //! parameters are named and arranged, a [`LayoutFile`] says which file and which prefix belong to one layer, and
 //! [`var_builder`] reads a whole model.
 
+mod header;
 mod layout;
 mod layout_file;
+mod parameter;
 mod tensors;
 mod weights;
 
 use std::collections::HashMap;
+use std::fmt::Display;
 
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor, Var};
@@ -22,9 +25,12 @@ use crate::check::{SUPPORTED, is_supported};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Parameter, SelfAttentionConfig};
 use crate::memory;
+use header::{check_header, sort_header};
 pub use layout::Layout;
-pub(crate) use layout::{from_file, from_var_builder, to_file, to_tensors};
+pub(crate) use layout::{from_file, from_var_builder, prefixed, to_file, to_tensors};
 pub use layout_file::LayoutFile;
+pub(crate) use parameter::check_built;
+use parameter::check_finite;
 pub use weights::var_builder;
 
 /// Parameters by their names.
@@ -55,10 +61,13 @@ pub(crate) fn to_bytes(header: &Header, parameters: &[(&'static str, &Tensor)]) 
     serialise(parameters.iter().map(|&(name, tensor)| (name.to_string(), tensor)), metadata)
 }
 
+/// The bytes of a safetensors file with these tensors. They must be finite, since no layer could load others.
 fn serialise<'a>(
     tensors: impl Iterator<Item = (String, &'a Tensor)>,
-    metadata: HashMap<String, String>,
+    mut metadata: HashMap<String, String>,
 ) -> Result<Vec<u8>> {
+    // Hugging Face's programs refuse a file without this entry.
+    metadata.insert("format".into(), "pt".into());
     let tensors = tensors.collect::<Vec<_>>();
     // The copies of tensors that aren't contiguous or on the CPU, and the file.
     let bytes = memory::sum(tensors.iter().map(|(_, x)| memory::bytes(x.dims(), x.dtype()).saturating_mul(2)));
@@ -66,7 +75,16 @@ fn serialise<'a>(
     // safetensors reads the data through a function that can't fail, so the copies that can fail are made first.
     let on_cpu = |(name, tensor): (String, &Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
     let tensors = tensors.into_iter().map(on_cpu).collect::<candle_core::Result<Vec<_>>>()?;
-    Ok(safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)?)
+    check_all(tensors.iter().map(|(name, tensor)| (name.clone(), check_finite(tensor))))?;
+    let mut bytes = safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)?;
+    sort_header(&mut bytes).map_err(candle_core::Error::wrap)?;
+    Ok(bytes)
+}
+
+/// One error for the problems of all tensors.
+pub(crate) fn check_all(checks: impl Iterator<Item = (String, Result<(), String>)>) -> Result<(), AttentionError> {
+    let problems: Vec<_> = checks.filter_map(|(name, check)| Some(format!("`{name}`: {}", check.err()?))).collect();
+    if problems.is_empty() { Ok(()) } else { Err(AttentionError::CheckpointTensors { path: None, problems }) }
 }
 
 /// Reads what [`to_bytes`] wrote, for a layer of this kind: its config, its parameters as variables, and their dtype.
@@ -85,10 +103,11 @@ pub(crate) fn from_bytes(
         let view = tensors.tensor(name).map_err(candle_core::Error::from)?;
         parameters.push((name, Var::from_tensor(&view.load(device)?)?.into_inner()));
     }
+    check_all(parameters.iter().map(|(name, tensor)| (name.to_string(), check_finite(tensor))))?;
     Ok((config, parameters, dtype))
 }
 
-fn not_safetensors(bytes: &[u8], error: &safetensors::SafeTensorError) -> AttentionError {
+fn not_safetensors(bytes: &[u8], error: &dyn Display) -> AttentionError {
     AttentionError::Checkpoint {
         path: None,
         expected: "a safetensors file".into(),
@@ -96,33 +115,15 @@ fn not_safetensors(bytes: &[u8], error: &safetensors::SafeTensorError) -> Attent
     }
 }
 
-/// Refuses a header in which a tensor ends after the end of the file. safetensors adds up the header's numbers, and the
-/// sum could overflow.
-fn check_offsets(bytes: &[u8]) -> Result<(), AttentionError> {
-    #[derive(Deserialize)]
-    struct TensorEntry {
-        data_offsets: (usize, usize),
-    }
+fn read_header(bytes: &[u8], layer: LayerKind) -> Result<SelfAttentionConfig, AttentionError> {
     let header = bytes.split_first_chunk().and_then(|(len, rest)| {
         let len = usize::try_from(u64::from_le_bytes(*len)).ok()?;
-        serde_json::from_slice::<HashMap<String, serde_json::Value>>(rest.get(..len)?).ok()
+        rest.get(..len)
     });
-    // A header that can't be parsed here is refused later by safetensors, with the reason.
-    for (name, entry) in header.unwrap_or_default() {
-        let end = TensorEntry::deserialize(&entry).map_or(0, |entry| entry.data_offsets.1);
-        if end > bytes.len() {
-            return Err(AttentionError::Checkpoint {
-                path: None,
-                expected: "a safetensors file".into(),
-                got: format!("{} bytes, in which `{name}` ends at byte {end} of the data", bytes.len()),
-            });
-        }
-    }
-    Ok(())
-}
-
-fn read_header(bytes: &[u8], layer: LayerKind) -> Result<SelfAttentionConfig, AttentionError> {
-    check_offsets(bytes)?;
+    // If the header isn't as long as it says, the safetensors crate tells the reason.
+    header
+        .map_or(Ok(()), |header| check_header(header, bytes.len() as u64))
+        .map_err(|error| not_safetensors(bytes, &error))?;
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| not_safetensors(bytes, &error))?;
     let entry = metadata.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY));
     let json = entry.ok_or_else(|| AttentionError::Checkpoint {

@@ -10,6 +10,7 @@ use attention_kernels::filled;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo};
 
+use crate::checkpoint::header::check_header;
 use crate::error::{AttentionError, Error, Result};
 use crate::memory;
 
@@ -49,6 +50,7 @@ impl TensorFile {
         }
         let mut header = filled("header of a checkpoint", len as usize, 0)?;
         file.read_exact(&mut header).map_err(io_error)?;
+        check_header(&header, bytes).map_err(not_safetensors)?;
         let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| not_safetensors(error.to_string()))?;
         let (data, start) = (metadata.data_len() as u64, 8 + len);
         if data != bytes - start {

@@ -10,8 +10,10 @@ use candle_nn::var_builder::SimpleBackend;
 use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 
+use crate::checkpoint::parameter::ASK_FOR_STORED;
 use crate::checkpoint::tensors::TensorFile;
 use crate::error::{AttentionError, Result};
+use crate::unique_map::UniqueMap;
 
 /// A `VarBuilder` for a whole model from a checkpoint on disk: a safetensors file, the `*.index.json` of a sharded one,
 /// or a folder with either.
@@ -111,6 +113,11 @@ impl SimpleBackend for Weights {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> CandleResult<Tensor> {
+        if dtype == ASK_FOR_STORED
+            && let Some(got) = self.info(name).and_then(|info| DType::try_from(info.dtype).ok())
+        {
+            return Err(AttentionError::DType { tensor: "tensor of a checkpoint", expected: "F4".into(), got }.into());
+        }
         self.read(name)?.to_dtype(dtype)?.to_device(device)
     }
 
@@ -149,7 +156,7 @@ fn find_in_folder(folder: &Path) -> Result<PathBuf> {
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>, AttentionError> {
     #[derive(Deserialize)]
     struct Index {
-        weight_map: BTreeMap<String, String>,
+        weight_map: UniqueMap<String>,
     }
     let bytes = read(path)?;
     let index: Index = serde_json::from_slice(&bytes).map_err(|error| AttentionError::Checkpoint {
@@ -157,7 +164,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, AttentionError> {
         expected: "the index of a sharded checkpoint, with a `weight_map` from tensors to files".into(),
         got: format!("{} bytes that aren't one: {error}", bytes.len()),
     })?;
-    let shards: BTreeSet<&String> = index.weight_map.values().collect();
+    let shards: BTreeSet<&String> = index.weight_map.0.values().collect();
     let list = |shards: Vec<&&String>| shards.iter().map(|shard| format!("`{shard}`")).collect::<Vec<_>>().join(", ");
     let is_inside = |shard: &str| {
         let mut parts = Path::new(shard).components().peekable();
@@ -175,5 +182,5 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, AttentionError> {
         let got = format!("no file {}", list(missing));
         return Err(AttentionError::Checkpoint { path: Some(path.to_path_buf()), expected, got });
     }
-    Ok(index.weight_map)
+    Ok(index.weight_map.0)
 }

@@ -1,13 +1,15 @@
 //! Keys and values that a layer appends to the given ones, as PyTorch's `nn.MultiheadAttention` does with `add_bias_kv`
 //! and `add_zero_attn`. Every query may attend to them.
 
+use attention_kernels::mask::ScoreShape;
 use candle_core::{D, Result, Tensor};
 
 use crate::check::compute_dtype;
 use crate::empty::readable;
 use crate::memory;
 use crate::sdpa::AttentionOptions;
-use crate::sdpa::broadcast::broadcast;
+use crate::sdpa::broadcast::{broadcast, common_batch};
+use crate::sdpa::checks::check_bias;
 
 /// The keys and values to append: first the learned ones, then those of zeros.
 #[derive(Clone, Debug)]
@@ -19,8 +21,10 @@ pub(crate) struct BiasKv {
 
 impl BiasKv {
     /// Appends the extra keys and values to those given, (batch, kv_len, num_kv_heads, dim), and extends mask and bias.
+    /// `query` is (batch, q_len, num_heads, head_dim).
     pub(crate) fn append(
         &self,
+        query: &Tensor,
         key: Tensor,
         value: Tensor,
         options: AttentionOptions,
@@ -32,7 +36,15 @@ impl BiasKv {
         let kv_len = key.dim(1)?;
         let (bias_k, bias_v) = self.learned.as_ref().map(|(bias_k, bias_v)| (bias_k, bias_v)).unzip();
         let (key, value) = (self.extend(&key, bias_k)?, self.extend(&value, bias_v)?);
-        let attn_bias = options.attn_bias.as_ref().map(|bias| pad_bias(bias, kv_len, count)).transpose()?;
+        let attn_bias = match &options.attn_bias {
+            Some(bias) => {
+                let (batch, q_len, num_heads, _) = query.dims4()?;
+                let batch = common_batch([batch, key.dim(0)?]);
+                check_bias(bias, query, &ScoreShape { batch, num_heads, q_len, kv_len })?;
+                Some(pad_bias(bias, kv_len, count)?)
+            }
+            None => None,
+        };
         let attn_mask = options.attn_mask.with_extra_keys(count);
         Ok((key, value, AttentionOptions { attn_mask, attn_bias, ..options }))
     }

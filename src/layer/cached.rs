@@ -3,7 +3,6 @@
 use attention_kernels::{collected, filled};
 use candle_core::Tensor;
 
-use crate::check::check_device;
 use crate::empty::connected;
 use crate::error::{AttentionError, Result};
 use crate::layer::core::{Core, batches_fit, score_shape};
@@ -11,7 +10,7 @@ use crate::layer::kv_cache::{KvCache, Staged, check_sequences};
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::memory;
 use crate::rotary::Positions;
-use crate::sdpa::overflow::check_range;
+use crate::sdpa::checks::check_bias;
 use crate::sdpa::{AttentionOptions, reference};
 
 /// The keys and values that a [`CrossAttention`](crate::CrossAttention) layer computes from a memory. They are computed
@@ -85,7 +84,11 @@ impl Core {
         let (key, value) = self.keys_and_values([&x, &x], &positions)?;
         let staged = cache.stage(&key, &value)?;
         let (key, value) = staged.key_value()?;
-        let options = self.attention_options(options, &score_shape(&query, &key)?)?;
+        let scores = score_shape(&query, &key)?;
+        let options = self.attention_options(options, &scores)?;
+        if let Some(bias) = &options.attn_bias {
+            check_bias(bias, &query, &scores)?;
+        }
         let output = self.attend_heads(&query.detach(), key, value, cached_options(options, &staged)?)?;
         cache.commit(staged, added);
         output.map(|tensor| if has_batch { Ok(tensor.detach()) } else { tensor.detach().squeeze(0) })
@@ -164,11 +167,7 @@ fn cached_options(mut options: AttentionOptions, staged: &Staged) -> Result<Atte
         )?;
         let bias = slopes.reshape((1, (), 1, 1))?.broadcast_mul(&distances(staged, &slopes)?)?.neg()?;
         options.attn_bias = Some(match &options.attn_bias {
-            Some(own) => {
-                check_device("attn_bias", own, &bias)?;
-                check_range("attn_bias", own, bias.dtype())?;
-                own.to_dtype(bias.dtype())?.broadcast_add(&bias)?
-            }
+            Some(own) => own.to_dtype(bias.dtype())?.broadcast_add(&bias)?,
             None => bias,
         });
     }

@@ -66,7 +66,7 @@ pub struct SelfAttentionConfig {
     pub out_bias: bool,
     /// What the dot products are multiplied by; 1 / sqrt(head_dim) if not given.
     pub scale: Option<f64>,
-    /// Bounds the scores smoothly: softcap · tanh(scores / softcap).
+    /// Bounds the scores smoothly: softcap · tanh(scores / softcap). 0 is none, as in ONNX.
     pub softcap: Option<f64>,
     /// Whether a token may attend only to itself and the tokens before it.
     ///
@@ -294,7 +294,8 @@ impl SelfAttentionConfig {
     fn check_numbers(&self) -> Result<(), AttentionError> {
         let above_zero = |x: f64| x.is_finite() && x > 0.0;
         check_number("scale", self.scale, "a finite number", f64::is_finite)?;
-        check_number("softcap", self.softcap, "a finite number above 0", above_zero)?;
+        let expected = "a finite number above 0, or 0 for none";
+        check_number("softcap", self.softcap, expected, |x| x == 0.0 || above_zero(x))?;
         check_number("qk_norm_eps", self.qk_norm_eps, "a finite number above 0", above_zero)?;
         check_number("dropout_p", Some(self.dropout_p), "a probability in [0, 1)", |x| (0.0..1.0).contains(&x))
     }

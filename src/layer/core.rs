@@ -217,7 +217,7 @@ impl Core {
         value: Tensor,
         options: AttentionOptions,
     ) -> Result<ForwardOutput> {
-        let (key, value, options) = self.bias_kv.append(key, value, options)?;
+        let (key, value, options) = self.bias_kv.append(query, key, value, options)?;
         let attended = attention([query, &key, &value], HeadLayout::Blhd, InputAxes::Tokens, &options)?;
         let (batch, q_len, _, _) = attended.context.dims4()?;
         let output = [batch, q_len, self.config.output_dim()];

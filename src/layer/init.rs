@@ -6,7 +6,7 @@ use candle_nn::VarBuilder;
 
 use crate::block::norm::check_eps;
 use crate::check::{check_dtype, compute_dtype};
-use crate::checkpoint::{LayerKind, Parameters};
+use crate::checkpoint::{LayerKind, Parameters, check_all, check_built, prefixed};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Init, Parameter, SelfAttentionConfig};
 use crate::memory;
@@ -14,10 +14,19 @@ use crate::sdpa::checks::check_scale_and_softcap;
 
 /// Every parameter from the `VarBuilder`. Parameters that it has only just created are initialised from the config's
 /// seed.
-pub(crate) fn create(config: &SelfAttentionConfig, vb: &VarBuilder) -> CandleResult<Parameters> {
+pub(crate) fn create(config: &SelfAttentionConfig, vb: &VarBuilder) -> Result<Parameters> {
     let parameters = config.parameters();
     ask_for_memory(&parameters, vb)?;
-    parameters.iter().map(|parameter| Ok((parameter.name, create_one(parameter, config.seed, vb)?))).collect()
+    let (old, new): (Vec<_>, Vec<_>) = parameters.into_iter().partition(|x| vb.contains_tensor(x.name));
+    let create = |parameter: &Parameter| Ok((parameter.name, create_one(parameter, config.seed, vb)?));
+    // What is there is checked before anything is created, since a `VarMap` keeps the parameters of a refused layer.
+    let mut parameters = old.iter().map(create).collect::<CandleResult<Parameters>>()?;
+    let prefix = vb.prefix();
+    check_all(parameters.iter().map(|(name, tensor)| (prefixed(&prefix, name), check_built(vb, name, tensor))))?;
+    for parameter in &new {
+        parameters.push(create(parameter)?);
+    }
+    Ok(parameters)
 }
 
 /// Asks for the memory of all parameters together, before the first is created: a `VarMap` keeps those of a layer that is

@@ -113,7 +113,9 @@ impl SelfAttention {
     /// # Errors
     ///
     /// An invalid config (see [`SelfAttentionConfig::validate`]); a dtype other than f16, bf16, f32 and f64; tensors
-    /// that `vb` lacks or holds in another shape; too little memory.
+    /// that `vb` lacks or holds in another shape; weights that a layer can't have (see
+    /// [`from_layout`](Self::from_layout)), such as the variables of a `VarMap` that were created in another dtype; too
+    /// little memory. No parameter is then created.
     pub fn new(config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
         Ok(Self(Core::new(Self::KIND, config, &vb)?))
     }

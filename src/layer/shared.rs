@@ -10,8 +10,8 @@ macro_rules! shared_methods {
             /// # Errors
             ///
             /// A file that can't be read, isn't safetensors, holds no config or another kind of layer, or holds other
-            /// tensors than those of its config. The error names all missing and unexpected tensors and those of a
-            /// wrong shape.
+            /// tensors than those of its config. The error names all missing and unexpected tensors, those of a wrong
+            /// shape or dtype, and those that hold NaN or infinity.
             pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
                 let path = path.as_ref();
                 Self::from_bytes(&attention_files::read(path)?, device).map_err(|error| error.at(path))
@@ -39,7 +39,13 @@ macro_rules! shared_methods {
             /// # Errors
             ///
             /// An invalid config, or one with parameters that the layout has no name for; tensors that `vb` lacks,
-            /// holds in another shape, or holds although the config doesn't have them. One error names all of them.
+            /// holds in another shape, or holds although the config doesn't have them; weights that aren't f16, bf16,
+            /// f32 or f64, are NaN or infinite, or become so in the dtype of `vb`; variables of another dtype or device
+            /// than those of `vb`. One error names all of them.
+            ///
+            /// A `VarBuilder` casts what it holds. If candle reads the file, weights of eight bits without a scale and
+            /// integers from 0 to 255 can't be told from other floats. [`load_layout`](Self::load_layout) and
+            /// [`checkpoint::var_builder`] know every dtype.
             pub fn from_layout(layout: Layout, config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
                 init::check(Self::KIND, config, vb.dtype())?;
                 let parameters = checkpoint::from_var_builder(layout, config, &vb)?;
@@ -52,8 +58,8 @@ macro_rules! shared_methods {
             /// # Errors
             ///
             /// As [`from_layout`](Self::from_layout), and: a checkpoint that can't be read or lacks a shard; tensors of
-            /// several dtypes if the file names none; tensors under the prefix that the layout doesn't know; weights
-            /// that are NaN or infinite, or become so in the file's dtype. One error names all wrong tensors.
+            /// several dtypes if the file names none; tensors under the prefix that the layout doesn't know. One error
+            /// names all wrong tensors.
             pub fn load_layout(config: &SelfAttentionConfig, file: &LayoutFile) -> Result<Self> {
                 init::check(Self::KIND, config, file.dtype.unwrap_or(DType::F32))?;
                 let parameters = checkpoint::from_file(file, config)?;
@@ -118,12 +124,14 @@ macro_rules! shared_methods {
                 self.0.dropout_calls.store(calls, Ordering::Relaxed);
             }
 
-            /// Saves parameters and config to a safetensors file. The file is replaced as a whole or not at all.
+            /// Saves parameters and config to a safetensors file. The file is replaced as a whole or not at all. Its
+            /// metadata has `format: pt`, which Hugging Face's programs ask for.
             ///
             /// # Errors
             ///
-            /// A folder that can't be written to, or a full disk; a rotary embedding from tables, which a file doesn't
-            /// hold. An earlier file is then unchanged.
+            /// A folder that can't be written to, or a full disk; parameters that are NaN or infinite, since no layer
+            /// could load them; a rotary embedding from tables, which a file doesn't hold. An earlier file is then
+            /// unchanged.
             pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
                 Ok(attention_files::write(path.as_ref(), &self.to_bytes()?)?)
             }
@@ -132,8 +140,8 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// Parameters that can't be copied from their device; a rotary embedding from tables, which a file doesn't
-            /// hold.
+            /// Parameters that can't be copied from their device, or that are NaN or infinite; a rotary embedding from
+            /// tables, which a file doesn't hold.
             pub fn to_bytes(&self) -> Result<Vec<u8>> {
                 checkpoint::to_bytes(&self.0.header()?, &self.0.parameters())
             }

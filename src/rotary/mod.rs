@@ -1,5 +1,6 @@
 //! Rotary position embedding, with its gradient.
 
+mod json;
 mod positions;
 mod scaling;
 mod tables;
@@ -39,7 +40,7 @@ pub struct RotaryConfig {
     /// Which entries are rotated together.
     pub pairing: Pairing,
     /// How the frequencies are scaled, for longer sequences than a model was first trained on; no scaling if not given.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "json::none_if_default")]
     pub scaling: Option<RotaryScaling>,
 }
 

@@ -2,10 +2,12 @@
 
 use std::f64::consts::TAU;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
 
 use crate::check::check_number;
 use crate::error::AttentionError;
+use crate::rotary::json::{Fields, whole_number};
 
 /// How the frequencies of a rotary embedding are scaled, for sequences longer than those that a model was first trained
 /// on (`rope_scaling`, or `rope_parameters`, of Hugging Face transformers).
@@ -15,7 +17,9 @@ use crate::error::AttentionError;
 /// of the sequence, so that keys in a cache are rotated in the same way as later keys. Dynamic NTK scaling, whose base
 /// grows with the sequence, is therefore not supported.
 ///
-/// In JSON the fields are those of transformers, except for [`RotaryScaling::LongRope`]:
+/// In JSON the fields are those of transformers, except for [`RotaryScaling::LongRope`]. `type` is an older name of
+/// `rope_type`. The scaling of a [`RotaryConfig`](crate::rotary::RotaryConfig) may have the type `default`, which is no
+/// scaling.
 ///
 /// ```
 /// use candle_attention::rotary::{RotaryConfig, RotaryEmbedding, RotaryScaling};
@@ -36,7 +40,7 @@ use crate::error::AttentionError;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "rope_type", rename_all = "lowercase", deny_unknown_fields)]
+#[serde(tag = "rope_type", rename_all = "lowercase", deny_unknown_fields, remote = "Self")]
 pub enum RotaryScaling {
     /// Divides every frequency by the factor: position interpolation. (Chen et al., "Extending Context Window of Large
     /// Language Models via Positional Interpolation", 2023, section 2.3.)
@@ -55,6 +59,7 @@ pub enum RotaryScaling {
         /// The number of turns above which a frequency is kept. Above low_freq_factor.
         high_freq_factor: f64,
         /// The length in tokens of the sequences that the model was first trained on. At least 1.
+        #[serde(deserialize_with = "whole_number")]
         original_max_position_embeddings: usize,
     },
     /// YaRN: gpt-oss, Qwen for long contexts.
@@ -72,11 +77,26 @@ pub enum RotaryScaling {
         /// How many times longer the sequences become, for the attention factor. At least 1.
         factor: f64,
         /// The length in tokens of the sequences that the model was first trained on. At least 2.
+        #[serde(deserialize_with = "whole_number")]
         original_max_position_embeddings: usize,
         /// The factor of cosines and sines; sqrt(1 + ln(factor) / ln(original_max_position_embeddings)) if not given.
         /// Finite and above 0.
         attention_factor: Option<f64>,
     },
+}
+
+// The derived functions know only `rope_type`, and `Fields` accepts its older name.
+impl Serialize for RotaryScaling {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for RotaryScaling {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Fields(fields) = Fields::deserialize(deserializer)?;
+        Self::deserialize(Value::Object(fields)).map_err(serde::de::Error::custom)
+    }
 }
 
 /// YaRN: keeps the frequency of a pair that makes more than `beta_fast` turns over the original length, divides it by
@@ -101,6 +121,7 @@ pub struct Yarn {
     /// How many times longer the sequences become. At least 1.
     pub factor: f64,
     /// The length in tokens of the sequences that the model was first trained on. At least 1.
+    #[serde(deserialize_with = "whole_number")]
     pub original_max_position_embeddings: usize,
     /// The number of turns over the original length above which a frequency is kept; 32 if not given. Above beta_slow.
     #[serde(default = "beta_fast")]

@@ -126,23 +126,19 @@ pub(crate) fn check_scale_and_softcap(
     softcap: Option<f64>,
     dtype: DType,
 ) -> Result<(), AttentionError> {
-    let computed_in = compute_dtype(dtype);
+    let (computed_in, softcap) = (compute_dtype(dtype), softcap.filter(|&cap| cap != 0.0));
     check_number("scale", scale, "a finite number", f64::is_finite)?;
     check_held("scale", scale, computed_in)?;
-    check_number("softcap", softcap, "a finite number above 0", |x| x > 0.0 && x.is_finite())?;
+    check_number("softcap", softcap, "a finite number above 0, or 0 for none", |x| x > 0.0 && x.is_finite())?;
     // The inverse of such a number is finite, too.
     check_held("softcap", softcap, computed_in)
 }
 
 fn check_options(query: &Tensor, shape: &ScoreShape, options: &AttentionOptions) -> Result<()> {
-    let &ScoreShape { batch, num_heads, q_len, kv_len } = shape;
-    let scores = [batch, num_heads, q_len, kv_len];
+    let &ScoreShape { batch, num_heads, .. } = shape;
     options.attn_mask.rule().check(shape)?;
     if let Some(bias) = &options.attn_bias {
-        let broadcasts = bias.rank() <= 4
-            && bias.dims().iter().rev().zip(scores.iter().rev()).all(|(&dim, &size)| dim == size || dim == 1);
-        let expected = format!("that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}");
-        check_extra("attn_bias", bias, query, broadcasts, expected)?;
+        check_bias(bias, query, shape)?;
     }
     if let Some(slopes) = &options.alibi_slopes {
         let fits = slopes.dims() == [num_heads] || slopes.dims() == [batch, num_heads];
@@ -154,6 +150,15 @@ fn check_options(query: &Tensor, shape: &ScoreShape, options: &AttentionOptions)
         check_extra("sinks", sinks, query, sinks.dims() == [num_heads], expected)?;
     }
     Ok(())
+}
+
+/// Checks a bias for scores of this query. A layer calls this before it changes a bias.
+pub(crate) fn check_bias(bias: &Tensor, query: &Tensor, scores: &ScoreShape) -> Result<()> {
+    let scores = [scores.batch, scores.num_heads, scores.q_len, scores.kv_len];
+    let broadcasts = bias.rank() <= 4
+        && bias.dims().iter().rev().zip(scores.iter().rev()).all(|(&dim, &size)| dim == size || dim == 1);
+    let expected = format!("that broadcasts to (batch, num_heads, q_len, kv_len) = {scores:?}");
+    check_extra("attn_bias", bias, query, broadcasts, expected)
 }
 
 /// Checks a tensor other than query, key and value: any float dtype, the same device, a shape that fits, numbers in the

@@ -19,7 +19,7 @@ use crate::memory;
 use crate::sdpa::checks::Checked;
 use crate::sdpa::head_layout::HeadLayout;
 use crate::sdpa::options::AttentionOutput;
-use crate::sdpa::overflow::may_overflow;
+use crate::sdpa::overflow::Range;
 
 /// What an option is in an error of memory, in the dtype to compute in.
 const WIDENED_OPTION: &str = "widened bias or slopes";
@@ -43,7 +43,7 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
     let trained_bias = options.attn_bias.as_ref().filter(|bias| bias.track_op());
     let op = FusedAttention {
         scale,
-        softcap: options.softcap,
+        softcap: options.softcap(),
         mask: options.attn_mask.clone(),
         bias: if trained_bias.is_some() { None } else { constant(&options.attn_bias)? },
         slopes: constant(&options.alibi_slopes)?
@@ -67,9 +67,12 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
         }
         None => q.apply_op3(&k, &v, op)?,
     };
-    if logsumexp.get().is_some_and(LogSumExp::has_non_finite) && may_overflow(&checked.q, &checked.k, scale)? {
-        let (expected, got) = ("scores that don't overflow", "inputs so large that they do");
-        return Ok(Err(AttentionError::Backend { expected, got }));
+    if logsumexp.get().is_some_and(LogSumExp::has_non_finite) {
+        let range = Range::read(&checked.q, &checked.k, scale, None, options)?;
+        if range.scores_may_overflow || range.sums_may_overflow {
+            let (expected, got) = ("scores that don't overflow", "inputs so large that they do");
+            return Ok(Err(AttentionError::Backend { expected, got }));
+        }
     }
     Ok(Ok(unpack(checked, &result, want_logsumexp)?))
 }
@@ -105,30 +108,38 @@ fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_co
     let contexts = memory::bytes(&[rows, value_dim, 2], result.dtype());
     memory::ask("context beside its sinks", result.device(), memory::sum([bytes, contexts]))?;
     let mut context = result.narrow(0, 0, rows * value_dim)?.reshape(shape)?;
-    let logsumexp = result.narrow(0, rows * value_dim, rows)?;
-    let mut logsumexp = logsumexp.reshape((scores.batch, scores.num_heads, scores.q_len))?;
-    if let Some(sinks) = &options.sinks {
-        let bhld = layout.transpose(&context)?;
-        (context, logsumexp) = with_sinks(&bhld, &logsumexp, &sinks.to_dtype(compute_dtype(dtype))?)?;
-        context = layout.transpose(&context)?;
-    }
+    let numbers = |start: usize| result.narrow(0, start, rows)?.reshape((scores.batch, scores.num_heads, scores.q_len));
+    let log_total = numbers(rows * value_dim)?;
+    // The results don't depend on it, only on the sum of both, so that it needs no gradient.
+    let largest = numbers(rows * (value_dim + 1))?.detach();
+    let logsumexp = match &options.sinks {
+        Some(sinks) => {
+            let sinks = sinks.to_dtype(compute_dtype(dtype))?;
+            let (share, logsumexp) = share_and_logsumexp(&largest, &log_total, &sinks)?;
+            let bhld = layout.transpose(&context)?.broadcast_mul(&share.unsqueeze(D::Minus1)?)?;
+            context = layout.transpose(&bhld)?;
+            logsumexp
+        }
+        None => (log_total + largest)?,
+    };
     let logsumexp = options.return_logsumexp.then_some(logsumexp);
     Ok(AttentionOutput { context: context.to_dtype(dtype)?, weights: None, scores: None, logsumexp })
 }
 
-/// Context and log-sum-exp with sinks, from those without: lse' = ln(exp(lse) + exp(sink)) and context' = context ·
-/// exp(lse - lse'). A sink is a key with a learned score and a value of zero.
-fn with_sinks(context: &Tensor, logsumexp: &Tensor, sinks: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-    let sinks = sinks.reshape((1, (), 1))?.broadcast_as(logsumexp.shape())?;
-    let largest = logsumexp.detach().maximum(&sinks.detach())?;
+/// The share that a sink leaves to the keys, exp(lse) / (exp(lse) + exp(sink)), and the log-sum-exp with the sink, where
+/// lse = largest + log_total is that of the keys. A sink is a key with a learned score and a value of zero.
+fn share_and_logsumexp(largest: &Tensor, log_total: &Tensor, sinks: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+    let sinks = sinks.reshape((1, (), 1))?.broadcast_as(largest.shape())?;
+    let shift = largest.maximum(&sinks.detach())?;
     // These rows have no visible key, and a sink of minus infinity.
-    let none = largest.eq(f64::NEG_INFINITY)?;
-    let largest = none.where_cond(&largest.zeros_like()?, &largest)?;
-    let sum = ((logsumexp - &largest)?.exp()? + (&sinks - &largest)?.exp()?)?;
-    let with_sink = (none.where_cond(&sum.ones_like()?, &sum)?.log()? + largest)?;
-    let share = (logsumexp - &with_sink)?.exp()?;
-    let with_sink = none.where_cond(logsumexp, &with_sink)?;
-    Ok((context.broadcast_mul(&share.unsqueeze(D::Minus1)?)?, with_sink))
+    let none = shift.eq(f64::NEG_INFINITY)?;
+    let shift = none.where_cond(&shift.zeros_like()?, &shift)?;
+    // The small number is added last: beside a large score it would be lost.
+    let of_keys = (log_total + (largest - &shift)?)?.exp()?;
+    let sum = (&of_keys + (&sinks - &shift)?.exp()?)?;
+    let sum = none.where_cond(&sum.ones_like()?, &sum)?;
+    let logsumexp = none.where_cond(largest, &(sum.log()? + shift)?)?;
+    Ok(((of_keys / sum)?, logsumexp))
 }
 
 /// `x` with stride 1 along the last axis. The kernels take any strides for the other axes.
@@ -273,7 +284,16 @@ impl FusedAttention {
             let kernels::Output { context: mut result, logsumexp } = output;
             let shape = if self.pack_logsumexp {
                 // The operation then computes in f32 or f64, so that the log-sum-exp loses no precision.
-                memory::append("context and log-sum-exp", &mut result, logsumexp.iter().map(|x| E::narrow(x.value())))?;
+                memory::append(
+                    "context and log-sum-exp",
+                    &mut result,
+                    logsumexp.iter().map(|x| E::narrow(x.log_total())),
+                )?;
+                memory::append(
+                    "context and log-sum-exp",
+                    &mut result,
+                    logsumexp.iter().map(|x| E::narrow(x.largest())),
+                )?;
                 Shape::from(result.len())
             } else {
                 Shape::from(self.layout.shape(batch, heads, q_len, dv))
@@ -296,7 +316,7 @@ impl FusedAttention {
         let grads = self.with_problem::<E, _>(inputs, |problem| {
             let dims = problem.context_dims();
             let strides = self.layout.in_memory().strides(dims);
-            // Both hold the context, followed by the log-sum-exp if it is packed.
+            // Both hold the context, followed by the two numbers of the log-sum-exp if it is packed.
             let (result, grad) = (result.detach(), memory::contiguous("gradient of the context", &grad.detach())?);
             let (result_guard, grad_guard) = (result.storage_and_layout(), grad.storage_and_layout());
             let (result, grad) =

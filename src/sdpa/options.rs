@@ -67,7 +67,8 @@ pub enum ScoreStage {
 pub struct AttentionOptions {
     /// What the dot products are multiplied by; 1 / sqrt(head_dim) if not given. Finite; may be negative.
     pub scale: Option<f64>,
-    /// Bounds the scores smoothly: softcap · tanh(scores / softcap). Finite and positive. (Gemma 2, section 2.)
+    /// Bounds the scores smoothly: softcap · tanh(scores / softcap). Finite and positive; 0 is none, as in ONNX. (Gemma
+    /// 2, section 2.)
     pub softcap: Option<f64>,
     /// Which keys each query may attend to. `is_causal` of PyTorch and ONNX is `Mask::causal().with_offset(0)`, which
     /// differs from `Mask::causal()` if q_len != kv_len.
@@ -97,6 +98,13 @@ pub struct AttentionOptions {
     /// Whether to return [`AttentionOutput::logsumexp`]. Half types are widened for it, which changes other numbers by
     /// rounding. Numbers in f32 and f64 stay the same.
     pub return_logsumexp: bool,
+}
+
+impl AttentionOptions {
+    /// The softcap, where 0 is none.
+    pub(crate) fn softcap(&self) -> Option<f64> {
+        self.softcap.filter(|&cap| cap != 0.0)
+    }
 }
 
 /// What attention returns. Every tensor is differentiable.

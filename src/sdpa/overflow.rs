@@ -4,11 +4,14 @@ use candle_core::{D, DType, Result, Tensor};
 
 use crate::check::check_number;
 use crate::memory;
+use crate::sdpa::options::AttentionOptions;
 
 /// What the reference has to know about its inputs before it chooses its steps.
 pub(crate) struct Range {
     /// Whether some |q·k| · |scale| of finite numbers might be larger than the dtype's largest number.
     pub(crate) scores_may_overflow: bool,
+    /// Whether a score of finite numbers plus a bias, or minus a slope times a distance, might be.
+    pub(crate) sums_may_overflow: bool,
     pub(crate) values_are_finite: bool,
     /// Whether the bias is minus infinity somewhere.
     pub(crate) bias_hides: bool,
@@ -17,7 +20,14 @@ pub(crate) struct Range {
 impl Range {
     /// Reads all that is needed at once, since every read from another device waits for that device. `q` and `k` are not
     /// empty.
-    pub(crate) fn read(q: &Tensor, k: &Tensor, scale: f64, v: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Self> {
+    pub(crate) fn read(
+        q: &Tensor,
+        k: &Tensor,
+        scale: f64,
+        v: Option<&Tensor>,
+        options: &AttentionOptions,
+    ) -> Result<Self> {
+        let (bias, slopes) = (options.attn_bias.as_ref(), options.alibi_slopes.as_ref());
         // Each of them: the result of a step, and that of the step before it.
         let inputs = [Some(q), Some(k), v, bias].into_iter().flatten();
         let bytes = memory::sum(inputs.map(|x| memory::bytes(x.dims(), x.dtype()))).saturating_mul(3);
@@ -30,24 +40,24 @@ impl Range {
             largest(k)?,
             number(v.filter(|v| v.elem_count() > 0).map(|v| count(is_finite(v)?.eq(0u8)?)))?,
             number(bias.map(|bias| count(bias.eq(f64::NEG_INFINITY)?)))?,
+            number(slopes.map(|slopes| largest(slopes)))?,
         ];
         let numbers = numbers.iter().map(|x| x.to_dtype(DType::F64)).collect::<Result<Vec<_>>>()?;
         let numbers = Tensor::cat(&numbers, 0)?.to_vec1::<f64>()?;
         // The bound is computed in logarithms, which don't overflow.
         let bound = numbers[0].ln() + numbers[1].ln() + (q.dim(D::Minus1)? as f64).ln() + scale.abs().max(1.0).ln();
-        let limit = if q.dtype() == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
+        let distance = (q.dim(2)? + k.dim(2)?) as f64;
+        let largest_term = bound.max(numbers[4].ln() + distance.ln());
+        let (limit, digits) = if q.dtype() == DType::F64 { (f64::MAX, 40.0) } else { (f64::from(f32::MAX), 20.0) };
         Ok(Self {
             // A margin of 1 covers the rounding of the sum.
             scores_may_overflow: bound > limit.ln() - 1.0,
+            // A term that is e^digits times smaller than the largest number is rounded away beside it.
+            sums_may_overflow: (bias.is_some() || slopes.is_some()) && largest_term > limit.ln() - digits,
             values_are_finite: numbers[2] == 0.0,
             bias_hides: numbers[3] > 0.0,
         })
     }
-}
-
-/// [`Range::scores_may_overflow`] alone.
-pub(crate) fn may_overflow(q: &Tensor, k: &Tensor, scale: f64) -> Result<bool> {
-    Ok(Range::read(q, k, scale, None, None)?.scores_may_overflow)
 }
 
 /// Refuses finite numbers that become infinite in the dtype that is computed in. Infinite numbers are accepted: minus

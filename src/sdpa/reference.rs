@@ -64,6 +64,7 @@ pub(crate) fn weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Res
 struct Steps {
     scale: f64,
     scores_may_overflow: bool,
+    sums_may_overflow: bool,
     values_are_finite: bool,
     /// Which pairs count; `None` if all do.
     visible: Option<Visible>,
@@ -74,15 +75,26 @@ impl Steps {
         check_score_count(q, k)?;
         let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
         let (has_mask, bias) = (!options.attn_mask.is_full(), options.attn_bias.as_ref());
-        let range = Range::read(q, k, scale, v.filter(|_| has_mask || bias.is_some()), bias)?;
+        let range = Range::read(q, k, scale, v.filter(|_| has_mask || bias.is_some()), options)?;
         let bias = bias.filter(|_| range.bias_hides);
         let hides = has_mask || bias.is_some();
         Ok(Self {
             scale,
             scores_may_overflow: range.scores_may_overflow,
+            sums_may_overflow: range.sums_may_overflow,
             values_are_finite: range.values_are_finite,
             visible: hides.then(|| Visible::new(&options.attn_mask, bias, q, k.dim(2)?)).transpose()?,
         })
+    }
+
+    /// s + x. Where both are finite, so is the sum: beyond the dtype's range it is the dtype's largest or lowest number.
+    fn add(&self, s: &Tensor, x: &Tensor) -> Result<Tensor> {
+        let sum = s.broadcast_add(x)?;
+        if !self.sums_may_overflow {
+            return Ok(sum);
+        }
+        let both_finite = is_finite(s)?.broadcast_mul(&is_finite(x)?)?;
+        both_finite.where_cond(&clamp_keeping_nan(&sum, largest_number(s.dtype()))?, &sum)
     }
 
     /// `x`, one number for each pair, with `instead` in place of those of hidden pairs.
@@ -137,14 +149,18 @@ fn scores_after(
     steps: &Steps,
 ) -> Result<Tensor> {
     let mut s = scaled_scores(q, k, steps)?;
-    if let Some(cap) = options.softcap.filter(|_| stage >= ScoreStage::Softcapped) {
+    if let Some(cap) = options.softcap().filter(|_| stage >= ScoreStage::Softcapped) {
         s = ((s / cap)?.tanh()? * cap)?;
     }
     if let Some(bias) = options.attn_bias.as_ref().filter(|_| stage >= ScoreStage::Biased) {
-        s = s.broadcast_add(&bias.to_dtype(q.dtype())?)?;
+        s = steps.add(&s, &bias.to_dtype(q.dtype())?)?;
     }
     if let Some(slopes) = options.alibi_slopes.as_ref().filter(|_| stage >= ScoreStage::Biased) {
-        s = s.broadcast_sub(&alibi(&slopes.to_dtype(q.dtype())?, q.dim(2)?, k.dim(2)?)?)?;
+        let mut penalties = alibi(&slopes.to_dtype(q.dtype())?, q.dim(2)?, k.dim(2)?)?;
+        if steps.sums_may_overflow {
+            penalties = clamp_keeping_nan(&penalties, largest_number(q.dtype()))?;
+        }
+        s = steps.add(&s, &penalties.neg()?)?;
     }
     if stage >= ScoreStage::Masked { steps.keep_visible(s, f64::NEG_INFINITY) } else { Ok(s) }
 }
@@ -259,9 +275,14 @@ fn scaled_scores_of_huge_inputs(q: &Tensor, k: &Tensor, steps: &Steps) -> Result
     let k_divisor = k_divisor.t()?.contiguous()?;
     let s = s.reshape((batch, kv_heads, heads / kv_heads * q_len, kv_len))?.broadcast_mul(&k_divisor)?;
     let s = s.reshape((batch, heads, q_len, kv_len))?;
-    let limit = if q.dtype() == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
+    let limit = largest_number(q.dtype());
     // Quotients don't overflow. One that isn't finite comes from an infinite or NaN input, and has to stay what it is.
     is_finite(&quotients)?.where_cond(&clamp_keeping_nan(&s, limit)?, &s)
+}
+
+/// The largest number of a dtype to compute in.
+fn largest_number(dtype: DType) -> f64 {
+    if dtype == DType::F64 { f64::MAX } else { f64::from(f32::MAX) }
 }
 
 /// Clamps to ±limit and keeps NaN, which candle's `clamp` turns into a number on CUDA.

@@ -45,7 +45,7 @@ fn score_tensors(options: &AttentionOptions, records: bool) -> usize {
     }
     // Products, scaled; minus the largest, exponentials, weights, their cast.
     let softmax = 6;
-    let softcap = count(options.softcap.is_some(), 3);
+    let softcap = count(options.softcap().is_some(), 3);
     let bias = count(options.attn_bias.is_some(), 2);
     let mask = count(!options.attn_mask.is_full(), 2);
     let dropout = count(options.dropout_p > 0.0, 4);

@@ -5,7 +5,7 @@ use candle_attention::rotary::{RotaryConfig, RotaryEmbedding, RotaryScaling, Yar
 use candle_core::{DType, Device, Tensor};
 
 use crate::common::{assert_close, assert_same_bits, numbers, randn};
-use crate::layers::{frequencies, scalings};
+use crate::layers::{assert_candle_error_says, frequencies, scalings};
 
 fn scaled(base: f64, scaling: RotaryScaling) -> RotaryConfig {
     RotaryConfig { base, scaling: Some(scaling), ..RotaryConfig::default() }
@@ -250,4 +250,67 @@ fn scaling_reads_the_json_of_transformers() -> anyhow::Result<()> {
         assert_eq!(serde_json::from_str::<RotaryScaling>(json)?, expected, "{json}");
     }
     Ok(())
+}
+
+/// Configs of real models: the length as a float (DeepSeek, saved again), the older name of the type (Qwen 2.5, Yarn-Llama
+/// 2), both names (transformers 4.43 and later write both), null for a field that isn't given.
+#[test]
+fn older_forms_of_the_json_are_the_same_scaling() -> anyhow::Result<()> {
+    let yarn = || RotaryScaling::Yarn(Yarn::new(4.0, 32768));
+    let cases = [
+        (r#"{"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}"#, yarn()),
+        (r#"{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768.0}"#, yarn()),
+        (
+            r#"{"type": "yarn", "rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 3.2768e4,
+                "attention_factor": null}"#,
+            yarn(),
+        ),
+        (r#"{"type": "linear", "factor": 8.0}"#, RotaryScaling::Linear { factor: 8.0 }),
+        (
+            r#"{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192.0, "type": "llama3"}"#,
+            llama3(8.0),
+        ),
+        (
+            r#"{"type": "longrope", "factors": [1, 2.5], "factor": 32, "original_max_position_embeddings": 4096.0}"#,
+            RotaryScaling::LongRope {
+                factors: vec![1.0, 2.5],
+                factor: 32.0,
+                original_max_position_embeddings: 4096,
+                attention_factor: None,
+            },
+        ),
+    ];
+    for (json, expected) in cases {
+        assert_eq!(serde_json::from_str::<RotaryScaling>(json)?, expected, "{json}");
+        let config: RotaryConfig = serde_json::from_str(&format!(r#"{{"scaling": {json}}}"#))?;
+        assert_eq!(config.scaling, Some(expected), "{json}");
+    }
+    Ok(())
+}
+
+#[test]
+fn default_type_is_no_scaling() -> anyhow::Result<()> {
+    for scaling in ["null", r#"{"rope_type": "default"}"#, r#"{"type": "default", "rope_type": "default"}"#] {
+        let config: RotaryConfig = serde_json::from_str(&format!(r#"{{"base": 500.0, "scaling": {scaling}}}"#))?;
+        assert_eq!(config, RotaryConfig { base: 500.0, ..Default::default() }, "{scaling}");
+    }
+    Ok(())
+}
+
+#[test]
+fn json_that_is_no_scaling_is_refused() {
+    for (json, parts) in [
+        (r#"{"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768.5}"#, ["whole number", "32768.5"]),
+        (r#"{"type": "yarn", "factor": 4, "original_max_position_embeddings": -1}"#, ["whole number", "-1"]),
+        (r#"{"type": "yarn", "factor": 4, "original_max_position_embeddings": 1e300}"#, ["whole number", "e+300"]),
+        (r#"{"type": "yarn", "factor": 4, "original_max_position_embeddings": "4096"}"#, ["string", "4096"]),
+        (r#"{"type": "linear", "rope_type": "yarn", "factor": 4.0}"#, ["yarn", "linear"]),
+        (r#"{"type": "linear", "factor": 2.0, "factor": 4.0}"#, ["`factor`", "twice"]),
+        (r#"{"rope_type": "default", "mrope_section": [16, 24, 24]}"#, ["unknown field", "mrope_section"]),
+        (r#"{"type": "dynamic", "factor": 2.0}"#, ["dynamic", "linear"]),
+    ] {
+        let config = serde_json::from_str::<RotaryConfig>(&format!(r#"{{"scaling": {json}}}"#));
+        assert_candle_error_says(config.map_err(candle_core::Error::wrap), &parts);
+    }
 }

@@ -150,8 +150,6 @@ hostile! {
         => Number, "scale: expected a finite number", "got inf";
     scale_of_minus_infinity: options(with_scale(f64::NEG_INFINITY))
         => Number, "scale: expected a finite number", "got -inf";
-    softcap_of_zero: options(with_softcap(0.0))
-        => Number, "softcap: expected a finite number above 0", "got 0";
     softcap_below_zero: options(with_softcap(-1.0))
         => Number, "softcap: expected a finite number above 0", "got -1";
     softcap_of_nan: options(with_softcap(f64::NAN))

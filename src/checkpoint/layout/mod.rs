@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::AttentionError;
 use crate::layer::config::SelfAttentionConfig;
 use plan::Table;
-pub(crate) use transfer::{from_file, from_var_builder, to_file, to_tensors};
+pub(crate) use transfer::{from_file, from_var_builder, prefixed, to_file, to_tensors};
 
 /// How a checkpoint names and arranges the parameters of attention.
 ///

@@ -1,11 +1,14 @@
 //! Conversion from a checkpoint of any layout to parameters, and back.
 
-use candle_core::{DType, Device, Tensor, Var};
+use std::collections::HashMap;
+
+use candle_core::{DType, Tensor, Var};
 use candle_nn::VarBuilder;
 
 use crate::check::{SUPPORTED, is_supported};
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::layout::plan::{Form, Piece, Plan};
+use crate::checkpoint::parameter::{cast, check_built};
 use crate::checkpoint::weights::Weights;
 use crate::checkpoint::{LayoutFile, Parameters, serialise};
 use crate::error::{AttentionError, Result};
@@ -29,7 +32,11 @@ pub(crate) fn from_var_builder(layout: Layout, config: &SelfAttentionConfig, vb:
         memory::ask(PARAMETERS, vb.device(), bytes).map_err(|error| error.to_string())?;
         // A `VarMap` needs a shape, so a failed read without one is repeated with the expected shape.
         let unchecked = vb.get_unchecked_dtype(piece.name, vb.dtype());
-        Ok(Some(unchecked.or_else(|_| vb.get(piece.shape(), piece.name)).map_err(|error| error.to_string())?))
+        let tensor = unchecked.or_else(|_| vb.get(piece.shape(), piece.name)).map_err(|error| error.to_string())?;
+        if tensor.dims() == piece.shape() {
+            check_built(vb, piece.name, &tensor)?;
+        }
+        Ok(Some(tensor))
     };
     let unexpected = plan.unwanted.iter().filter(|name| vb.contains_tensor(name));
     let unexpected = unexpected.map(|name| prefixed(&prefix, name)).collect();
@@ -55,7 +62,7 @@ pub(crate) fn from_file(file: &LayoutFile, config: &SelfAttentionConfig) -> Resu
             return Err(format!("expected dtype {wanted:?} as the others, or one to cast to, got {got:?}"));
         }
         let tensor = weights.read(&name).map_err(|error| error.to_string())?;
-        cast_finite(&tensor, wanted, device).map(Some)
+        cast(&tensor, wanted, device).map(Some)
     };
     let prefix_and_dot = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
     let known = |name: &str| {
@@ -90,22 +97,6 @@ fn collect(
         return Ok(parameters);
     }
     Err(AttentionError::CheckpointTensors { path: None, problems }.into())
-}
-
-/// Casts a tensor to `dtype` on `device`. Every number must be finite before and after the cast.
-fn cast_finite(tensor: &Tensor, dtype: DType, device: &Device) -> Result<Tensor, String> {
-    // Zero times a finite number is zero. Zero times infinity or NaN is NaN.
-    let is_finite = |x: &Tensor| (x * 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>().map(|sum| sum == 0.0);
-    let text = |error: candle_core::Error| error.to_string();
-    memory::ask_for(PARAMETERS, 1, tensor, tensor.dtype()).map_err(|error| error.to_string())?;
-    if !is_finite(tensor).map_err(text)? {
-        return Err("expected finite numbers, got NaN or infinity".into());
-    }
-    let cast = memory::cast(PARAMETERS, tensor, dtype).map_err(text)?;
-    if !is_finite(&cast).map_err(text)? {
-        return Err(format!("expected numbers that {dtype:?} can hold, got larger ones"));
-    }
-    cast.to_device(device).map_err(text)
 }
 
 /// Splits a tensor into the parameters that it holds. If it is a variable, each parameter becomes a new variable with a
@@ -164,11 +155,10 @@ pub(crate) fn to_tensors(
 
 /// The bytes of a safetensors file with these tensors under `prefix`.
 pub(crate) fn to_file(tensors: &[(String, Tensor)], prefix: &str) -> Result<Vec<u8>> {
-    // Hugging Face's programs refuse a file without this entry.
-    let metadata = [("format".to_string(), "pt".to_string())].into();
-    serialise(tensors.iter().map(|(name, tensor)| (prefixed(prefix, name), tensor)), metadata)
+    serialise(tensors.iter().map(|(name, tensor)| (prefixed(prefix, name), tensor)), HashMap::new())
 }
 
-fn prefixed(prefix: &str, name: &str) -> String {
+/// The name of a tensor in the model.
+pub(crate) fn prefixed(prefix: &str, name: &str) -> String {
     if prefix.is_empty() { name.to_string() } else { format!("{prefix}.{name}") }
 }

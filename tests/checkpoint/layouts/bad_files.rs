@@ -112,3 +112,10 @@ fn file_replaced_after_it_was_opened_is_read_as_it_was() -> Result<()> {
     assert_eq!(vb.get((), "x")?.to_scalar::<f32>()?, 1.0);
     Ok(())
 }
+
+#[test]
+fn name_that_stands_twice_is_told() {
+    let tensor = |from: usize| format!(r#"{{"dtype":"F32","shape":[1],"data_offsets":[{from},{}]}}"#, from + 4);
+    let header = format!(r#"{{"a":{},"b":{},"a":{}}}"#, tensor(0), tensor(4), tensor(8));
+    refused(&assemble(&header, &[0; 12]), &["expected a safetensors file", "`a` twice"]);
+}

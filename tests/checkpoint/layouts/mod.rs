@@ -3,6 +3,7 @@
 
 mod bad_files;
 mod bad_tensors;
+mod builders;
 mod meaning;
 mod models;
 mod names;

@@ -177,3 +177,12 @@ fn folder_with_no_checkpoint_or_several_is_refused() -> anyhow::Result<()> {
     refused(folder.path(), &[&name, "one safetensors file", "got a.safetensors, b.safetensors"]);
     Ok(())
 }
+
+#[test]
+fn tensor_that_an_index_names_twice_is_told() -> anyhow::Result<()> {
+    let (folder, ..) = sharded()?;
+    let index = format!(r#"{{"weight_map": {{"a": "{}", "a": "{}"}}}}"#, shard(1), shard(2));
+    fs::write(folder.path().join(INDEX), index)?;
+    refused(folder.path(), &[INDEX, "the index of a sharded checkpoint", "`a` twice"]);
+    Ok(())
+}

@@ -80,7 +80,7 @@ fn sizes_that_do_not_fit_together_are_refused() -> Result<()> {
 #[test]
 fn numbers_out_of_range_are_refused() -> Result<()> {
     assert_field_refused("dropout_p", json!(1.0), &["dropout_p", "[0, 1)", "got 1"])?;
-    assert_field_refused("softcap", json!(0.0), &["softcap", "above 0", "got 0"])?;
+    assert_field_refused("softcap", json!(-1.0), &["softcap", "above 0", "got -1"])?;
     assert_field_refused("qk_norm_eps", json!(-1e-6), &["qk_norm_eps", "above 0"])?;
     assert_field_refused("rotary", json!({"dim": 3}), &["rotary.dim", "even", "got 3"])?;
     assert_field_refused("rotary", json!({"base": 0.0}), &["rotary.base", "above 0", "got 0"])?;

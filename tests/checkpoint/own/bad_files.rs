@@ -192,3 +192,18 @@ fn bad_file_is_named() -> anyhow::Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn name_that_stands_twice_is_told() -> Result<()> {
+    let bytes = small_file()?;
+    let len = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    let (header, data) = (std::str::from_utf8(&bytes[8..8 + len]).expect("text"), &bytes[8 + len..]);
+    let renamed = |from: &str, to: &str| assemble(&header.replace(from, to), data);
+    assert_error_says(
+        load(&renamed("\"k_proj.weight\"", "\"q_proj.weight\"")),
+        &["expected a safetensors file", "`q_proj.weight` twice"],
+    );
+    // In the metadata, too: one of two configs would be taken.
+    assert_error_says(load(&renamed("\"format\"", &format!("\"{ENTRY}\""))), &[&format!("`{ENTRY}` twice")]);
+    Ok(())
+}

@@ -104,3 +104,22 @@ fn file_without_tensors_misses_them_all() -> Result<()> {
     assert_error_says(file.load(), &names.iter().map(String::as_str).collect::<Vec<_>>());
     Ok(())
 }
+
+#[test]
+fn numbers_that_are_not_finite_are_named() -> Result<()> {
+    for number in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+            let mut file = Parts::small()?;
+            for tensor in file.tensors.values_mut() {
+                *tensor = tensor.to_dtype(dtype)?;
+            }
+            for name in ["k_proj.bias", "o_proj.bias"] {
+                let numbers = Tensor::new(&[0.5, 1.0, 2.0, number], &Device::Cpu)?.to_dtype(dtype)?;
+                file.tensors.insert(name.into(), numbers);
+            }
+            let expected = ["k_proj.bias", "o_proj.bias"].map(|name| format!("`{name}`: expected finite numbers"));
+            assert_error_says(file.load(), &expected.each_ref().map(String::as_str));
+        }
+    }
+    Ok(())
+}

@@ -4,8 +4,9 @@
 use std::fs;
 use std::path::Path;
 
-use candle_attention::SelfAttention;
+use candle_attention::{Layout, SelfAttention};
 use candle_core::{DType, Device};
+use safetensors::SafeTensors;
 
 use crate::common::assert_same_bits;
 use crate::layers::{assert_error_says, randomise};
@@ -85,6 +86,41 @@ fn folder_is_not_replaced_by_a_file() -> anyhow::Result<()> {
         assert!(path.is_dir());
         assert_eq!(names(&path)?.len(), inside.iter().count());
         assert_eq!(names(folder.path())?, ["layer.safetensors"]);
+    }
+    Ok(())
+}
+
+/// No layer could load such a file. The last one that can be loaded stays.
+#[test]
+fn layer_that_is_not_finite_is_not_saved() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("layer.safetensors");
+    let layer = odd_layer(DType::F32)?;
+    layer.save(&path)?;
+    let earlier = fs::read(&path)?;
+    let var = layer.vars().remove(0);
+    var.set(&(var.as_tensor() * f64::NAN)?)?;
+    let expected = "q_proj.weight`: expected finite numbers, got NaN";
+    assert_error_says(layer.save(&path), &[expected]);
+    assert_error_says(layer.save_layout(Layout::Own, "attn", &path), &[expected]);
+    assert_eq!(fs::read(&path)?, earlier);
+    Ok(())
+}
+
+/// transformers (`load_state_dict`) refuses a file whose metadata doesn't say which framework wrote it.
+#[test]
+fn saved_files_pass_the_check_of_hugging_face() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (own, foreign) = (folder.path().join("own"), folder.path().join("foreign"));
+    let layer = odd_layer(DType::BF16)?;
+    layer.save(&own)?;
+    layer.save_layout(Layout::Own, "model.layers.0.self_attn", &foreign)?;
+    for bytes in [fs::read(own)?, fs::read(foreign)?, layer.to_bytes()?] {
+        let (header_len, header) = SafeTensors::read_metadata(&bytes)?;
+        let metadata = header.metadata().as_ref().expect("metadata");
+        assert_eq!(metadata.get("format").map(String::as_str), Some("pt"));
+        // The data of each tensor is aligned to the size of its numbers.
+        assert_eq!((8 + header_len) % 8, 0);
     }
     Ok(())
 }

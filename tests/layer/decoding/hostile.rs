@@ -132,6 +132,30 @@ fn options_that_a_cache_can_not_serve_are_refused() {
     fails(&config("plain"), call(biased), &["attn_bias", "[2, 4, 1, 7]", "got [5]"]);
 }
 
+/// With sequences of different lengths and ALiBi the layer adds its own bias to the given one, and for extra keys it
+/// extends the given one. The check comes before.
+#[test]
+fn bias_that_does_not_fit_is_refused_whatever_the_layer_adds_to_it() {
+    for name in ["plain", "alibi", "alibi with sinks", "extra keys"] {
+        let call = |bias: Tensor| {
+            move |layer: &SelfAttention, cache: &mut KvCache| {
+                let options = ForwardOptions { attn_bias: Some(bias.clone()), ..Default::default() };
+                layer.forward_cached_with(&input(&[2, 1, EMBED_DIM])?, cache, &options).map(drop)
+            }
+        };
+        for dtype in [DType::U8, DType::I64] {
+            let integers = Tensor::zeros((1, 7), dtype, &Device::Cpu).unwrap();
+            let expected = ["attn_bias", "F16, BF16, F32 or F64", &format!("got {dtype:?}")];
+            fails(&config(name), call(integers), &expected);
+        }
+        for dims in [&[5][..], &[2, 7], &[3, 1, 1, 7], &[1, 1, 1, 1, 7], &[1, 2, 1, 7]] {
+            let bias = Tensor::zeros(dims, DType::F32, &Device::Cpu).unwrap();
+            let expected = ["attn_bias", "(batch, num_heads, q_len, kv_len) = [2, 4, 1, 7]", &format!("got {dims:?}")];
+            fails(&config(name), call(bias), &expected);
+        }
+    }
+}
+
 #[test]
 fn operations_on_sequences_and_tokens_that_are_not_there_are_refused() {
     let plain = config("plain");

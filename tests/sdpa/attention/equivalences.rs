@@ -1,6 +1,6 @@
 //! Different ways to ask for the same attention.
 
-use candle_attention::{AttentionOptions, Mask};
+use candle_attention::{AttentionOptions, Backend, Mask};
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use proptest::prelude::*;
 
@@ -210,5 +210,24 @@ fn softcap_bounds_the_scores() -> Result<()> {
     let [least, most] = [weights(&output).min(3)?, weights(&output).max(3)?];
     let ratio = (most / least)?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
     assert!(ratio <= std::f64::consts::E + 1e-9 && ratio > 2.0, "{ratio}");
+    Ok(())
+}
+
+/// ONNX's Attention has a softcap of 0 where there is none.
+#[test]
+fn softcap_of_zero_is_none() -> Result<()> {
+    for backend in [Backend::Reference, Backend::Fused] {
+        for dtype in [DType::F16, DType::F32, DType::F64] {
+            let inputs = SIZES.tensors(12, dtype);
+            let results = AttentionOptions { backend, ..all_results() };
+            let plain = attend(&inputs, &results)?;
+            for zero in [0.0, -0.0] {
+                let output = attend(&inputs, &AttentionOptions { softcap: Some(zero), ..results.clone() })?;
+                assert_same_bits(&output.context, &plain.context, "context");
+                assert_same_bits(weights(&output), weights(&plain), "weights");
+                assert_same_bits(logsumexp(&output), logsumexp(&plain), "log-sum-exp");
+            }
+        }
+    }
     Ok(())
 }

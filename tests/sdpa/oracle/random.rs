@@ -52,7 +52,7 @@ struct Case {
 
 fn cases() -> impl Strategy<Value = Case> {
     let dtypes = select(vec![DType::F32, DType::F32, DType::F64, DType::F16, DType::BF16]);
-    let backends = select(vec![Backend::Auto, Backend::Fused]);
+    let backends = select(vec![Backend::Auto, Backend::Fused, Backend::Reference]);
     // Decoding and tiles; few keys and many.
     let lengths = prop_oneof![(1..=9usize, 1..=600usize), (1..=9usize, 1..=40usize), (10..=140usize, 1..=220usize)];
     let hides = select(vec![
