@@ -30,7 +30,7 @@ pub use layout::Layout;
 pub(crate) use layout::{from_file, from_var_builder, prefixed, to_file, to_tensors};
 pub use layout_file::LayoutFile;
 pub(crate) use parameter::check_built;
-use parameter::check_finite;
+use parameter::{Refused, check_finite};
 pub use weights::var_builder;
 
 /// Parameters by their names.
@@ -82,8 +82,15 @@ fn serialise<'a>(
 }
 
 /// One error for the problems of all tensors.
-pub(crate) fn check_all(checks: impl Iterator<Item = (String, Result<(), String>)>) -> Result<(), AttentionError> {
-    let problems: Vec<_> = checks.filter_map(|(name, check)| Some(format!("`{name}`: {}", check.err()?))).collect();
+pub(crate) fn check_all(checks: impl Iterator<Item = (String, Result<(), Refused>)>) -> Result<(), AttentionError> {
+    let mut problems = Vec::new();
+    for (name, check) in checks {
+        match check {
+            Ok(()) => {}
+            Err(Refused::Tensor(problem)) => problems.push(format!("`{name}`: {problem}")),
+            Err(Refused::Memory(error)) => return Err(error),
+        }
+    }
     if problems.is_empty() { Ok(()) } else { Err(AttentionError::CheckpointTensors { path: None, problems }) }
 }
 

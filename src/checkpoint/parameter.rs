@@ -6,6 +6,10 @@ use candle_nn::VarBuilder;
 
 use crate::check::{SUPPORTED, is_supported};
 use crate::error::{AttentionError, Error};
+use crate::memory;
+
+/// What parameters are in an error of memory.
+pub(crate) const PARAMETERS: &str = "parameters of a checkpoint";
 
 const NOT_FINITE: &str = "expected finite numbers, got NaN or infinity";
 
@@ -16,52 +20,73 @@ pub(super) const ASK_FOR_STORED: DType = DType::F4;
 /// Every dtype whose numbers candle would cast to floats although they are no weights: integers and quantised numbers.
 const NO_WEIGHTS: [DType; 6] = [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64, DType::F8E4M3];
 
-/// Casts a tensor to `dtype` on `device`. Every number must be finite before and after the cast.
-pub(crate) fn cast(tensor: &Tensor, dtype: DType, device: &Device) -> Result<Tensor, String> {
-    check_finite(tensor)?;
-    let cast = tensor.to_dtype(dtype).map_err(text)?;
-    if !is_finite(&cast).map_err(text)? {
-        return Err(format!("expected numbers that {dtype:?} can hold, got larger ones"));
+/// Why a tensor doesn't become a parameter.
+#[derive(Debug)]
+pub(crate) enum Refused {
+    /// There is no memory for it.
+    Memory(AttentionError),
+    /// It is not what was expected.
+    Tensor(String),
+}
+
+impl From<String> for Refused {
+    fn from(problem: String) -> Self {
+        Self::Tensor(problem)
     }
-    cast.to_device(device).map_err(text)
+}
+
+impl<E: Into<Error>> From<E> for Refused {
+    fn from(error: E) -> Self {
+        match error.into() {
+            Error::Attention(error @ AttentionError::Memory { .. }) => Self::Memory(error),
+            other => Self::Tensor(other.to_string()),
+        }
+    }
+}
+
+/// Casts a tensor to `dtype` on `device`. Every number must be finite before and after the cast.
+pub(crate) fn cast(tensor: &Tensor, dtype: DType, device: &Device) -> Result<Tensor, Refused> {
+    check_finite(tensor)?;
+    let cast = memory::cast(PARAMETERS, tensor, dtype)?;
+    if !is_finite(&cast)? {
+        return Err(format!("expected numbers that {dtype:?} can hold, got larger ones").into());
+    }
+    Ok(cast.to_device(device)?)
 }
 
 /// Refuses NaN and infinity.
-pub(crate) fn check_finite(tensor: &Tensor) -> Result<(), String> {
-    if is_finite(tensor).map_err(text)? { Ok(()) } else { Err(NOT_FINITE.into()) }
+pub(crate) fn check_finite(tensor: &Tensor) -> Result<(), Refused> {
+    if is_finite(tensor)? { Ok(()) } else { Err(NOT_FINITE.to_string().into()) }
 }
 
 /// Checks the tensor that a `VarBuilder` has under this name, as it has handed it out.
-pub(crate) fn check_built(vb: &VarBuilder, name: &str, tensor: &Tensor) -> Result<(), String> {
+pub(crate) fn check_built(vb: &VarBuilder, name: &str, tensor: &Tensor) -> Result<(), Refused> {
     // A `VarMap` hands out the variables that it has, whatever the dtype and the device of the `VarBuilder`.
     if tensor.dtype() != vb.dtype() {
-        return Err(format!("expected dtype {:?}, that of the VarBuilder, got {:?}", vb.dtype(), tensor.dtype()));
+        return Err(format!("expected dtype {:?}, that of the VarBuilder, got {:?}", vb.dtype(), tensor.dtype()).into());
     }
     let (expected, got) = (vb.device().location(), tensor.device().location());
     if expected != got {
-        return Err(format!("expected device {expected:?}, that of the VarBuilder, got {got:?}"));
+        return Err(format!("expected device {expected:?}, that of the VarBuilder, got {got:?}").into());
     }
     if let Some(scale) = scale_of(vb, name) {
-        return Err(format!("expected dtype {SUPPORTED}, got quantised numbers with the scale `{scale}`"));
+        return Err(format!("expected dtype {SUPPORTED}, got quantised numbers with the scale `{scale}`").into());
     }
     check_finite(tensor).map_err(|not_finite| {
         // If the number is finite as f64, it is the cast that made it infinite.
-        let wide = vb.get_unchecked_dtype(name, DType::F64).map_err(text);
+        let wide = vb.get_unchecked_dtype(name, DType::F64).map_err(Refused::from);
         wide.and_then(|wide| cast(&wide, vb.dtype(), vb.device())).err().unwrap_or(not_finite)
     })?;
-    match stored_as_no_weights(vb, name, tensor).map_err(text)? {
-        Some(stored) => Err(format!("expected dtype {SUPPORTED}, got {stored}")),
+    match stored_as_no_weights(vb, name, tensor)? {
+        Some(stored) => Err(format!("expected dtype {SUPPORTED}, got {stored}").into()),
         None => Ok(()),
     }
 }
 
 fn is_finite(tensor: &Tensor) -> CandleResult<bool> {
+    memory::ask_for(PARAMETERS, 1, tensor, tensor.dtype())?;
     // Zero times a finite number is zero. Zero times infinity or NaN is NaN.
     Ok((tensor.detach() * 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
-}
-
-fn text(error: candle_core::Error) -> String {
-    error.to_string()
 }
 
 /// The scale beside a quantised weight, under the names of compressed-tensors and ModelOpt, DeepSeek, bitsandbytes, GPTQ

@@ -68,7 +68,8 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
         None => q.apply_op3(&k, &v, op)?,
     };
     if logsumexp.get().is_some_and(LogSumExp::has_non_finite) {
-        let range = Range::read(&checked.q, &checked.k, scale, None, options)?;
+        let extras = [options.attn_bias.as_ref(), options.alibi_slopes.as_ref()];
+        let range = Range::read(&checked.q, &checked.k, scale, None, extras)?;
         if range.scores_may_overflow || range.sums_may_overflow {
             let (expected, got) = ("scores that don't overflow", "inputs so large that they do");
             return Ok(Err(AttentionError::Backend { expected, got }));

@@ -4,7 +4,6 @@ use candle_core::{D, DType, Result, Tensor};
 
 use crate::check::check_number;
 use crate::memory;
-use crate::sdpa::options::AttentionOptions;
 
 /// What the reference has to know about its inputs before it chooses its steps.
 pub(crate) struct Range {
@@ -19,15 +18,14 @@ pub(crate) struct Range {
 
 impl Range {
     /// Reads all that is needed at once, since every read from another device waits for that device. `q` and `k` are not
-    /// empty.
+    /// empty. The last two are a bias and ALiBi slopes.
     pub(crate) fn read(
         q: &Tensor,
         k: &Tensor,
         scale: f64,
         v: Option<&Tensor>,
-        options: &AttentionOptions,
+        [bias, slopes]: [Option<&Tensor>; 2],
     ) -> Result<Self> {
-        let (bias, slopes) = (options.attn_bias.as_ref(), options.alibi_slopes.as_ref());
         // Each of them: the result of a step, and that of the step before it.
         let inputs = [Some(q), Some(k), v, bias].into_iter().flatten();
         let bytes = memory::sum(inputs.map(|x| memory::bytes(x.dims(), x.dtype()))).saturating_mul(3);
@@ -46,6 +44,8 @@ impl Range {
         let numbers = Tensor::cat(&numbers, 0)?.to_vec1::<f64>()?;
         // The bound is computed in logarithms, which don't overflow.
         let bound = numbers[0].ln() + numbers[1].ln() + (q.dim(D::Minus1)? as f64).ln() + scale.abs().max(1.0).ln();
+        // The fused path multiplies the query by the scale first.
+        let bound = bound.max(numbers[0].ln() + scale.abs().ln());
         let distance = (q.dim(2)? + k.dim(2)?) as f64;
         let largest_term = bound.max(numbers[4].ln() + distance.ln());
         let (limit, digits) = if q.dtype() == DType::F64 { (f64::MAX, 40.0) } else { (f64::from(f32::MAX), 20.0) };

@@ -75,7 +75,8 @@ impl Steps {
         check_score_count(q, k)?;
         let scale = options.scale.unwrap_or(1.0 / (q.dim(3)? as f64).sqrt());
         let (has_mask, bias) = (!options.attn_mask.is_full(), options.attn_bias.as_ref());
-        let range = Range::read(q, k, scale, v.filter(|_| has_mask || bias.is_some()), options)?;
+        let range =
+            Range::read(q, k, scale, v.filter(|_| has_mask || bias.is_some()), [bias, options.alibi_slopes.as_ref()])?;
         let bias = bias.filter(|_| range.bias_hides);
         let hides = has_mask || bias.is_some();
         Ok(Self {

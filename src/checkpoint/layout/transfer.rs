@@ -8,15 +8,12 @@ use candle_nn::VarBuilder;
 use crate::check::{SUPPORTED, is_supported};
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::layout::plan::{Form, Piece, Plan};
-use crate::checkpoint::parameter::{cast, check_built};
+use crate::checkpoint::parameter::{PARAMETERS, Refused, cast, check_built};
 use crate::checkpoint::weights::Weights;
 use crate::checkpoint::{LayoutFile, Parameters, serialise};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Parameter, SelfAttentionConfig};
 use crate::memory;
-
-/// What parameters are in an error of memory.
-const PARAMETERS: &str = "parameters of a checkpoint";
 
 /// The parameters that a `VarBuilder` holds in this layout, in its dtype. They are new variables if the `VarBuilder`
 /// holds variables, otherwise constants.
@@ -29,10 +26,10 @@ pub(crate) fn from_var_builder(layout: Layout, config: &SelfAttentionConfig, vb:
         }
         // The tensor, in another dtype or not, and the parameters that it is split into.
         let bytes = memory::bytes(&piece.shape(), vb.dtype()).saturating_mul(4);
-        memory::ask(PARAMETERS, vb.device(), bytes).map_err(|error| error.to_string())?;
+        memory::ask(PARAMETERS, vb.device(), bytes)?;
         // A `VarMap` needs a shape, so a failed read without one is repeated with the expected shape.
         let unchecked = vb.get_unchecked_dtype(piece.name, vb.dtype());
-        let tensor = unchecked.or_else(|_| vb.get(piece.shape(), piece.name)).map_err(|error| error.to_string())?;
+        let tensor = unchecked.or_else(|_| vb.get(piece.shape(), piece.name))?;
         if tensor.dims() == piece.shape() {
             check_built(vb, piece.name, &tensor)?;
         }
@@ -49,19 +46,19 @@ pub(crate) fn from_file(file: &LayoutFile, config: &SelfAttentionConfig) -> Resu
     let plan = Plan::new(*layout, config)?;
     let weights = Weights::open(path)?;
     let mut common = None;
-    let fetch = |piece: &Piece| -> Result<Option<Tensor>, String> {
+    let fetch = |piece: &Piece| -> Result<Option<Tensor>, Refused> {
         let name = prefixed(prefix, piece.name);
         let Some(info) = weights.info(&name) else { return Ok(None) };
         if info.shape != piece.shape() {
-            return Err(format!("expected shape {:?}, got {:?}", piece.shape(), info.shape));
+            return Err(format!("expected shape {:?}, got {:?}", piece.shape(), info.shape).into());
         }
         let got = DType::try_from(info.dtype).ok().filter(|&got| is_supported(got));
         let got = got.ok_or_else(|| format!("expected dtype {SUPPORTED}, got {:?}", info.dtype))?;
         let wanted = dtype.unwrap_or(*common.get_or_insert(got));
         if dtype.is_none() && got != wanted {
-            return Err(format!("expected dtype {wanted:?} as the others, or one to cast to, got {got:?}"));
+            return Err(format!("expected dtype {wanted:?} as the others, or one to cast to, got {got:?}").into());
         }
-        let tensor = weights.read(&name).map_err(|error| error.to_string())?;
+        let tensor = weights.read(&name)?;
         cast(&tensor, wanted, device).map(Some)
     };
     let prefix_and_dot = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
@@ -79,7 +76,7 @@ fn collect(
     plan: &Plan,
     prefix: &str,
     unexpected: Vec<String>,
-    mut fetch: impl FnMut(&Piece) -> Result<Option<Tensor>, String>,
+    mut fetch: impl FnMut(&Piece) -> Result<Option<Tensor>, Refused>,
 ) -> Result<Parameters> {
     let mut parameters = Vec::new();
     let mut problems = Vec::new();
@@ -89,7 +86,8 @@ fn collect(
             Ok(Some(tensor)) if tensor.dims() == shape => parameters.extend(split(piece, &tensor)?),
             Ok(Some(tensor)) => problems.push(format!("`{name}`: expected shape {shape:?}, got {:?}", tensor.dims())),
             Ok(None) => problems.push(format!("`{name}` is missing, expected {shape:?}")),
-            Err(problem) => problems.push(format!("`{name}`: {problem}")),
+            Err(Refused::Tensor(problem)) => problems.push(format!("`{name}`: {problem}")),
+            Err(Refused::Memory(error)) => return Err(error.into()),
         }
     }
     problems.extend(unexpected.iter().map(|name| format!("`{name}` is unexpected")));
