@@ -42,7 +42,7 @@ impl Tile {
         if let Some(bias) = operands.bias {
             self.add_bias(simd, bias, scores.reborrow());
             if is_careful {
-                self.hide_by_bias(bias, scores.reborrow());
+                self.hide_by_bias(bias, scores.reborrow(), -R::INFINITY);
             }
         }
         if let Some(slope) = operands.slope(self.at) {
@@ -72,15 +72,13 @@ impl Tile {
         }
     }
 
-    /// Minus infinity where the bias is, even if the score was NaN.
-    fn hide_by_bias<R: SimdFloat>(&self, bias: BiasView<R>, mut scores: MatrixMut<R>) {
+    /// Replaces the numbers that a bias of minus infinity hides.
+    fn hide_by_bias<R: SimdFloat>(&self, bias: BiasView<R>, mut numbers: MatrixMut<R>, with: R) {
         let [_, _, si, sj] = bias.strides();
         let from = bias.from(self.at, self.first_query, self.keys.start);
         for j in 0..self.keys.len() {
-            let row = &mut scores.row(j)[..self.queries];
-            row.iter_mut().enumerate().filter(|(i, _)| from[i * si + j * sj] == -R::INFINITY).for_each(|(_, s)| {
-                *s = -R::INFINITY;
-            });
+            let row = numbers.row(j)[..self.queries].iter_mut().enumerate();
+            row.filter(|(i, _)| from[i * si + j * sj] == -R::INFINITY).for_each(|(_, x)| *x = with);
         }
     }
 
@@ -107,7 +105,7 @@ impl Tile {
         }
     }
 
-    /// Zeros for what the mask hides and in the columns behind the last query, whatever an infinite or NaN row made of them.
+    /// Zeros for what the mask or the bias hides and in the columns behind the last query, whatever an infinite or NaN row made of them.
     pub(crate) fn zero_hidden<R: SimdFloat>(
         &self,
         operands: &Operands<R>,
@@ -116,6 +114,9 @@ impl Tile {
     ) {
         if coverage == Coverage::Some {
             self.hide(operands, numbers.reborrow(), R::ZERO);
+        }
+        if let Some(bias) = operands.bias {
+            self.hide_by_bias(bias, numbers.reborrow(), R::ZERO);
         }
         for j in 0..self.keys.len() {
             numbers.row(j)[self.queries..].fill(R::ZERO);
