@@ -131,7 +131,7 @@ fn context_and_weights(checked: &Checked) -> Result<AttentionOutput> {
     match fused {
         // The weights are computed separately, so that a request for them changes no other number.
         Some(Ok(output)) if options.return_weights => {
-            score_memory::ask(&checked)?;
+            score_memory::ask(checked)?;
             let weights = reference::weights(&checked.q, &checked.k, options)?;
             Ok(AttentionOutput { weights: Some(weights), ..output })
         }

@@ -38,7 +38,7 @@ impl Range {
             largest(k)?,
             number(v.filter(|v| v.elem_count() > 0).map(|v| count(is_finite(v)?.eq(0u8)?)))?,
             number(bias.map(|bias| count(bias.eq(f64::NEG_INFINITY)?)))?,
-            number(slopes.map(|slopes| largest(slopes)))?,
+            number(slopes.map(largest))?,
         ];
         let numbers = numbers.iter().map(|x| x.to_dtype(DType::F64)).collect::<Result<Vec<_>>>()?;
         let numbers = Tensor::cat(&numbers, 0)?.to_vec1::<f64>()?;

@@ -143,7 +143,7 @@ impl Case {
         let mut bias = |index: usize| {
             let is_low = match low {
                 0 => true,
-                1 => index / dims[3] % 2 == 0,
+                1 => (index / dims[3]).is_multiple_of(2),
                 _ => random.below(2) == 0,
             };
             match self.bias.0 {
