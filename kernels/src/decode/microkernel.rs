@@ -74,18 +74,22 @@ unsafe fn dot_block<R: SimdFloat, S: Simd, const N: usize>(
     scores: Raw<*mut R>,
 ) {
     let lanes = R::lanes::<S>();
+    let (whole, ahead) = (d / lanes * lanes, AHEAD.div_ceil(d) * keys.stride);
     for j in 0..count {
         // One key after the other: the processor then sees that memory is read in order.
         let mut sums = [R::splat(simd, R::ZERO); N];
         // SAFETY: j is one of `count`, c one of d, `row` one of N; behind d the queries are zero.
         unsafe {
             let key = keys.at(j, 0);
-            for c in (0..d).step_by(lanes) {
-                prefetch(key.wrapping_add(AHEAD.div_ceil(d) * keys.stride + c));
-                let entries = load_up_to_at::<R, S>(simd, key.add(c), d - c);
+            let mut add = |c: usize, entries: R::Vector<S>| {
+                prefetch(key.wrapping_add(ahead + c));
                 for (row, sum) in sums.iter_mut().enumerate() {
                     *sum = R::mul_add(simd, entries, load_at::<R, S>(queries.at(row, c)), *sum);
                 }
+            };
+            (0..whole).step_by(lanes).for_each(|c| add(c, load_at::<R, S>(key.add(c))));
+            if whole < d {
+                add(whole, load_up_to_at::<R, S>(simd, key.add(whole), d - whole));
             }
             for (row, sum) in sums.into_iter().enumerate() {
                 *scores.at(row, j) = R::reduce_add(simd, sum);
@@ -136,6 +140,7 @@ unsafe fn value_block<R: SimdFloat, S: Simd, const N: usize>(
     sums: Raw<*mut R>,
 ) {
     let lanes = R::lanes::<S>();
+    let (whole, ahead) = (dv / lanes * lanes, AHEAD.div_ceil(dv) * values.stride);
     for j in 0..count {
         let mut factors = [R::splat(simd, R::ZERO); N];
         // SAFETY: j is one of `count`, c one of dv, `row` one of N; the sums have room behind dv.
@@ -144,13 +149,16 @@ unsafe fn value_block<R: SimdFloat, S: Simd, const N: usize>(
                 *factor = R::splat(simd, *weights.at(row, j));
             }
             let value = values.at(j, 0);
-            for c in (0..dv).step_by(lanes) {
-                prefetch(value.wrapping_add(AHEAD.div_ceil(dv) * values.stride + c));
-                let entries = load_up_to_at::<R, S>(simd, value.add(c), dv - c);
+            let add = |c: usize, entries: R::Vector<S>| {
+                prefetch(value.wrapping_add(ahead + c));
                 for (row, factor) in factors.into_iter().enumerate() {
                     let to = sums.at(row, c);
                     store_at::<R, S>(to, R::mul_add(simd, entries, factor, load_at::<R, S>(to)));
                 }
+            };
+            (0..whole).step_by(lanes).for_each(|c| add(c, load_at::<R, S>(value.add(c))));
+            if whole < dv {
+                add(whole, load_up_to_at::<R, S>(simd, value.add(whole), dv - whole));
             }
         }
     }

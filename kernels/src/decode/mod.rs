@@ -97,7 +97,7 @@ impl<R: SimdFloat> WithSimd for Decode<'_, R> {
 
 impl<R: SimdFloat> Decode<'_, R> {
     /// The careful pass, whose results take the place of those that are not finite.
-    #[inline(never)]
+    #[inline(always)]
     fn carefully<S: Simd>(&self, simd: S, pieces: &mut Pieces<R>) -> Result<(), Error> {
         let fast = copy_of("sums of a task", pieces.sums)?;
         let kept = self.operands.dropout.map_or(1.0, |dropout| 1.0 - dropout.p);

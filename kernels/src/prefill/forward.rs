@@ -116,7 +116,7 @@ impl<R: SimdFloat> WithSimd for Forward<'_, R> {
 
 impl<R: SimdFloat> Forward<'_, R> {
     /// The careful pass, whose results take the place of those that are not finite.
-    #[inline(never)]
+    #[inline(always)]
     fn carefully<S: Simd>(&mut self, simd: S, gemm: Gemm, panels: &mut Panels<R>) -> Result<(), Error> {
         let fast = copy_of("sums of a task", panels.sums)?;
         let operands = self.operands;
