@@ -87,7 +87,8 @@ impl Core {
             self.q_proj.weight().device(),
             memory::sum(self.parameters().iter().map(|(_, x)| memory::bytes(x.dims(), x.dtype()))),
         )?;
-        let variable = |(name, tensor): (&'static str, &Tensor)| Ok((name, Var::from_tensor(tensor)?.into_inner()));
+        let variable =
+            |(name, tensor): (&'static str, &Tensor)| Ok((name, Var::from_tensor(&tensor.detach())?.into_inner()));
         let parameters = self.parameters().into_iter().map(variable).collect::<CandleResult<_>>()?;
         let trainable = Self::from_parameters(self.kind, &self.config, parameters, "")?;
         let calls = Arc::new(AtomicU64::new(self.dropout_calls.load(Ordering::Relaxed)));

@@ -57,6 +57,22 @@ fn another_seed_or_place_gives_other_weights() -> Result<()> {
 }
 
 #[test]
+fn trainable_copy_shares_nothing_with_the_layer() -> Result<()> {
+    let layer = layer(&everything(), "layer")?;
+    let copy = layer.trainable()?;
+    assert_eq!(copy.vars().len(), layer.parameters().len());
+    for var in copy.vars() {
+        var.set(&var.zeros_like()?)?;
+    }
+    for ((name, a), (_, b)) in layer.parameters().into_iter().zip(copy.parameters()) {
+        assert!(numbers(b)?.iter().all(|x| *x == 0.0), "{name}");
+        // A bias may be zero from the start.
+        assert!(!name.ends_with("_proj.weight") || numbers(a)?.iter().any(|x| *x != 0.0), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
 fn weights_of_one_layer_differ() -> Result<()> {
     let layer = layer(&SelfAttentionConfig::new(8, 2), "")?;
     for (i, a) in weight_names().into_iter().enumerate() {
