@@ -1,6 +1,7 @@
 //! Inputs so large that their dot products are not finite, and inputs that are not finite themselves.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{CpuStorage, D, DType, Result, Storage, Tensor};
+use half::{bf16, f16};
 
 use crate::check::check_number;
 use crate::memory;
@@ -30,7 +31,12 @@ impl Range {
         let inputs = [Some(q), Some(k), v, bias].into_iter().flatten();
         let bytes = memory::sum(inputs.map(|x| memory::bytes(x.dims(), x.dtype()))).saturating_mul(3);
         memory::ask("largest entries of the inputs", q.device(), bytes)?;
-        let largest = |x: &Tensor| -> Result<Tensor> { over_rows(&finite_or_zero(&x.detach())?.abs()?, Tensor::max) };
+        let largest = |x: &Tensor| -> Result<Tensor> {
+            if x.device().is_cpu() {
+                return Tensor::new(&[largest_on_cpu(x)?], x.device());
+            }
+            over_rows(&finite_or_zero(&x.detach())?.abs()?, Tensor::max)
+        };
         let count = |of: Tensor| over_rows(&of.to_dtype(DType::F32)?, Tensor::sum);
         let number = |x: Option<Result<Tensor>>| x.unwrap_or_else(|| Tensor::zeros(1, q.dtype(), q.device()));
         let numbers = [
@@ -57,6 +63,31 @@ impl Range {
             values_are_finite: numbers[2] == 0.0,
             bias_hides: numbers[3] > 0.0,
         })
+    }
+}
+
+/// The largest magnitude of the finite numbers of a tensor on the CPU, in one look at its storage: candle's operations for
+/// it would take longer than a part of the attention.
+fn largest_on_cpu(x: &Tensor) -> Result<f64> {
+    let x = memory::contiguous("largest entries of the inputs", &x.detach())?;
+    let (storage, layout) = x.storage_and_layout();
+    let (start, end) = layout.contiguous_offsets().unwrap_or((0, 0));
+    // Without its sign, the bits of a float are in the order of the floats, and compared faster. Infinity and NaN are above
+    // all others.
+    macro_rules! largest {
+        ($numbers:expr, $float:ty, $bits:ty) => {{
+            let infinity = <$float>::INFINITY.to_bits();
+            let bits = $numbers[start..end].iter().map(|x| x.to_bits() & (<$bits>::MAX >> 1));
+            let largest = bits.fold(0, |largest, bits| if bits < infinity { largest.max(bits) } else { largest });
+            f64::from(<$float>::from_bits(largest))
+        }};
+    }
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(x)) => Ok(largest!(x, f32, u32)),
+        Storage::Cpu(CpuStorage::F64(x)) => Ok(largest!(x, f64, u64)),
+        Storage::Cpu(CpuStorage::F16(x)) => Ok(largest!(x, f16, u16)),
+        Storage::Cpu(CpuStorage::BF16(x)) => Ok(largest!(x, bf16, u16)),
+        _ => Err(candle_core::Error::msg("largest number: expected floats on the CPU")),
     }
 }
 

@@ -26,6 +26,8 @@ pub struct Call {
     pub dropout: Vec<f64>,
     /// Whether scores are rounded to f32.
     pub is_f32: bool,
+    /// What a number of the context may be off by because its dtype has no smaller numbers.
+    pub least_context: f64,
     pub grad_context: Vec<f64>,
     pub grad_logsumexp: Vec<f64>,
 }
@@ -144,6 +146,7 @@ impl Call {
         let grad = &self.grad_context[row * value_dim..][..value_dim];
         // (dp - δ) and the magnitude of its terms: those of all keys enter through δ.
         let (mut delta, mut delta_size) = (-self.grad_logsumexp[row], self.grad_logsumexp[row].abs());
+        delta_size += grad.iter().map(|grad| grad.abs() * self.least_context).sum::<f64>();
         let mut dp = Vec::new();
         for ((&j, weight), weight_size) in seen.iter().zip(&weights).zip(&sizes) {
             let (v_row, drop) = (self.key_row(b, h, j), self.dropout[row * kv_len + j]);

@@ -35,6 +35,7 @@ fn gradients_that_many_rows_share_lose_nothing_in_half_types() {
             allowed: vec![true; batch * kv_len],
             dropout: vec![1.0; batch * kv_len],
             is_f32: true,
+            least_context: 0.0,
             grad_context: of(&v)[..].chunks_exact(kv_len * dim).flat_map(|v| v[..dim].to_vec()).collect(),
             grad_logsumexp: vec![0.0; batch],
         };
