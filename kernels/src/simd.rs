@@ -58,6 +58,8 @@ pub trait SimdFloat:
     /// its exponential is zero even in a row that has no other score.
     const LOWEST: Self;
     const INFINITY: Self;
+    /// The smallest normal number.
+    const TINY: Self;
     /// The largest power of two is 2^MAX_EXPONENT.
     const MAX_EXPONENT: i32;
     /// Bits of the mantissa, without the one that isn't stored.
@@ -117,6 +119,7 @@ macro_rules! simd_float {
             const ONE: Self = 1.0;
             const LOWEST: Self = $float::MIN;
             const INFINITY: Self = $float::INFINITY;
+            const TINY: Self = $float::MIN_POSITIVE;
             const MAX_EXPONENT: i32 = $float::MAX_EXP - 1;
             const MANTISSA_BITS: u32 = $mantissa_bits;
             const MIN_EXPONENT: f64 = $min_exponent;

@@ -53,6 +53,14 @@ fn exponential<R: SimdFloat, S: Simd>(simd: S, s: R::Vector<S>, shift: R::Vector
     exp::<R, S>(simd, R::vsub(simd, s, shift))
 }
 
+/// As [`exponential`], but above zero for every score above minus infinity: in the careful pass a weight of zero means a hidden
+/// key, which may hold anything, and a visible one has to show what it holds.
+#[inline(always)]
+fn visible_exponential<R: SimdFloat, S: Simd>(simd: S, s: R::Vector<S>, power: R::Vector<S>) -> R::Vector<S> {
+    let positive = R::max(simd, power, R::splat(simd, R::TINY));
+    R::select_less(simd, R::splat(simd, -R::INFINITY), s, positive, power)
+}
+
 /// The vectors of a panel's row.
 #[inline(always)]
 pub(crate) fn panel_row<R: SimdFloat, S: Simd>(row: &[R]) -> &Row<R, S> {
@@ -78,9 +86,9 @@ pub(crate) fn maxima<R: SimdFloat, S: Simd>(simd: S, scores: Matrix<R>, largest:
 
 /// One step of the online softmax of a panel: scores \[key\]\[W\] become exponentials relative to `now`, the greatest so far, and
 /// are added to `total`. What was summed before relative to `largest`, the greatest before, is to be multiplied by the
-/// result.
+/// result. `CAREFUL`: for the careful pass.
 #[inline(always)]
-pub(crate) fn online_update<R: SimdFloat, S: Simd>(
+pub(crate) fn online_update<R: SimdFloat, S: Simd, const CAREFUL: bool>(
     simd: S,
     mut scores: MatrixMut<R>,
     now: Row<R, S>,
@@ -94,7 +102,10 @@ pub(crate) fn online_update<R: SimdFloat, S: Simd>(
     for j in 0..scores.rows() {
         let row = panel_row_mut::<R, S>(scores.row(j));
         for v in 0..VECTORS {
-            let power = exponential::<R, S>(simd, row[v], now[v]);
+            let mut power = exponential::<R, S>(simd, row[v], now[v]);
+            if CAREFUL {
+                power = visible_exponential::<R, S>(simd, row[v], power);
+            }
             sum[v] = R::vadd(simd, sum[v], power);
             row[v] = power;
         }
@@ -110,7 +121,7 @@ pub(crate) fn online_update<R: SimdFloat, S: Simd>(
 /// One step of the online softmax of a single row: as [`online_update`] for `count` scores, followed by room for a whole
 /// vector.
 #[inline(always)]
-pub(crate) fn online_update_of_row<R: SimdFloat, S: Simd>(
+pub(crate) fn online_update_of_row<R: SimdFloat, S: Simd, const CAREFUL: bool>(
     simd: S,
     scores: &mut [R],
     count: usize,
@@ -129,7 +140,10 @@ pub(crate) fn online_update_of_row<R: SimdFloat, S: Simd>(
     let shift = R::splat(simd, *largest);
     let mut sum = R::splat(simd, R::ZERO);
     for scores in as_vectors_mut::<R, S>(scores) {
-        let power = exponential::<R, S>(simd, *scores, shift);
+        let mut power = exponential::<R, S>(simd, *scores, shift);
+        if CAREFUL {
+            power = visible_exponential::<R, S>(simd, *scores, power);
+        }
         sum = R::vadd(simd, sum, power);
         *scores = power;
     }
@@ -222,7 +236,10 @@ pub(crate) fn weights_and_gradients<R: SimdFloat, S: Simd, const NAN_SAFE: bool>
         let (weights, grads) = (panel_row_mut::<R, S>(weights.row(j)), panel_row_mut::<R, S>(grads.row(j)));
         let factors = factors.map(|factors| panel_row::<R, S>(factors.row(j)));
         for v in 0..VECTORS {
-            let p = exponential::<R, S>(simd, R::vsub(simd, weights[v], largest[v]), log_total[v]);
+            let mut p = exponential::<R, S>(simd, R::vsub(simd, weights[v], largest[v]), log_total[v]);
+            if NAN_SAFE {
+                p = visible_exponential::<R, S>(simd, weights[v], p);
+            }
             let mut dp = grads[v];
             let mut dropped = p;
             if let Some(factors) = factors {
@@ -262,7 +279,13 @@ mod tests {
             let mut now = *panel_row::<R, S>(&largest);
             let rows = tile.len() / width;
             maxima(simd, Matrix::new(tile, rows, width, width), &mut now);
-            factors = online_update(simd, MatrixMut::new(tile, rows, width, width), now, &mut largest, &mut total);
+            factors = online_update::<R, S, false>(
+                simd,
+                MatrixMut::new(tile, rows, width, width),
+                now,
+                &mut largest,
+                &mut total,
+            );
         }
         let mut factor = vec![R::ZERO; width];
         *panel_row_mut::<R, S>(&mut factor) = factors;
@@ -286,7 +309,7 @@ mod tests {
         for part in [0..19, 19..50] {
             let mut row = vec![R::from_f64(7.0); 64];
             row[..part.len()].copy_from_slice(&scores[part.clone()]);
-            let factor = online_update_of_row(simd, &mut row, part.len(), &mut largest, &mut total);
+            let factor = online_update_of_row::<R, S, false>(simd, &mut row, part.len(), &mut largest, &mut total);
             sum = row[..part.len()].iter().fold(sum * factor, |sum, &x| sum + x);
         }
         let greatest = scores.iter().map(|x| x.to_f64()).fold(f64::MIN, f64::max);

@@ -271,16 +271,26 @@ fn minus_infinity_hides_anything() {
     for_every_type!(check);
 }
 
-/// A visible NaN shows in the rows that see it.
+/// A visible NaN shows in the rows that see it, however small its weight, whatever else is hidden.
 #[test]
 fn visible_nan_shows() {
     for sizes in SIZES {
-        let mut data = random(&sizes);
-        data[2][0] = f64::NAN;
-        let (output, _) = attention::<f32>(&sizes, &plain(&sizes), &data);
-        let (rows, dv) = (sizes.heads / sizes.kv_heads * sizes.q_len, sizes.value_dim);
-        for (row, context) in output.context.chunks_exact(dv).enumerate() {
-            assert!(context[0].is_nan() == (row < rows) && context[1..].iter().all(|x| x.is_finite()), "{sizes:?}");
+        for is_low in [false, true] {
+            let mut bias = vec![0.0; sizes.kv_len];
+            // Far below the other scores, where the exponential is zero.
+            bias[0] = if is_low { -1e6 } else { 0.0 };
+            bias[sizes.kv_len - 1] = f64::NEG_INFINITY;
+            let case = Case { bias: Some(([1, 1, 1, sizes.kv_len], bias)), ..plain(&sizes) };
+            let mut data = random(&sizes);
+            data[2][0] = f64::NAN;
+            let (output, gradients) = attention::<f32>(&sizes, &case, &data);
+            let (rows, dv) = (sizes.heads / sizes.kv_heads * sizes.q_len, sizes.value_dim);
+            for (row, context) in output.context.chunks_exact(dv).enumerate() {
+                assert!(context[0].is_nan() == (row < rows) && context[1..].iter().all(|x| x.is_finite()), "{sizes:?}");
+            }
+            assert!(gradients.q[..rows * sizes.dim].iter().all(|x| x.is_nan()), "{sizes:?}");
+            let hidden = (sizes.kv_len - 1) * sizes.dim..sizes.kv_len * sizes.dim;
+            assert!(gradients.k[hidden].iter().all(|&x| x == 0.0), "{sizes:?}");
         }
     }
 }

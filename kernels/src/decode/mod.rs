@@ -173,7 +173,7 @@ impl<R: SimdFloat> Decode<'_, R> {
             self.modify(simd, &tile(head), head, shrink.is_some(), pieces);
         }
         for row in 0..rows {
-            self.update_row(simd, row, count, pieces);
+            self.update_row(simd, row, count, shrink.is_some(), pieces);
         }
         if operands.dropout.is_some() {
             for head in 0..operands.group {
@@ -233,11 +233,15 @@ impl<R: SimdFloat> Decode<'_, R> {
 
     /// Turns a row's scores into exponentials.
     #[inline(always)]
-    fn update_row<S: Simd>(&self, simd: S, row: usize, count: usize, pieces: &mut Pieces<R>) {
+    fn update_row<S: Simd>(&self, simd: S, row: usize, count: usize, is_careful: bool, pieces: &mut Pieces<R>) {
         // The length of a block is a multiple of the lanes.
         let scores = &mut pieces.weights[row * self.tiles.keys..][..self.tiles.keys];
         let (largest, total) = (&mut pieces.largest[row], &mut pieces.total[row]);
-        pieces.factors[row] = online_update_of_row(simd, scores, count, largest, total);
+        pieces.factors[row] = if is_careful {
+            online_update_of_row::<R, S, true>(simd, scores, count, largest, total)
+        } else {
+            online_update_of_row::<R, S, false>(simd, scores, count, largest, total)
+        };
     }
 
     /// Divides the sums by the totals and multiplies them by 2^exponent, which is not zero in the careful pass.

@@ -206,7 +206,11 @@ impl<R: SimdFloat> Forward<'_, R> {
         } else {
             gemm.dot_products::<R, S, true>(simd, scale, panel.queries, keys, scores.reborrow(), &mut largest);
         }
-        let factor = online_update(simd, scores, largest, panel.largest, panel.total);
+        let factor = if shrink.is_some() {
+            online_update::<R, S, true>(simd, scores, largest, panel.largest, panel.total)
+        } else {
+            online_update::<R, S, false>(simd, scores, largest, panel.largest, panel.total)
+        };
         if operands.dropout.is_some() {
             tile.dropout_factors(simd, operands, MatrixMut::new(pieces.factors, count, width, width));
             let weights = pieces.scores[..count * width].iter_mut();
