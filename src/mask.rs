@@ -289,6 +289,9 @@ impl Mask {
         let batch = if self.0.varies_by_sequence() { shape.batch } else { 1 };
         let heads = if self.0.varies_by_head() { shape.num_heads } else { 1 };
         let dims = [batch, heads, shape.q_len, shape.kv_len];
+        if dims.contains(&0) {
+            return Ok(Tensor::zeros(&dims, DType::U8, device)?);
+        }
         let mut allowed = reserve("mask as a tensor", memory::bytes(&dims, DType::U8))?;
         for b in 0..batch {
             for h in 0..heads {

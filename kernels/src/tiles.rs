@@ -20,6 +20,8 @@ pub(crate) struct ForwardTiles {
     /// Keys of a block, at least as many as a panel has queries: the scores of a panel (6 KB) and the keys stay in a first-level
     /// cache of 32 KB.
     pub(crate) keys: usize,
+    /// Blocks of keys whose sums are added up before they are added to those of the other keys.
+    pub(crate) blocks_of_part: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -58,7 +60,7 @@ impl TileSizes {
     /// The sizes for this processor.
     pub(crate) const fn new() -> Self {
         Self {
-            forward: ForwardTiles { queries: 128, keys: 96 },
+            forward: ForwardTiles { queries: 128, keys: 96, blocks_of_part: 64 },
             backward: BackwardTiles { panels: 4, keys: 192, longest_sum: 64 },
             decode: DecodeTiles { max_queries: 8, min_keys: 128, keys: 128 },
         }

@@ -137,12 +137,13 @@ fn backward_has_the_weights_of_the_forward_pass() {
 /// The mean of equal values is that value, however many there are.
 #[test]
 fn long_sums_lose_nothing() {
-    for (q_len, kv_len) in [(1, 200_000), (8, 40_000), (9, 65_536)] {
+    for (q_len, kv_len) in [(1, 200_000), (8, 40_000), (9, 65_536), (16, 500_000)] {
         let sizes = Sizes { batch: 1, heads: 1, kv_heads: 1, q_len, kv_len, dim: 1, value_dim: 2 };
         let k = (0..kv_len).map(|j| -0.002 * j as f64 / kv_len as f64).collect();
-        let data = [vec![1.0; q_len], k, vec![1.0; 2 * kv_len], vec![1.0; 2 * q_len]];
+        // 0.7 is rounded in each sum.
+        let data = [vec![1.0; q_len], k, [1.0, 0.7].repeat(kv_len), vec![1.0; 2 * q_len]];
         let (output, gradients) = attention::<f32>(&sizes, &plain(&sizes), &data);
-        close("context", &to_f64(&output.context), &vec![1.0; 2 * q_len], 5e-6);
+        close("context", &to_f64(&output.context), &[1.0, 0.7].repeat(q_len), 5e-6);
         let sums = to_f64(&gradients.v).chunks_exact(2).fold([0.0; 2], |sum, x| [sum[0] + x[0], sum[1] + x[1]]);
         close("sum of the gradient of the value", &sums, &[q_len as f64; 2], 5e-6);
     }

@@ -72,15 +72,24 @@ pub(crate) fn check_built(vb: &VarBuilder, name: &str, tensor: &Tensor) -> Resul
     if let Some(scale) = scale_of(vb, name) {
         return Err(format!("expected dtype {SUPPORTED}, got quantised numbers with the scale `{scale}`").into());
     }
-    check_finite(tensor).map_err(|not_finite| {
-        // If the number is finite as f64, it is the cast that made it infinite.
-        let wide = vb.get_unchecked_dtype(name, DType::F64).map_err(Refused::from);
-        wide.and_then(|wide| cast(&wide, vb.dtype(), vb.device())).err().unwrap_or(not_finite)
+    check_finite(tensor).map_err(|not_finite| match wider(vb.dtype()) {
+        // If the number is finite in a wider dtype, it is the cast that made it infinite.
+        Some(wide) => {
+            let wide = vb.get_unchecked_dtype(name, wide).map_err(Refused::from);
+            wide.and_then(|wide| cast(&wide, vb.dtype(), vb.device())).err().unwrap_or(not_finite)
+        }
+        None => format!("{NOT_FINITE}, or numbers that {:?} can't hold", vb.dtype()).into(),
     })?;
     match stored_as_no_weights(vb, name, tensor)? {
         Some(stored) => Err(format!("expected dtype {SUPPORTED}, got {stored}").into()),
         None => Ok(()),
     }
+}
+
+/// A wider dtype, for a second look at numbers that a cast may have made infinite. It is never F64: candle 0.11 doesn't return
+/// from a cast of F8 to F64.
+fn wider(dtype: DType) -> Option<DType> {
+    (dtype == DType::F16 || dtype == DType::BF16).then_some(DType::F32)
 }
 
 fn is_finite(tensor: &Tensor) -> CandleResult<bool> {
@@ -125,9 +134,9 @@ fn stored_as_no_weights(vb: &VarBuilder, name: &str, tensor: &Tensor) -> CandleR
     }
     // In a cast to u8 an integer outside of 0 to 255 wraps around, and a float saturates. (So it is on the CPU.)
     if tensor.device().is_cpu()
-        && let (Ok(bytes), Ok(exact)) = (get(DType::U8), get(DType::F64))
+        && let (Ok(bytes), Ok(exact)) = (get(DType::U8), get(DType::F32))
     {
-        let wraps = bytes.to_dtype(DType::F64)?.ne(&exact.clamp(0.0, 255.0)?.floor()?)?;
+        let wraps = bytes.to_dtype(DType::F32)?.ne(&exact.clamp(0.0, 255.0)?.floor()?)?;
         return Ok((wraps.max_all()?.to_scalar::<u8>()? > 0).then(|| "integers".to_string()));
     }
     Ok(None)

@@ -1,8 +1,13 @@
 //! [`Positions`]: the position of each token.
 
+use attention_kernels::{collected, reserve};
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{AttentionError, Result};
+use crate::memory;
+
+/// What a list of positions is in an error of memory.
+const POSITIONS: &str = "positions of the tokens";
 
 /// The positions of the tokens of a batch: a list for each sequence, or a single one for all sequences.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +47,9 @@ impl Positions {
         if ids.elem_count() == 0 {
             return Ok(Self::Each { lists, ids: Vec::new() });
         }
+        memory::check_countable(tensor, ids)?;
+        // As a view that was made contiguous, as i64, and as positions.
+        memory::ask_for(tensor, 4, ids, DType::I64)?;
         let ids = ids.to_device(&Device::Cpu)?.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?;
         let position = |id: i64| {
             usize::try_from(id)
@@ -61,9 +69,9 @@ impl Positions {
     /// All lists, one after the other, for sequences of `len` tokens.
     pub(super) fn flatten(&self, len: usize) -> Result<Vec<usize>, AttentionError> {
         match self {
-            Self::Each { ids, .. } => Ok(ids.clone()),
+            Self::Each { ids, .. } => Ok(collected(POSITIONS, ids.iter().copied())?),
             Self::From(offsets) => {
-                let mut positions = Vec::with_capacity(offsets.len() * len);
+                let mut positions = reserve(POSITIONS, offsets.len().saturating_mul(len))?;
                 for &offset in offsets {
                     positions.extend(offset..offset.checked_add(len).ok_or(position_overflow(offset))?);
                 }

@@ -1,10 +1,14 @@
 //! [`Tables`]: cosines and sines that another program has computed.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::check::{check_device, check_dtype};
 use crate::error::{AttentionError, Result};
+use crate::memory;
 use crate::rotary::positions::Positions;
+
+/// What rows of tables are in an error of memory.
+const ROWS: &str = "rows of cos and sin";
 
 /// Cosines and sines of every position, (tables, max_position, dim / 2), where there is a table for each sequence or a
 /// single one for all sequences.
@@ -38,6 +42,8 @@ impl Tables {
         check_dtype("cos", cos.dtype())?;
         check_dtype("sin", sin.dtype())?;
         check_device("sin", sin, cos)?;
+        memory::check_countable("cos", cos)?;
+        memory::check_countable("sin", sin)?;
         let with_batch = |x: &Tensor| if x.rank() == 3 { Ok(x.detach()) } else { x.detach().unsqueeze(0) };
         Ok(Self { cos: with_batch(cos)?, sin: with_batch(sin)? })
     }
@@ -73,10 +79,12 @@ impl Tables {
             let (table, of) = (if tables == 1 { 0 } else { list }, if positions.lists() == 1 { 0 } else { list });
             (table * max_position + flat[of * len + i]) as i64
         };
+        // The numbers of the rows, and the rows of cosines and sines, in two dtypes.
+        memory::ask(ROWS, &Device::Cpu, memory::bytes(&[lists, len, 2 * pairs + 1], DType::F64).saturating_mul(2))?;
         let rows: Vec<_> = (0..lists).flat_map(|list| (0..len).map(move |i| row(list, i))).collect();
         let rows = Tensor::from_vec(rows, lists * len, self.cos.device())?;
         let select = |x: &Tensor| -> candle_core::Result<Tensor> {
-            let x = x.reshape((tables * max_position, pairs))?.contiguous()?;
+            let x = memory::contiguous(ROWS, x)?.reshape((tables * max_position, pairs))?;
             x.index_select(&rows, 0)?.reshape((lists, 1, len, pairs))?.to_dtype(dtype)
         };
         Ok([select(&self.cos)?, select(&self.sin)?])

@@ -97,6 +97,7 @@ pub(crate) fn check_range(tensor: &'static str, x: &Tensor, computed_in: DType) 
     if x.dtype() != DType::F64 || computed_in == DType::F64 || x.elem_count() == 0 {
         return Ok(());
     }
+    memory::ask_for(tensor, 4, x, x.dtype())?;
     let x = finite_or_zero(&x.detach())?;
     for got in Tensor::cat(&[over_rows(&x, Tensor::min)?, over_rows(&x, Tensor::max)?], 0)?.to_vec1::<f64>()? {
         check_number(tensor, Some(got), "numbers that F32, which is computed in, can hold", |x| {

@@ -4,7 +4,7 @@ use candle_attention::simplified::{Normalization, normalize, simplified_attentio
 use candle_attention::{AttentionOptions, Backend, Error, Mask, scaled_dot_product_attention};
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::room::{memory, refuses, returns, row};
+use crate::room::{memory, number, refuses, returns, row};
 
 /// So many queries and keys that one tensor of their scores is 9 MiB in f32.
 const LEN: usize = 1536;
@@ -88,6 +88,15 @@ memory! {
             let options = AttentionOptions { attn_mask: Mask::prefix(0), ..options.clone() };
             scaled_dot_product_attention(&x, &x, &x, &options)
         });
+    };
+    wide_options_beyond_the_address_space: {
+        let len = 1 << 20;
+        let q = row(&[1, 1, len, 1], DType::F32);
+        let bias = Some(number(&[len, len], DType::F64));
+        refuses(|| scaled_dot_product_attention(&q, &q, &q, &AttentionOptions { attn_bias: bias.clone(), ..Default::default() }));
+        let q = row(&[1 << 20, 1 << 20, 1, 1], DType::F32);
+        let slopes = Some(number(&[1 << 20, 1 << 20], DType::F64));
+        refuses(|| scaled_dot_product_attention(&q, &q, &q, &AttentionOptions { alibi_slopes: slopes.clone(), ..Default::default() }));
     };
     sizes_beyond_the_address_space: {
         for len in [1 << 28, 1 << 29, (1 << 31) - 1] {

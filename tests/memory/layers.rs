@@ -5,7 +5,7 @@ use candle_attention::{CrossAttention, Error, ForwardOptions, Layout, LayoutFile
 use candle_core::{DType, Device};
 use candle_nn::{VarBuilder, VarMap};
 
-use crate::room::{fills_up, memory, refuses, returns, row};
+use crate::room::{fills_up, memory, number, refuses, returns, row};
 
 fn layer(config: &SelfAttentionConfig, dtype: DType) -> Result<SelfAttention, Error> {
     SelfAttention::new(config, VarBuilder::from_varmap(&VarMap::new(), dtype, &Device::Cpu))
@@ -66,6 +66,17 @@ memory! {
         refuses(|| projected.select(&sequences));
         returns(|| projected.select(&sequences[..1 << 13]));
         fills_up(|| projected.select(&sequences[..1 << 15]));
+    };
+    rotary_tables_and_positions: {
+        for dims in [[1, 1 << 40, 1], [2, 1 << 34, 1]] {
+            let table = number(&dims, DType::F32);
+            refuses(|| RotaryEmbedding::from_tables(&table, &table, 2, Pairing::default())?.apply(&number(&[2, 1, 3, 2], DType::F32), 0));
+        }
+        let rotary = RotaryEmbedding::new(&RotaryConfig::default(), 8).unwrap();
+        for (batch, len) in [(1 << 20, 1 << 20), (1, 1 << 40)] {
+            let ids = number(&[batch, len], DType::U32);
+            refuses(|| rotary.apply_positions(&row(&[batch, 1, len, 8], DType::F32), &ids));
+        }
     };
     rotary: {
         let rotary = RotaryEmbedding::new(&RotaryConfig::default(), 8).unwrap();

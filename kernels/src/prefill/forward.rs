@@ -11,7 +11,7 @@ use crate::alloc::copy_of;
 use crate::careful::{exponent_above, keep_finite, quotient, times_power_of_two};
 use crate::dtype::Sink;
 use crate::error::Error;
-use crate::gemm::microkernel::{pad, panel_width};
+use crate::gemm::microkernel::{VECTORS, pad, panel_width};
 use crate::gemm::nan_safe::all_finite;
 use crate::gemm::pack::unpack;
 use crate::gemm::{DotRows, Gemm};
@@ -20,7 +20,7 @@ use crate::matrix::{Matrix, MatrixMut};
 use crate::operands::Operands;
 use crate::score_mods::Tile;
 use crate::scratch::{Scratch, pieces};
-use crate::simd::SimdFloat;
+use crate::simd::{MAX_LANES, SimdFloat};
 use crate::softmax::{LogSumExp, inverse_of_total, maxima, online_update, panel_row};
 use crate::tiles::ForwardTiles;
 
@@ -57,11 +57,49 @@ struct Panels<'s, R> {
     total: &'s mut [R],
     /// \[W\]: what the sums are multiplied by at the end
     inverse: &'s mut [R],
+    /// As `sums`, `largest` and `total`, of all parts of many keys so far
+    parts: [&'s mut [R]; 3],
     tile: TilePieces<'s, R>,
     /// The keys of a block, widened
     keys: &'s mut [R],
     /// The values of a block, widened or interleaved
     values: &'s mut [R],
+}
+
+impl<R: SimdFloat> Panels<'_, R> {
+    /// Sums of no keys.
+    fn start(&mut self) {
+        self.sums.fill(R::ZERO);
+        self.largest.fill(R::LOWEST);
+        self.total.fill(R::ZERO);
+    }
+
+    /// Adds the sums of a part of the keys to those of the parts before it, and starts another: a long sum would lose more to
+    /// rounding.
+    #[inline(always)]
+    fn add_part(&mut self, width: usize, value_dim: usize) {
+        let [sums, largest, total] = &mut self.parts;
+        let mut factors = [(R::ZERO, R::ZERO); VECTORS * MAX_LANES];
+        for panel in 0..largest.len() / width {
+            for (lane, factors) in factors.iter_mut().enumerate().take(width) {
+                let i = panel * width + lane;
+                let (before, of_part) = (largest[i].to_f64(), self.largest[i].to_f64());
+                // NaN is in the totals, and not in the greatest scores.
+                let now = before.max(of_part);
+                *factors = (R::from_f64((before - now).exp()), R::from_f64((of_part - now).exp()));
+                largest[i] = R::from_f64(now);
+                total[i] = total[i] * factors.0 + self.total[i] * factors.1;
+            }
+            let rows = panel * width * value_dim..(panel + 1) * width * value_dim;
+            let of_part = self.sums[rows.clone()].chunks_exact(width);
+            for (sums, of_part) in sums[rows].chunks_exact_mut(width).zip(of_part) {
+                for ((sum, x), factors) in sums.iter_mut().zip(of_part).zip(&factors) {
+                    *sum = *sum * factors.0 + *x * factors.1;
+                }
+            }
+        }
+        self.start();
+    }
 }
 
 /// What a task keeps for one tile.
@@ -96,13 +134,17 @@ impl<R: SimdFloat> WithSimd for Forward<'_, R> {
             largest: width * count,
             total: width * count,
             inverse: width * count,
+            part_sums: if self.has_parts() { dv * width * count } else { 0 },
+            part_largest: if self.has_parts() { width * count } else { 0 },
+            part_total: if self.has_parts() { width * count } else { 0 },
             scores: keys * width,
             factors: if self.operands.dropout.is_some() { keys * width } else { 0 },
             keys: keys * d,
             values: keys * pad(dv),
         );
         let tile = TilePieces { scores, factors };
-        let mut panels = Panels { queries, sums, largest, total, inverse, tile, keys, values };
+        let parts = [part_sums, part_largest, part_total];
+        let mut panels = Panels { queries, sums, largest, total, inverse, parts, tile, keys, values };
         let gemm = Gemm::new::<S>(self.operands.is_bf16, d, dv);
         self.over_keys(simd, Way { gemm, shrink: None }, &mut panels);
         self.divide::<S>(0, &mut panels);
@@ -134,17 +176,32 @@ impl<R: SimdFloat> Forward<'_, R> {
         let operands = self.operands;
         let scale = R::from_f64(operands.scale);
         way.gemm.pack::<R, S>(simd, operands.q, self.at, &self.queries, scale, panels.keys, panels.queries);
-        panels.sums.fill(R::ZERO);
-        panels.largest.fill(R::LOWEST);
-        panels.total.fill(R::ZERO);
+        panels.start();
+        let [sums, largest, total] = &mut panels.parts;
+        sums.fill(R::ZERO);
+        largest.fill(R::LOWEST);
+        total.fill(R::ZERO);
         let kv_len = operands.shape.kv_len;
-        for start in (0..kv_len).step_by(self.tiles.keys) {
+        for (index, start) in (0..kv_len).step_by(self.tiles.keys).enumerate() {
+            if self.has_parts() && index > 0 && index.is_multiple_of(self.tiles.blocks_of_part) {
+                panels.add_part(panel_width::<R, S>(), operands.value_dim);
+            }
             let block = start..(start + self.tiles.keys).min(kv_len);
             let (block, _) = operands.visible(self.at, &self.queries, block);
             if !block.is_empty() {
                 self.block(simd, way, block, panels);
             }
         }
+        if self.has_parts() {
+            panels.add_part(panel_width::<R, S>(), operands.value_dim);
+            let Panels { sums, largest, total, parts, .. } = panels;
+            [sums, largest, total].into_iter().zip(parts).for_each(|(all, of_parts)| std::mem::swap(all, of_parts));
+        }
+    }
+
+    /// Whether there are so many keys that parts of them are summed on their own.
+    fn has_parts(&self) -> bool {
+        self.operands.shape.kv_len > self.tiles.keys * self.tiles.blocks_of_part
     }
 
     /// All panels against one block of keys.

@@ -116,6 +116,11 @@ impl Layout {
 
     /// How many of the tokens of a sequence of this length are in tensors of `len` tokens.
     fn held_of(&self, length: usize, len: usize) -> Result<usize, AttentionError> {
+        // Later tokens are counted on from here.
+        if length > isize::MAX as usize {
+            let expected = format!("at most {}", isize::MAX);
+            return Err(AttentionError::Cache { part: "length", expected, got: length.to_string() });
+        }
         if length.min(self.needed()) <= len {
             return Ok(length.min(len));
         }

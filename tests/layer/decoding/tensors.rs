@@ -140,6 +140,17 @@ fn empty_caches_are_read_and_filled() -> Result<()> {
 }
 
 #[test]
+fn length_that_leaves_no_room_to_count_on_is_refused() -> Result<()> {
+    let config = SelfAttentionConfig { is_causal: true, sliding_window: Some(3), ..SelfAttentionConfig::new(8, 2) };
+    let key = randn(1, (1, 2, 4, 4), DType::F32)?;
+    for length in [usize::MAX, usize::MAX - 1] {
+        let cache = KvCache::from_tensors(&config, &key, &key, &[length]);
+        assert_error_says(cache, &["length", &isize::MAX.to_string(), &length.to_string()]);
+    }
+    Ok(())
+}
+
+#[test]
 fn tensors_that_do_not_fit_are_refused() -> Result<()> {
     let config = config("grouped queries");
     let zeros = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, &Device::Cpu).unwrap();

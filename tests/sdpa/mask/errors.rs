@@ -172,6 +172,9 @@ fn greatest_numbers_never_overflow() {
         Mask::documents(&[most, 1]),
     ];
     let shapes = [(1, 1, 3, 5), (1, 1, 5, 3), (1, most, most, most), (1, 1, most, 1), (1, 1, 1, most), (0, 0, 0, 0)];
+    // Without keys there are no entries, however many queries there are.
+    let none = Mask::full().to_tensor((1, 1, 1 << 40, 0), &Device::Cpu).unwrap();
+    assert_eq!(none.dims(), [1, 1, 1 << 40, 0]);
     for mask in &masks {
         for offset in [0, 1, i64::MIN, i64::MAX] {
             for extra in [0, 1, most] {

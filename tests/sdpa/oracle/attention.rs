@@ -161,6 +161,8 @@ impl Call {
             (delta, delta_size) = (delta + weight * product, delta_size + weight_size * size);
             dp.push((product, size));
         }
+        // A sink is added after the softmax over the keys, whose own δ is larger.
+        delta_size /= weights.iter().sum::<f64>().max(f64::MIN_POSITIVE);
         let terms = seen.iter().zip(weights.iter().zip(&sizes)).zip(dp).zip(&scores);
         for (((&j, (weight, weight_size)), (product, size)), (_, slope)) in terms {
             let (ds, size) = (weight * (product - delta), weight_size * (size + delta_size));
