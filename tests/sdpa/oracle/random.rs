@@ -290,13 +290,13 @@ fn numbers_of(x: &Tensor) -> Vec<f64> {
     numbers(x).unwrap()
 }
 
-/// The same 400 cases each time. If the environment variable `PROPTEST_CASES` is set, as many others.
+/// The same 200 cases each time. If the environment variable `PROPTEST_CASES` is set, as many others.
 fn config() -> ProptestConfig {
     let others = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
     if std::env::var_os("PROPTEST_CASES").is_some() {
         return others;
     }
-    ProptestConfig { cases: 400, rng_seed: RngSeed::Fixed(1), ..others }
+    ProptestConfig { cases: 200, rng_seed: RngSeed::Fixed(1), ..others }
 }
 
 proptest! {
