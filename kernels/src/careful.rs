@@ -7,7 +7,8 @@
 //! - A context is a mean of values, but the fast pass divides by the total last. A sum of large values overflows before that. The
 //!   gradients are sums as well, of which the scale is taken last.
 //!
-//! The careful pass adds nothing where a weight is zero ([`nan_safe`](crate::gemm::nan_safe)), and multiplies the terms of its
+//! The careful pass adds nothing where a weight is zero ([`nan_safe`](crate::gemm::nan_safe)). There the weight of a visible key is
+//! above zero, however low its score, so that NaN in a visible key still shows. The pass multiplies the terms of its
 //! sums by a power of two, so small that no sum overflows, and the sums by its inverse. It is slow, so it is taken only if a
 //! result is not finite. Its results take the place of those that are not finite; the others stay what they are. A result that
 //! is still not finite comes from a visible key, or is too large for its type.

@@ -10,6 +10,7 @@ use crate::check::{check_device, check_dtype, check_number, compute_dtype, widen
 use crate::empty::connected;
 use crate::error::{AttentionError, Result};
 use crate::memory;
+use crate::sdpa::overflow::{finite_or_zero, largest_on_cpu};
 
 /// RMS norm: x / sqrt(mean(x²) + eps) · weight, over the last axis.
 ///
@@ -43,7 +44,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if x.elem_count() == 0 {
         return Ok(connected(x.clone(), weight)?);
     }
-    let wide = divided_by_rms(&widened(x)?, eps)?;
+    let wide = divided_by_rms(&widened(x)?, eps, false)?;
     Ok(wide.broadcast_mul(&weight.to_dtype(wide.dtype())?)?.to_dtype(x.dtype())?)
 }
 
@@ -79,9 +80,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) 
         let y = connected(x.clone(), weight)?;
         return Ok(bias.map_or(Ok(y.clone()), |bias| connected(y, bias))?);
     }
-    let wide = widened(x)?;
-    let mean = (wide.sum_keepdim(D::Minus1)? / x.dim(D::Minus1)? as f64)?;
-    let wide = divided_by_rms(&wide.broadcast_sub(&mean)?, eps)?;
+    let wide = divided_by_rms(&widened(x)?, eps, true)?;
     let mut y = wide.broadcast_mul(&weight.to_dtype(wide.dtype())?)?;
     if let Some(bias) = bias {
         y = y.broadcast_add(&bias.to_dtype(wide.dtype())?)?;
@@ -89,10 +88,38 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) 
     Ok(y.to_dtype(x.dtype())?)
 }
 
-/// x / sqrt(mean(x²) + eps)
-fn divided_by_rms(x: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
-    let mean_square = (x.sqr()?.sum_keepdim(D::Minus1)? / x.dim(D::Minus1)? as f64)?;
-    x.broadcast_div(&(mean_square + eps)?.sqrt()?)
+/// x / sqrt(mean(x²) + eps), where the mean of each row has been subtracted from it before if `is_centred`.
+fn divided_by_rms(x: &Tensor, eps: f64, is_centred: bool) -> candle_core::Result<Tensor> {
+    let dim = x.dim(D::Minus1)? as f64;
+    let divisors = divisors_of_huge_rows(x)?;
+    let mut x = divisors.as_ref().map_or(Ok(x.clone()), |divisors| x.broadcast_div(divisors))?;
+    if is_centred {
+        x = x.broadcast_sub(&(x.sum_keepdim(D::Minus1)? / dim)?)?;
+    }
+    let mean_square = (x.sqr()?.sum_keepdim(D::Minus1)? / dim)?;
+    let sum = match divisors {
+        None => (mean_square + eps)?,
+        // The epsilon of a divided row. A row of equal numbers has nothing else to be divided by.
+        Some(divisors) => {
+            let smallest = if x.dtype() == DType::F64 { f64::MIN_POSITIVE } else { f64::from(f32::MIN_POSITIVE) };
+            let inverse = divisors.recip()?;
+            (mean_square + (inverse.affine(eps, 0.0)? * inverse)?.maximum(smallest)?)?
+        }
+    };
+    x.broadcast_div(&sum.sqrt()?)
+}
+
+/// The largest entry of each row whose squares could overflow, and 1 for the other rows; `None` if there are only others. A
+/// row that is divided by it has the same norm, with another epsilon. On another device than the CPU nothing is divided,
+/// since the question would wait for the device.
+fn divisors_of_huge_rows(x: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    // The square of this bound is 2^-64 (f64) or 2^-16 (f32) of the largest number, which leaves room for a sum.
+    let huge = if x.dtype() == DType::F64 { 2f64.powi(480) } else { 2f64.powi(56) };
+    if !x.device().is_cpu() || largest_on_cpu(x)? <= huge {
+        return Ok(None);
+    }
+    let largest = finite_or_zero(&x.detach())?.abs()?.max_keepdim(D::Minus1)?;
+    Ok(Some(largest.gt(huge)?.where_cond(&largest, &largest.ones_like()?)?))
 }
 
 fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<(), AttentionError> {

@@ -285,16 +285,12 @@ impl FusedAttention {
             let kernels::Output { context: mut result, logsumexp } = output;
             let shape = if self.pack_logsumexp {
                 // The operation then computes in f32 or f64, so that the log-sum-exp loses no precision.
-                memory::append(
-                    "context and log-sum-exp",
-                    &mut result,
-                    logsumexp.iter().map(|x| E::narrow(x.log_total())),
-                )?;
-                memory::append(
-                    "context and log-sum-exp",
-                    &mut result,
-                    logsumexp.iter().map(|x| E::narrow(x.largest())),
-                )?;
+                let rows = logsumexp.len();
+                let number = |i: usize| match i.checked_sub(rows) {
+                    None => E::narrow(logsumexp[i].log_total()),
+                    Some(i) => E::narrow(logsumexp[i].largest()),
+                };
+                memory::append("context and log-sum-exp", &mut result, (0..2 * rows).map(number))?;
                 Shape::from(result.len())
             } else {
                 Shape::from(self.layout.shape(batch, heads, q_len, dv))

@@ -68,7 +68,7 @@ impl Range {
 
 /// The largest magnitude of the finite numbers of a tensor on the CPU, in one look at its storage: candle's operations for
 /// it would take longer than a part of the attention.
-fn largest_on_cpu(x: &Tensor) -> Result<f64> {
+pub(crate) fn largest_on_cpu(x: &Tensor) -> Result<f64> {
     let x = memory::contiguous("largest entries of the inputs", &x.detach())?;
     let (storage, layout) = x.storage_and_layout();
     let (start, end) = layout.contiguous_offsets().unwrap_or((0, 0));

@@ -5,7 +5,9 @@ use candle_attention::{Result, SelfAttentionConfig};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{RmsNorm, ops};
 
-use crate::common::{assert_same_bits, check_gradients, gradients, max_abs_difference, numbers, randn, var};
+use crate::common::{
+    assert_close, assert_finite, assert_same_bits, check_gradients, gradients, max_abs_difference, numbers, randn, var,
+};
 use crate::layers::{assert_error_says, self_attention};
 
 const EPS: f64 = 1e-3;
@@ -83,6 +85,27 @@ fn result_has_the_dtype_of_the_input_and_gradients_that_of_their_tensors() -> Re
         let y = rms_norm(&x, &weight, EPS)?;
         assert_eq!(y.dtype(), dtype);
         gradients(&y.sum_all()?, &[&x, &weight])?;
+    }
+    Ok(())
+}
+
+/// A norm doesn't depend on the size of a row, up to the largest numbers; a row beside it keeps its own.
+#[test]
+fn rows_of_huge_numbers_have_the_norm_of_their_direction() -> Result<()> {
+    let row = [1.0, -1.0, 0.5, 2.0, 0.25];
+    for (dtype, huge) in [(DType::F32, 1e38), (DType::BF16, 1e38), (DType::F64, 8e307)] {
+        let tolerance = if dtype == DType::BF16 { 2e-2 } else { 1e-5 };
+        let tensor = |rows: [[f64; 5]; 3]| Tensor::new(&rows, &Device::Cpu)?.to_dtype(dtype);
+        let (weight, bias) = (var(1, 5, dtype)?, var(2, 5, dtype)?);
+        // The epsilon is nothing beside 1e4².
+        let with = |size: f64| tensor([row.map(|x| x * size), row.map(|x| x * 1e-3), [size; 5]]);
+        let expected = both(&with(1e4)?, &weight, &bias, dtype)?;
+        let got = both(&with(huge)?, &weight, &bias, dtype)?;
+        for (expected, got) in expected.iter().zip(&got) {
+            // The first of each is the output; the others are gradients.
+            assert_close(&got[0], &expected[0], tolerance, &format!("{dtype:?}"));
+            got.iter().for_each(|x| assert_finite(x, "output and gradients"));
+        }
     }
     Ok(())
 }
