@@ -9,6 +9,9 @@ use crate::simd::{SimdFloat, load_up_to};
 /// How far ahead memory is asked for, in numbers. Half and twice as many are slower.
 const AHEAD: usize = 1024;
 
+/// How many products scalar code adds up before it begins again at zero: a sum of 64 in one run errs twice as much as vectors do.
+const SCALAR_RUN: usize = 16;
+
 /// Asks for the memory at an address, which need not be anybody's.
 #[inline(always)]
 fn prefetch<R>(address: *const R) {
@@ -77,12 +80,17 @@ unsafe fn dot_block<R: SimdFloat, S: Simd, const N: usize>(
     let (whole, ahead) = (d / lanes * lanes, AHEAD.div_ceil(d) * keys.stride);
     for j in 0..count {
         // One key after the other: the processor then sees that memory is read in order.
-        let mut sums = [R::splat(simd, R::ZERO); N];
+        let (mut sums, mut of_runs) = ([R::splat(simd, R::ZERO); N], [R::splat(simd, R::ZERO); N]);
         // SAFETY: j is one of `count`, c one of d, `row` one of N; behind d the queries are zero.
         unsafe {
             let key = keys.at(j, 0);
             let mut add = |c: usize, entries: R::Vector<S>| {
                 prefetch(key.wrapping_add(ahead + c));
+                if lanes == 1 && c.is_multiple_of(SCALAR_RUN) {
+                    for (sum, of_runs) in sums.iter_mut().zip(&mut of_runs) {
+                        *of_runs = R::vadd(simd, *of_runs, std::mem::replace(sum, R::splat(simd, R::ZERO)));
+                    }
+                }
                 for (row, sum) in sums.iter_mut().enumerate() {
                     *sum = R::mul_add(simd, entries, load_at::<R, S>(queries.at(row, c)), *sum);
                 }
@@ -91,7 +99,8 @@ unsafe fn dot_block<R: SimdFloat, S: Simd, const N: usize>(
             if whole < d {
                 add(whole, load_up_to_at::<R, S>(simd, key.add(whole), d - whole));
             }
-            for (row, sum) in sums.into_iter().enumerate() {
+            for (row, (sum, of_runs)) in sums.into_iter().zip(of_runs).enumerate() {
+                let sum = if lanes == 1 { R::vadd(simd, of_runs, sum) } else { sum };
                 *scores.at(row, j) = R::reduce_add(simd, sum);
             }
         }
