@@ -43,3 +43,141 @@
 //   global memory: out of the regions, unaligned; a word that two blocks store, or one stores and another loads
 //   lanes of a warp at different instructions, or some of them finished; threads that end while others wait at __syncthreads
 //   copies or wgmmas that are not waited for at the end; a wgmma without wgmma_begin; registers written while a wgmma owns them
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "numbers.h"
+
+#define __global__
+#define __device__
+#define __grid_constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+namespace emulated {
+
+struct Index {
+    unsigned x, y, z;
+};
+// Where the thread is that runs now.
+struct Place {
+    Index thread, block, block_size, grid;
+};
+extern __thread Place place;
+
+// ---- The emulator's functions (emulator.cpp)
+void *shared_memory(uint32_t address, uint32_t bytes, bool write);
+void check_global(const void *address, uint32_t bytes, bool write);
+void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, bool transposed);
+void mma(int kind, float *c, const uint32_t *a, uint32_t b0, uint32_t b1);  // kind 0 is tf32
+void copy_async(uint32_t to, const void *from, bool there);
+void commit_copies();
+void wait_for_copies(int left);
+void fence_async();
+void wgmma_begin();
+void wgmma(int kind, float *d, int n, bool accumulate, bool transposed, const uint32_t *a, uint64_t a_descriptor, uint64_t b_descriptor);
+void wgmma_commit();
+void wgmma_wait_for(int left);
+void sync_warp();
+void sync_block();
+bool sync_block_or(bool value);
+// The value of lane `from`, of 4 or 8 bytes.
+uint64_t shuffle(uint64_t value, unsigned from);
+uint32_t ballot(bool value);
+
+template <int KIND> inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static_assert(KIND == 1 || KIND == 2, "bf16 or f16");
+    mma(KIND, c, a, b0, b1);
+}
+inline void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(0, c, a, b0, b1); }
+template <int KIND>
+inline void wgmma(float *d, int n, bool accumulate, bool transposed, const uint32_t *a, uint64_t a_descriptor, uint64_t b_descriptor) {
+    static_assert(KIND == 1 || KIND == 2, "bf16 or f16");
+    wgmma(KIND, d, n, accumulate, transposed, a, a_descriptor, b_descriptor);
+}
+template <int KIND> inline void wgmma_wait(int left) { wgmma_wait_for(left); }
+
+template <class T> inline T load_shared(uint32_t address) {
+    T value;
+    memcpy(&value, shared_memory(address, sizeof(T), false), sizeof(T));
+    return value;
+}
+template <class T> inline void store_shared(uint32_t address, T value) { memcpy(shared_memory(address, sizeof(T), true), &value, sizeof(T)); }
+template <class T> inline T load_global(const T *from) {
+    check_global(from, sizeof(T), false);
+    return *from;
+}
+template <class T> inline void store_global(T *to, T value) {
+    check_global(to, sizeof(T), true);
+    *to = value;
+}
+
+template <class To, class From> inline To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+}
+template <class T> inline T shuffle_value(T value, unsigned from) {
+    static_assert(sizeof(T) <= 8, "");
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    bits = shuffle(bits, from);
+    memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+inline unsigned lane() { return place.thread.x % 32; }
+
+// ---- The table of kernels
+using Entry = void (*)(const void *problem);
+struct Register {
+    Register(const char *name, uint32_t threads, uint64_t problem_bytes, Entry entry);
+};
+template <class Problem, void (*KERNEL)(Problem)> void run_with(const void *problem) { KERNEL(*static_cast<const Problem *>(problem)); }
+
+}  // namespace emulated
+
+#define EMULATED_KERNEL(name, threads, Problem)                                                                                            \
+    static void name(const Problem);                                                                                                       \
+    static const emulated::Register name##_registered(#name, threads, sizeof(Problem), emulated::run_with<Problem, name>);                 \
+    static void name
+
+#define threadIdx (emulated::place.thread)
+#define blockIdx (emulated::place.block)
+#define blockDim (emulated::place.block_size)
+#define gridDim (emulated::place.grid)
+
+inline void __syncthreads() { emulated::sync_block(); }
+inline int __syncthreads_or(int value) { return emulated::sync_block_or(value != 0); }
+inline void __syncwarp(unsigned = 0xFFFFFFFF) { emulated::sync_warp(); }
+template <class T> inline T __shfl_sync(unsigned, T value, int from) { return emulated::shuffle_value(value, from & 31); }
+template <class T> inline T __shfl_xor_sync(unsigned, T value, int mask) { return emulated::shuffle_value(value, (emulated::lane() ^ mask) & 31); }
+template <class T> inline T __shfl_up_sync(unsigned, T value, unsigned by) {
+    const unsigned lane = emulated::lane();
+    return emulated::shuffle_value(value, lane < by ? lane : lane - by);
+}
+template <class T> inline T __shfl_down_sync(unsigned, T value, unsigned by) {
+    const unsigned lane = emulated::lane();
+    return emulated::shuffle_value(value, lane + by > 31 ? lane : lane + by);
+}
+inline unsigned __ballot_sync(unsigned, int value) { return emulated::ballot(value != 0); }
+inline int __any_sync(unsigned, int value) { return emulated::ballot(value != 0) != 0; }
+inline int __all_sync(unsigned, int value) { return emulated::ballot(value != 0) == 0xFFFFFFFF; }
+
+inline float __fdividef(float a, float b) { return a / b; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
+inline unsigned __float_as_uint(float x) { return emulated::bits_as<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return emulated::bits_as<float>(x); }
+inline int __float_as_int(float x) { return emulated::bits_as<int>(x); }
+inline float __int_as_float(int x) { return emulated::bits_as<float>(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
+template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
+inline float min(float a, float b) { return fminf(a, b); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+inline double min(double a, double b) { return fmin(a, b); }
+inline double max(double a, double b) { return fmax(a, b); }
