@@ -1,6 +1,7 @@
 // The emulator: compiled once, and linked into each library of kernels.
 #include "scheduler.h"
 
+#include <cstddef>
 #include <map>
 #include <memory>
 #include <thread>
@@ -102,7 +103,11 @@ extern "C" __attribute__((visibility("default"))) int emulated_launch(const char
         return 1;
     }
     Launch launch;
-    launch.kernel = name, launch.entry = kernel->entry, launch.problem = problem;
+    launch.kernel = name, launch.entry = kernel->entry;
+    // Aligned as a struct is.
+    std::vector<std::max_align_t> argument(problem_bytes / sizeof(std::max_align_t) + 1);
+    memcpy(argument.data(), problem, problem_bytes);
+    launch.problem = argument.data();
     launch.grid = grid, launch.threads = threads, launch.shared_bytes = shared_bytes;
     launch.options = *options;
     std::vector<EmulatorRegion> sorted(regions, regions + count);
