@@ -3,6 +3,8 @@
 //! A call becomes a few launches of kernels with one [`problem::RawProblem`] as their argument. What runs them is a [`Machine`].
 
 mod machine;
+mod mask;
+mod mask_parts;
 pub mod problem;
 
 pub use machine::{Launch, Limits, Machine, Memory, Region, Source};
