@@ -48,10 +48,7 @@ pub(super) struct KeyDocuments {
 }
 
 /// A table of the first keys.
-pub(super) struct KeyTable {
-    table: Arc<Table>,
-    keys: usize,
-}
+pub(super) struct KeyTable(Arc<Table>);
 
 /// A rule that is the conjunction of these.
 pub(super) struct Parts {
@@ -106,7 +103,7 @@ impl Collected {
                 self.take_documents(PerSequence::Same(ids), offset, shape)
             }
             Rule::Table(table) if self.table.is_none() => {
-                self.table = Some(KeyTable { table: table.clone(), keys: shape.kv_len });
+                self.table = Some(KeyTable(table.clone()));
                 true
             }
             Rule::Both(rules) => rules.rules().iter().all(|rule| self.take(rule, shape)),
@@ -230,7 +227,7 @@ impl Bytes {
 impl KeyTable {
     /// The bytes for a shape that has the table's keys and perhaps more behind them.
     pub(super) fn lower(&self, shape: &ScoreShape) -> Result<Bytes, Error> {
-        let ([batch, heads, q_len, keys], allowed) = (self.table.dims(), self.table.allowed());
+        let ([batch, heads, q_len, keys], allowed) = (self.0.dims(), self.0.allowed());
         // A table that broadcasts along the keys holds for the keys behind them, too: those are hidden or seen by other conditions.
         let dims = [batch, heads, q_len, if keys == 1 { 1 } else { shape.kv_len }];
         let mut data = reserve("mask", product("mask", &dims)?)?;
