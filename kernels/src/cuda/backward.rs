@@ -130,9 +130,9 @@ pub fn backward(
         let [batch, heads, rows, columns] = launches.problem.bias_dims.map(|dim| dim as usize);
         let (rows, columns) =
             (rows.div_ceil(query_tiles.rows() as usize), columns.div_ceil(query_tiles.others as usize));
-        let kernel = (Source::Backward, "backward_bias");
+        let kernel = (Source::Bias, "backward_bias");
         let blocks = grid(&[batch, heads, rows, columns])?;
-        launches.tiled(kernel, (Pass::Queries, query_tiles), Some(Parts::Both), blocks)?;
+        launches.tiled(kernel, (Pass::Queries, query_tiles), None, blocks)?;
     }
     drop(launches);
     Ok(gradients)

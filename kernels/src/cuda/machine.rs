@@ -68,6 +68,8 @@ pub enum Source {
     Forward,
     /// The backward passes.
     Backward,
+    /// The gradient of a bias.
+    Bias,
     /// Both passes once more in f64, for rows whose results aren't finite.
     Careful,
 }
@@ -78,6 +80,7 @@ impl Source {
         match self {
             Source::Forward => "forward.cu",
             Source::Backward => "backward.cu",
+            Source::Bias => "bias.cu",
             Source::Careful => "careful.cu",
         }
     }

@@ -195,7 +195,7 @@ impl Variant {
 
     /// The macros of the careful kernels, which have no tiles of their own.
     pub(crate) fn careful_defines(self) -> Vec<(&'static str, u32)> {
-        vec![("ELEMENT", self.element.code())]
+        vec![("ELEMENT", self.element.code()), ("PLAIN", self.plain.into())]
     }
 }
 
