@@ -49,6 +49,9 @@ pub trait Memory: Send + Sync {
     fn download(&self) -> Result<Vec<u8>, Error>;
 
     /// The memory as its machine made it.
+    fn as_any(&self) -> &dyn Any;
+
+    /// Likewise.
     fn into_any(self: Box<Self>) -> Box<dyn Any>;
 }
 
