@@ -3,4 +3,5 @@
 mod emulator;
 mod emulator_faults;
 mod emulator_instructions;
+mod emulator_machine;
 mod emulator_mutants;

@@ -6,9 +6,12 @@
 
 mod compiler;
 mod library;
+mod machine;
 
 pub use compiler::Compiler;
 pub use library::{Counters, Launch, Library, Options, Region, Replacement};
+#[allow(unused_imports)] // each package uses a part
+pub use machine::{AMPERE, EmulatedMemory, Emulator, HOPPER, Launched};
 
 use std::env;
 use std::io::{Write, stderr};
