@@ -47,7 +47,7 @@ KERNEL(backward_keys, THREADS) {
     auto do_tile = [&](int stage) { return OtherValues{q_tile(stage).address + Other::BYTES}; };
     Source<HEAD_DIM>(p.k, place.batch, place.head, p.head_dim).template copy<false>(k_tile, place.first, p.kv_len);
     Source<VALUE_DIM>(p.v, place.batch, place.head, p.value_dim).template copy<false>(v_tile, place.first, p.kv_len);
-    float dk[TILES][OF_KEYS ? HEAD_DIM / 2 : 1] = {}, dv[TILES][OF_VALUES ? VALUE_DIM / 2 : 1] = {};
+    float dk[TILES][HEAD_DIM / 2] = {}, dv[TILES][VALUE_DIM / 2] = {};
     const float scale_log2 = p.scale * LOG2E;
 
     for (int head = place.head * heads; head < (place.head + 1) * heads; head++) {
@@ -88,8 +88,8 @@ KERNEL(backward_keys, THREADS) {
                 accumulate<OTHERS, HEAD_DIM>(dk, t.ds, q_tile(stage));
             }
             wait_for_products<0>();
-            done(dv);
-            done(dk);
+            if constexpr (OF_VALUES) done(dv);
+            if constexpr (OF_KEYS) done(dk);
             if (STAGES == 1) __syncthreads(), load(next, stage);
             else stage ^= 1;
             tile = next;
