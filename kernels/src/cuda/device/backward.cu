@@ -140,7 +140,7 @@ KERNEL(backward_queries, THREADS) {
         commit_copies();
     };
     const OwnRows stats(p, place.batch, place.head, place.first + own);
-    float dq[TILES][HEAD_DIM / 2] = {}, of_slope[TILES][2] = {};
+    float dq[TILES][HEAD_DIM / 2] = {};
     const float scale_log2 = p.scale * LOG2E;
     int tile = seek(range.begin / OTHERS), stage = 0;
     load(tile, stage);
@@ -159,7 +159,6 @@ KERNEL(backward_queries, THREADS) {
         wait_for_products<0>();
         done(t.ds);
         t.template gradients<MASKED>(stats);
-        if (!PLAIN && p.slope_rows) t.for_each(stats, [&](int m, int i, int query, int key, const Row &) { of_slope[m][i / 2 % 2] -= t.ds[m][i] == 0 ? 0 : t.ds[m][i] * scores.distance(query, key); });
         accumulate<OTHERS, HEAD_DIM>(dq, t.ds, k_tile(stage));
         wait_for_products<0>();
         done(dq);
@@ -173,18 +172,6 @@ KERNEL(backward_queries, THREADS) {
         step(Yes{});
     }
     wait_for_copies<0>();
-    bool careful = store(p.dq, place.batch, place.head, place.first + own, p.q_len, p.head_dim, dq, p.scale);
-    if (!PLAIN && p.slope_rows)
-#pragma unroll
-        for (int m = 0; m < TILES; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float sum = of_slope[m][half];
-                sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-                const int query = place.first + own + m * 16 + half * 8 + threadIdx.x % 32 / 4;
-                if (threadIdx.x % 4 == 0 && query < p.q_len) store_global(p.slope_rows + first_row(p, place.batch, place.head) + query, sum), careful |= !is_finite(sum);
-            }
-    careful = __syncthreads_or(careful);
+    const bool careful = __syncthreads_or(store(p.dq, place.batch, place.head, place.first + own, p.q_len, p.head_dim, dq, p.scale));
     if (threadIdx.x == 0) store_global(p.careful + blockIdx.x, uint8_t(careful));
 }

@@ -1,13 +1,16 @@
-// The gradient of a bias: the sum of the gradients of all scores that a number of the bias was added to. A block of threads has a tile of
-// the bias, and goes through these scores.
+// The gradients of a bias and of ALiBi slopes: sums of the gradients of the scores. A number of a bias has the sum over all scores that it was
+// added to; a query's part of the gradient of its slope is the sum over its scores, each times its distance. A block of threads has a tile
+// of the result, and goes through the scores that it is the sum of.
 #include "gradients.cuh"
 
 using Sums = float[TILES][NUMBERS];
 
-// Writes the sums of this block's tile, over queries and over keys where the bias broadcasts. `at` is the tile's sequence and head, and
-// its first query and key.
-DEVICE void store_sums(const Problem &p, float *to, int query, int key, Sums &acc, uint32_t shared) {
-    const bool over_queries = p.bias_dims[2] == 1, over_keys = p.bias_dims[3] == 1;
+// A result (dims), each of whose axes is that of the scores or has length 1.
+struct Result { float *data; int dims[4]; };
+
+// Writes the sums of a tile, over queries and over keys where the result has length 1. `to` is where the tile's head of its sequence begins.
+DEVICE void store_sums(const Problem &p, const Result &result, float *to, int query, int key, Sums &acc, uint32_t shared) {
+    const bool over_queries = result.dims[2] == 1, over_keys = result.dims[3] == 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = query + warp * WARP_ROWS + lane / 4;
     if (over_keys)
 #pragma unroll
@@ -27,7 +30,7 @@ DEVICE void store_sums(const Problem &p, float *to, int query, int key, Sums &ac
             for (int i = 0; i < NUMBERS; i++) {
                 const int row = own + m * 16 + i / 2 % 2 * 8, column = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
                 const bool is_mine = over_keys ? i % 2 == 0 && i < 4 && lane % 4 == 0 : column < p.kv_len;
-                if (is_mine && row < p.q_len) store_global(to + int64_t(row) * p.bias_dims[3] + (over_keys ? 0 : column), acc[m][i]);
+                if (is_mine && row < p.q_len) store_global(to + int64_t(row) * result.dims[3] + (over_keys ? 0 : column), acc[m][i]);
             }
         return;
     }
@@ -52,8 +55,7 @@ DEVICE void store_sums(const Problem &p, float *to, int query, int key, Sums &ac
     }
 }
 
-KERNEL(backward_bias, THREADS) {
-    SHARED_MEMORY(shared);
+template <bool TIMES_DISTANCE> DEVICE void add_up(const Problem &p, const Result &result, uint32_t shared) {
     const Own q_tile{shared};
     const OwnValues do_tile{shared + Own::BYTES};
     const Other k_tile{do_tile.address + OwnValues::BYTES};
@@ -64,7 +66,7 @@ KERNEL(backward_bias, THREADS) {
     int from[4], to[4], rest = blockIdx.x;
 #pragma unroll
     for (int axis = 3; axis >= 0; axis--) {
-        const bool all = p.bias_dims[axis] == 1;
+        const bool all = result.dims[axis] == 1;
         const int parts = all ? 1 : (lens[axis] + steps[axis] - 1) / steps[axis];
         from[axis] = all ? 0 : rest % parts * steps[axis], to[axis] = all ? lens[axis] : min(from[axis] + steps[axis], lens[axis]);
         rest /= parts;
@@ -89,7 +91,7 @@ KERNEL(backward_bias, THREADS) {
                     commit_copies();
                     wait_for_copies<0>();
                     publish();
-                    Tiles<false> t(scores, query + own, key);
+                    Tiles<false, false> t(scores, query + own, key);
                     dot(t.s, q_tile, own, k_tile);
                     dot(t.ds, do_tile, own, v_tile);
                     wait_for_products<0>();
@@ -97,13 +99,23 @@ KERNEL(backward_bias, THREADS) {
                     done(t.ds);
                     t.template weights<true>(stats, p.scale * LOG2E);
                     t.template gradients<true>(stats);
-#pragma unroll
-                    for (int m = 0; m < TILES; m++)
-#pragma unroll
-                        for (int i = 0; i < NUMBERS; i++) acc[m][i] += t.ds[m][i];
+                    t.for_each(stats, [&](int m, int i, int query, int key, const Row &) {
+                        if (!TIMES_DISTANCE) acc[m][i] += t.ds[m][i];
+                        else if (t.ds[m][i] != 0) acc[m][i] -= t.ds[m][i] * scores.distance(query, key);
+                    });
                 }
             }
         }
-    const int batch = p.bias_dims[0] == 1 ? 0 : from[0], head = p.bias_dims[1] == 1 ? 0 : from[1];
-    store_sums(p, p.d_bias + (int64_t(batch) * p.bias_dims[1] + head) * p.bias_dims[2] * p.bias_dims[3], from[2], from[3], acc, shared);
+    const int batch = result.dims[0] == 1 ? 0 : from[0], head = result.dims[1] == 1 ? 0 : from[1];
+    store_sums(p, result, result.data + (int64_t(batch) * result.dims[1] + head) * result.dims[2] * result.dims[3], from[2], from[3], acc, shared);
+}
+
+KERNEL(backward_bias, THREADS) {
+    SHARED_MEMORY(shared);
+    add_up<false>(p, {p.d_bias, {p.bias_dims[0], p.bias_dims[1], p.bias_dims[2], p.bias_dims[3]}}, shared);
+}
+
+KERNEL(backward_slopes, THREADS) {
+    SHARED_MEMORY(shared);
+    add_up<true>(p, {p.slope_rows, {p.batch, p.heads, p.q_len, 1}}, shared);
 }

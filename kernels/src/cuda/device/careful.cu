@@ -48,11 +48,11 @@ DEVICE void add_rows(double (&sums)[COLUMNS], double weight, bool has_row, const
     }
 }
 
-// One score of the backward pass.
-struct Score { double weight, gradient; bool visible, kept; };
+// One score of the backward pass: its weight, its gradient, and that of its product q · k.
+struct Score { double weight, gradient, of_product; bool visible, kept; };
 DEVICE Score score_of(const Scores &scores, int query, int key, int kv_head, double delta) {
     const Problem &p = scores.p;
-    Score s{0, 0, scores.visible(query, key), true};
+    Score s{0, 0, 0, scores.visible(query, key), true};
     if (!s.visible) return s;
     const double lse = load_global(p.lse + (int64_t(scores.batch) * p.heads + scores.head) * p.q_len + query);
     const double product = dot(row_of(p.q, scores.batch, scores.head, query), row_of(p.k, scores.batch, kv_head, key), p.head_dim);
@@ -60,7 +60,8 @@ DEVICE Score score_of(const Scores &scores, int query, int key, int kv_head, dou
     if (s.weight < SMALLEST) s.weight = SMALLEST;
     s.kept = !p.dropout_threshold || is_kept(p, scores.batch, scores.head, query, key);
     const double dp = s.kept && p.d_o.data ? p.dropout_keep * dot(row_of(p.d_o, scores.batch, scores.head, query), row_of(p.v, scores.batch, kv_head, key), p.value_dim) : 0;
-    s.gradient = s.weight * (dp - delta) * (p.softcap > 0 ? scores.softcap_slope(product) : 1.0);
+    s.gradient = s.weight * (dp - delta);
+    s.of_product = s.gradient * (p.softcap > 0 ? scores.softcap_slope(product) : 1.0);
     return s;
 }
 DEVICE double delta_of(const Problem &p, int batch, int head, int query) {
@@ -145,10 +146,10 @@ DEVICE void gradients_of_query(const Scores &scores, int query, int kv_head) {
     const Range range = scores.limits.keys_of(query, 1);
     double sums[COLUMNS] = {}, of_slope = 0;
     for (int first = range.begin; first < range.end; first += 32) {
-        Score s{0, 0, false, false};
+        Score s{0, 0, 0, false, false};
         if (first + lane < range.end) s = score_of(scores, query, first + lane, kv_head, delta);
         if (s.visible) of_slope -= s.gradient * scores.distance(query, first + lane);
-        add_rows(sums, s.gradient * p.scale, s.visible, p.k, scores.batch, kv_head, first, p.head_dim);
+        add_rows(sums, s.of_product * p.scale, s.visible, p.k, scores.batch, kv_head, first, p.head_dim);
     }
     replace(dq, p.head_dim, sums, false);
     of_slope = sum_of_lanes(of_slope);
@@ -174,9 +175,9 @@ DEVICE void gradients_of_key(const Problem &p, int batch, int kv_head, int key) 
         const Range range = scores.limits.queries_of(key, 1);
         for (int first = range.begin; first < range.end; first += 32) {
             const int query = first + lane;
-            Score s{0, 0, false, false};
+            Score s{0, 0, 0, false, false};
             if (query < range.end && scores.visible(query, key)) s = score_of(scores, query, key, kv_head, delta_of(p, batch, head, query));
-            add_rows(of_key, s.gradient * p.scale, s.visible, p.q, batch, head, first, p.head_dim);
+            add_rows(of_key, s.of_product * p.scale, s.visible, p.q, batch, head, first, p.head_dim);
             if (p.d_o.data) add_rows(of_value, s.weight * p.dropout_keep, s.visible && s.kept, p.d_o, batch, head, first, p.value_dim);
         }
     }

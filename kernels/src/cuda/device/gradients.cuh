@@ -22,12 +22,13 @@ struct Row {
 };
 DEVICE int64_t first_row(const Problem &p, int batch, int head) { return (int64_t(batch) * p.heads + head) * p.q_len; }
 
-// Weights and gradients of a tile of scores, of which a lane has rows `first_row` + 0 and 8 and so on.
-template <bool ROWS_ARE_KEYS> struct Tiles {
+// Weights and gradients of a tile of scores, of which a lane has rows `first_row` + 0 and 8 and so on. The gradients are those of the
+// products q · k, or those of the scores behind the softcap, which are those of a bias.
+template <bool ROWS_ARE_KEYS, bool OF_PRODUCTS = true> struct Tiles {
     const Scores &scores;
     int first_row, first_column;  // of this lane
     float s[TILES][NUMBERS], ds[TILES][NUMBERS];
-    float p[PLAIN ? 1 : TILES][PLAIN ? 1 : NUMBERS];  // the weights before dropout, times the slope of the softcap
+    float p[PLAIN ? 1 : TILES][PLAIN ? 1 : NUMBERS];  // the weights before dropout, times the slope of the softcap if OF_PRODUCTS
 
     DEVICE Tiles(const Scores &scores, int row, int column) : scores(scores), first_row(row + threadIdx.x % 32 / 4), first_column(column + threadIdx.x % 4 * 2) {}
 
@@ -59,7 +60,7 @@ template <bool ROWS_ARE_KEYS> struct Tiles {
                 const bool visible = row.largest != INFINITY && scores.visible(query, key);
                 float weight = visible ? exp2_fast((scores.modified(x, query, key) - row.largest) * LOG2E - row.log_total) : 0;
                 if (visible && weight < TINY) weight = TINY;
-                p[m][i] = visible && scores.p.softcap > 0 ? weight * scores.softcap_slope(x) : weight;
+                p[m][i] = OF_PRODUCTS && visible && scores.p.softcap > 0 ? weight * scores.softcap_slope(x) : weight;
                 x = weight;
             }
         });

@@ -116,7 +116,7 @@ struct Scores {
     // What the softcap multiplies the gradient of a score by.
     template <class R> DEVICE R softcap_slope(R product) const {
         const R t = sizeof(R) == 8 ? R(tanh(double(product) * p.scale / p.softcap)) : R(tanhf(float(product) * p.scale / p.softcap));
-        return p.softcap > 0 ? 1 - t * t : R(1);
+        return 1 - t * t;
     }
 };
 

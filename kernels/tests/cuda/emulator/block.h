@@ -66,6 +66,7 @@ struct Products {
     std::vector<uint32_t> groups;
     uint32_t done = 0, groups_done = 0;
     std::vector<Flight> flights;
+    uint64_t count = 0;
     bool begun = false;
 };
 

@@ -5,7 +5,7 @@
 // lanes, when the last of them has come to it. A seed draws the order of blocks, warps and lanes; seed 0 keeps the natural order.
 // Asynchronous copies land when they are waited for, and hold NaN until then; with `eager` they land at once.
 //
-// A kernel:          KERNEL(name, threads)(const Problem p) { ... }
+// A kernel:          KERNEL(name, threads) { ... }                          its argument is `const Problem p`
 // on a CPU, with:    #define KERNEL(name, threads) EMULATED_KERNEL(name, threads, Problem)
 //                    #define SHARED_MEMORY(name) const uint32_t name = 0     shared memory has the addresses 0 .. shared_bytes
 //                    #define DEVICE inline
@@ -88,17 +88,17 @@ bool sync_block_or(bool value);
 uint64_t shuffle(uint64_t value, unsigned from);
 uint32_t ballot(bool value);
 
-template <int KIND> inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    static_assert(KIND == 1 || KIND == 2, "bf16 or f16");
-    mma(KIND, c, a, b0, b1);
+template <int Kind> inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static_assert(Kind == 1 || Kind == 2, "bf16 or f16");
+    mma(Kind, c, a, b0, b1);
 }
 inline void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(0, c, a, b0, b1); }
-template <int KIND>
+template <int Kind>
 inline void wgmma(float *d, int n, bool accumulate, bool transposed, const uint32_t *a, uint64_t a_descriptor, uint64_t b_descriptor) {
-    static_assert(KIND == 1 || KIND == 2, "bf16 or f16");
-    wgmma(KIND, d, n, accumulate, transposed, a, a_descriptor, b_descriptor);
+    static_assert(Kind == 1 || Kind == 2, "bf16 or f16");
+    wgmma(Kind, d, n, accumulate, transposed, a, a_descriptor, b_descriptor);
 }
-template <int KIND> inline void wgmma_wait(int left) { wgmma_wait_for(left); }
+template <int Kind> inline void wgmma_wait(int left) { wgmma_wait_for(left); }
 
 template <class T> inline T load_shared(uint32_t address) {
     T value;
@@ -140,10 +140,10 @@ template <class Problem, void (*KERNEL)(Problem)> void run_with(const void *prob
 
 }  // namespace emulated
 
-#define EMULATED_KERNEL(name, threads, Problem)                                                                                            \
-    static void name(const Problem);                                                                                                       \
-    static const emulated::Register name##_registered(#name, threads, sizeof(Problem), emulated::run_with<Problem, name>);                 \
-    static void name
+#define EMULATED_KERNEL(name, threads, Problem)                                                                            \
+    static void name(const Problem);                                                                                       \
+    static const emulated::Register name##_registered(#name, threads, sizeof(Problem), emulated::run_with<Problem, name>); \
+    static void name(const Problem p)
 
 #define threadIdx (emulated::place.thread)
 #define blockIdx (emulated::place.block)

@@ -1,6 +1,7 @@
 // The emulator: compiled once, and linked into each library of kernels.
 #include "scheduler.h"
 
+#include <cstddef>
 #include <map>
 #include <memory>
 #include <thread>
@@ -79,6 +80,20 @@ static std::string refusal(const Kernel *kernel, uint32_t threads, uint64_t prob
     return "";
 }
 
+// The regions in order; those that overlap become one.
+static std::vector<EmulatorRegion> disjoint(const EmulatorRegion *regions, uint64_t count) {
+    std::vector<EmulatorRegion> sorted(regions, regions + count), result;
+    std::sort(sorted.begin(), sorted.end(), [](const EmulatorRegion &a, const EmulatorRegion &b) { return a.start < b.start; });
+    for (const EmulatorRegion &region : sorted) {
+        EmulatorRegion *last = result.empty() ? nullptr : &result.back();
+        if (last && region.start < last->start + last->bytes)
+            last->bytes = std::max(last->bytes, region.start + region.bytes - last->start);
+        else if (region.bytes)
+            result.push_back(region);
+    }
+    return result;
+}
+
 static void run(Launch &launch) {
     std::vector<std::thread> workers;
     const uint32_t count = std::min(launch.options.threads ? launch.options.threads : 1, launch.grid);
@@ -102,13 +117,16 @@ extern "C" __attribute__((visibility("default"))) int emulated_launch(const char
         return 1;
     }
     Launch launch;
-    launch.kernel = name, launch.entry = kernel->entry, launch.problem = problem;
+    launch.kernel = name, launch.entry = kernel->entry;
+    // Aligned as a struct is.
+    std::vector<std::max_align_t> argument(problem_bytes / sizeof(std::max_align_t) + 1);
+    memcpy(argument.data(), problem, problem_bytes);
+    launch.problem = argument.data();
     launch.grid = grid, launch.threads = threads, launch.shared_bytes = shared_bytes;
     launch.options = *options;
-    std::vector<EmulatorRegion> sorted(regions, regions + count);
-    std::sort(sorted.begin(), sorted.end(), [](const EmulatorRegion &a, const EmulatorRegion &b) { return a.start < b.start; });
-    launch.regions = std::vector<Region>(count);
-    for (uint64_t i = 0; i < count; i++) launch.regions[i].start = sorted[i].start, launch.regions[i].bytes = sorted[i].bytes;
+    const std::vector<EmulatorRegion> separate = disjoint(regions, count);
+    launch.regions = std::vector<Region>(separate.size());
+    for (size_t i = 0; i < separate.size(); i++) launch.regions[i].start = separate[i].start, launch.regions[i].bytes = separate[i].bytes;
     run(launch);
     for (Region &region : launch.regions) free_tables(region);
     if (options->counters) *options->counters = launch.counters;

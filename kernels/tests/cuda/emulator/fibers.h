@@ -92,7 +92,8 @@ class Stacks {
         for (size_t i = 0; i < count; i++) *reinterpret_cast<uint64_t *>(stack(i)) = CANARY;
     }
     uint8_t *stack(size_t thread) { return memory + thread * BYTES; }
-    static constexpr size_t bytes() { return BYTES; }
+    // Where the stack begins: not at the same place of a page for all, which would be the same lines of the cache.
+    size_t height(size_t thread) { return BYTES - thread % 32 * 576; }
     bool overflowed(size_t thread) { return *reinterpret_cast<uint64_t *>(stack(thread)) != CANARY; }
 };
 

@@ -134,12 +134,15 @@ inline uint32_t take_registers(Products &products, void *const lanes[32], int n)
     return free;
 }
 
+// Ends a flight. Its registers must hold what they were left with.
 inline void give_back_registers(Flight &flight) {
     const int count = flight.n / 2;
     for (int l = 0; l < 32; l++) {
-        for (int i = 0; !block->eager && i < count; i++)
-            if (memcmp(&flight.registers[l][i], &POISON, 4)) fail("wgmma: lane %d wrote to a register of a product under way", l);
-        memcpy(flight.registers[l], &flight.values[l * count], sizeof(float) * count);
+        const float *values = &flight.values[l * count];
+        for (int i = 0; i < count; i++)
+            if (memcmp(&flight.registers[l][i], block->eager ? static_cast<const void *>(values + i) : &POISON, 4))
+                fail("wgmma: lane %d wrote to a register of a product under way", l);
+        memcpy(flight.registers[l], values, sizeof(float) * count);
     }
 }
 
@@ -169,6 +172,7 @@ inline void issue(void *const lanes[32]) {
         for (int l = 0; l < 32; l++) memcpy(flight.registers[l], &flight.values[l * (p.n / 2)], sizeof(float) * (p.n / 2));
     }
     products.issued.push_back(p);
+    products.count++;
 }
 
 void wgmma(int kind, float *d, int n, bool accumulate, bool transposed, const uint32_t *a, uint64_t a_descriptor, uint64_t b_descriptor) {

@@ -43,7 +43,7 @@ inline void prepare(Block &b, Launch &launch, uint32_t index) {
         thread.fences = thread.landed = thread.groups_done = 0;
         thread.copies.clear();
         thread.groups.clear();
-        thread.fiber.prepare(b.stacks.stack(t), b.stacks.bytes(), enter);
+        thread.fiber.prepare(b.stacks.stack(t), b.stacks.height(t), enter);
     }
     b.warps.clear();
     b.warps.resize(launch.threads / 32);
@@ -99,21 +99,19 @@ inline void pass_barrier(Block &b) {
 }
 
 inline void check_end(Block &b) {
-    for (Thread &thread : b.threads) {
-        b.current = &thread;
+    for (const Thread &thread : b.threads) {
         if (b.stacks.overflowed(thread.index)) {
-            b.current = nullptr;
             b.stacks.release();
-            fail("a thread's stack overflowed");
+            fail("the stack of thread %u overflowed", thread.index);
         }
-        if (thread.landed != thread.copies.size()) {
-            b.current = nullptr;
-            fail("thread %u ended before its asynchronous copies were waited for", thread.index);
-        }
+        if (thread.landed != thread.copies.size()) fail("thread %u ended before its asynchronous copies were waited for", thread.index);
     }
-    b.current = nullptr;
-    for (Warp &warp : b.warps)
-        if (warp.products.done != warp.products.issued.size()) fail("warp %u ended before its wgmmas were waited for", unsigned(&warp - b.warps.data()));
+    for (size_t w = 0; w < b.warps.size(); w++) {
+        const Products &products = b.warps[w].products;
+        if (products.done != products.issued.size()) fail("warp %zu ended before its wgmmas were waited for", w);
+        if (products.count && (b.warps.size() % 4 || products.count != b.warps[w / 4 * 4].products.count))
+            fail("wgmma: warp %zu had others than the first warp of its group", w);
+    }
 }
 
 inline void run_block(Block &b, Launch &launch, uint32_t index) {
