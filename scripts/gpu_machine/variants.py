@@ -1,0 +1,102 @@
+"""The variants of the kernels that are shipped: tests/cuda/variants.json says which, and what each may cost."""
+
+import itertools
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import nvrtc
+
+HERE = Path(__file__).resolve().parent
+ELEMENTS = ["f32", "bf16", "f16"]
+
+
+def first(*paths):
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+# In the repository, or in what `scripts/gpu` packed.
+TABLE = first(HERE.parents[1] / "tests/cuda/variants.json", HERE / "variants.json")
+DEVICE = first(HERE.parents[1] / "kernels/src/cuda/device", HERE / "device")
+CUBINS = HERE / "cubins"
+
+
+@dataclass
+class Variant:
+    """A source with its defines: one cubin for each architecture."""
+
+    source: str
+    defines: dict
+    architectures: list
+    kernels: dict
+
+    @property
+    def hopper(self):
+        return "HOPPER" in self.defines
+
+    @property
+    def name(self):
+        values = "-".join(f"{name.lower()}{value}" for name, value in self.defines.items())
+        return f"{Path(self.source).stem}-{values}"
+
+    @property
+    def threads(self):
+        return 32 * self.defines["WARPS"]
+
+    @property
+    def rows(self):
+        """Of a block's own tile."""
+        return 16 * self.defines["WARPS"] * self.defines.get("ROW_TILES", 1)
+
+    def shared_bytes(self, kernel):
+        d = self.defines
+        size, dims = 4 if d["ELEMENT"] == 0 else 2, d["HEAD_DIM"] + d["VALUE_DIM"]
+        own = d["HEAD_DIM"] if kernel == "attention_forward" else dims
+        return size * (self.rows * own + d["STAGES"] * d["OTHERS"] * dims)
+
+    @property
+    def title(self):
+        """For a table."""
+        d = self.defines
+        words = [Path(self.source).stem, ELEMENTS[d["ELEMENT"]] if "ELEMENT" in d else ""]
+        if "HEAD_DIM" in d:
+            words.append(f"d{d['HEAD_DIM']}" + (f"/{d['VALUE_DIM']}" if d.get("VALUE_DIM", d["HEAD_DIM"]) != d["HEAD_DIM"] else ""))
+        words.append({1: "plain", 0: "general"}.get(d.get("PLAIN"), ""))
+        words.append("wgmma" if self.hopper else "mma")
+        return " ".join(word for word in words if word)
+
+    def cubin(self, architecture, folder):
+        """The path of the cubin and the compiler's log, compiled unless it is there."""
+        path = Path(folder) / f"{self.name}.{architecture}.cubin"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            code, log = nvrtc.compile(DEVICE / self.source, architecture, self.defines, DEVICE)
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            unfinished.write_bytes(code)
+            unfinished.rename(path)
+            path.with_suffix(".log").write_text(log)
+        return path
+
+
+def each(defines):
+    """A row of the table stands for every combination of the values that it lists."""
+    lists = [value if isinstance(value, list) else [value] for value in defines.values()]
+    return (dict(zip(defines, values)) for values in itertools.product(*lists))
+
+
+def load(table=TABLE):
+    """The variants and, by name, what PyTorch's own kernels cost."""
+    table = json.loads(Path(table).read_text())
+    variants = []
+    for row in table["variants"]:
+        architectures = ["sm_90a"] if "HOPPER" in row["defines"] else ["sm_80", "sm_90a"]
+        variants += [Variant(row["source"], defines, architectures, row["kernels"]) for defines in each(row["defines"])]
+    return variants, table["pytorch"]
+
+
+def build(pairs, folder):
+    """Compiles pairs of variant and architecture on all processors. The paths, in the same order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda pair: pair[0].cubin(pair[1], folder), pairs))
