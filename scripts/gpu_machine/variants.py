@@ -42,21 +42,6 @@ class Variant:
         return f"{Path(self.source).stem}-{values}"
 
     @property
-    def threads(self):
-        return 32 * self.defines["WARPS"]
-
-    @property
-    def rows(self):
-        """Of a block's own tile."""
-        return 16 * self.defines["WARPS"] * self.defines.get("ROW_TILES", 1)
-
-    def shared_bytes(self, kernel):
-        d = self.defines
-        size, dims = 4 if d["ELEMENT"] == 0 else 2, d["HEAD_DIM"] + d["VALUE_DIM"]
-        own = d["HEAD_DIM"] if kernel == "attention_forward" else dims
-        return size * (self.rows * own + d["STAGES"] * d["OTHERS"] * dims)
-
-    @property
     def title(self):
         """For a table."""
         d = self.defines
@@ -91,12 +76,28 @@ def load(table=TABLE):
     table = json.loads(Path(table).read_text())
     variants = []
     for row in table["variants"]:
-        architectures = ["sm_90a"] if "HOPPER" in row["defines"] else ["sm_80", "sm_90a"]
-        variants += [Variant(row["source"], defines, architectures, row["kernels"]) for defines in each(row["defines"])]
+        variants += [Variant(row["source"], x, row["architectures"], row["kernels"]) for x in each(row["defines"])]
     return variants, table["pytorch"]
+
+
+def dump(table, path=TABLE):
+    """Writes the table, a row to three lines."""
+    text = json.dumps
+    rows = []
+    for row in table["variants"]:
+        kernels = ", ".join(f"{text(name)}: {text(kernel)}" for name, kernel in row["kernels"].items())
+        head = f'"source": {text(row["source"])}, "architectures": {text(row["architectures"])}'
+        rows.append(f'    {{ {head},\n      "defines": {text(row["defines"])},\n      "kernels": {{ {kernels} }} }}')
+    pytorch = text(table["pytorch"], indent=2).replace("\n", "\n  ")
+    Path(path).write_text(f'{{\n  "pytorch": {pytorch},\n  "variants": [\n' + ",\n".join(rows) + "\n  ]\n}\n")
 
 
 def build(pairs, folder):
     """Compiles pairs of variant and architecture on all processors. The paths, in the same order."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda pair: pair[0].cubin(pair[1], folder), pairs))
+
+
+if __name__ == "__main__":  # for scripts/gpu
+    every = load()[0]
+    print(len(build([(variant, x) for variant in every for x in variant.architectures], CUBINS)), "cubins")
