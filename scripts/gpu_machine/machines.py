@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -36,6 +37,13 @@ class Gpu:
         own = "sm_%d%d" % self.capability + "a" * variant.hopper
         packed = CUBINS / f"{variant.name}.{own}.cubin"
         return packed if packed.exists() else variant.cubin(own, self.compiled)
+
+    def prepare(self, variants):
+        """Compiles what wasn't packed, on all processors. What fails here fails again where it is needed."""
+        rows = {name for engine in ("wgmma", "mma") for name in self.architectures(engine)}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done in [pool.submit(self.cubin, v) for v in variants if rows & set(v.architectures)]:
+                done.exception()
 
     def kernel(self, variant, name, shared):
         key = (variant.name, name)
@@ -80,6 +88,9 @@ class Emulator:
 
     def architectures(self, engine):
         return ["sm_90a" if engine == "wgmma" else "sm_80"]
+
+    def prepare(self, _variants):
+        pass
 
     def compile(self, source, to, *options):
         """As kernels/tests/cuda/emulator/compiler.rs does."""

@@ -1,6 +1,7 @@
 """The launches of a forward and a backward pass, as kernels/src/cuda makes them."""
 
 import ctypes
+import dataclasses
 
 import torch
 from problem import Problem, Strided
@@ -47,15 +48,20 @@ class Passes:
 
     def pick(self, kernel):
         """The tiles of the variants for this case; those of the gradients of keys may be two."""
-        c, machine = self.case, self.runner.machine
-        architectures = machine.architectures(self.engine)
         bucket = lambda dim: next(x for x in (64, 128, 256) if dim <= x)
-        wanted = {"ELEMENT": ELEMENTS.index(c.dtype), "HEAD_DIM": bucket(c.dim), "VALUE_DIM": bucket(c.value_dim), "PLAIN": int(self.plain)}
-        fits = lambda v: kernel in v.kernels and v.hopper == (self.engine == "wgmma") and wanted.items() <= v.defines.items()
-        found = [v for v in self.runner.variants if fits(v) and set(architectures) & set(v.architectures)]
-        if not found:
-            raise RuntimeError(f"tests/cuda/variants.json has no {kernel} for {wanted}, {self.engine}, {architectures}")
-        return [Tiles(v) for v in found]
+        dims = {"HEAD_DIM": bucket(self.case.dim), "VALUE_DIM": bucket(self.case.value_dim)}
+        hopper, names = self.engine == "wgmma", self.runner.machine.architectures(self.engine)
+        return [Tiles(v) for v in self.find(kernel, dims, lambda v: v.hopper == hopper and set(names) & set(v.architectures))]
+
+    def find(self, kernel, dims, fits):
+        element = ELEMENTS.index(self.case.dtype)
+        # The table has few rows of f16: its tiles are those of bf16.
+        for like in dict.fromkeys((element, 1 if element == 2 else element)):
+            wanted = {"ELEMENT": like, "PLAIN": int(self.plain)} | dims
+            found = [v for v in self.runner.variants if kernel in v.kernels and wanted.items() <= v.defines.items() and fits(v)]
+            if found:
+                return [dataclasses.replace(v, defines=v.defines | {"ELEMENT": element}) for v in found]
+        raise RuntimeError(f"the table of variants has no {kernel} for {wanted}, {self.engine}")
 
     def arguments(self):
         c, i, pointer = self.case, self.inputs, lambda x: None if x is None else x.data_ptr()
@@ -77,9 +83,7 @@ class Passes:
         self.runner.machine.launch(tiles.variant, kernel, grid, threads, shared, self.problem, [*self.tensors, self.careful])
 
     def careful_pass(self, kernel, grid):
-        wanted = {"ELEMENT": ELEMENTS.index(self.case.dtype), "PLAIN": int(self.plain)}
-        variant = next(v for v in self.runner.variants if kernel in v.kernels and wanted.items() <= v.defines.items())
-        self.launch(Tiles(variant), kernel, grid, small=True)
+        self.launch(Tiles(self.find(kernel, {}, lambda v: True)[0]), kernel, grid, small=True)
 
     def mark(self, blocks):
         self.careful = self.marks(blocks)
