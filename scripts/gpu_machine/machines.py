@@ -34,7 +34,7 @@ class Gpu:
 
     def cubin(self, variant):
         """As it was packed, or compiled here."""
-        own = "sm_%d%d" % self.capability + "a" * variant.hopper
+        own = "sm_" + "".join(map(str, self.capability)) + "a" * variant.hopper
         packed = CUBINS / f"{variant.name}.{own}.cubin"
         return packed if packed.exists() else variant.cubin(own, self.compiled)
 

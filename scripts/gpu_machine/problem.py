@@ -1,10 +1,12 @@
 """The arguments of every kernel, as kernels/src/cuda/device/problem.cuh has them, from PyTorch's tensors; and attention in f64."""
 
 import ctypes
+import re
 from ctypes import c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 
 import torch
+from variants import DEVICE
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 FAR = 2**30  # more than any position
@@ -33,16 +35,23 @@ class Problem(ctypes.Structure):
         *((name, Strided) for name in ("q", "k", "v", "o", "d_o", "dq", "dk", "dv")),
         *((name, c_void_p) for name in ("largest", "log_total", "lse", "delta", "d_lse", "bias")),
         ("bias_strides", c_int64 * 4), ("d_bias", c_void_p), ("slopes", c_void_p), ("slopes_batch", c_int64),
-        *((name, c_void_p) for name in ("slope_rows", "sinks", "sink_rows", "careful")),
+        *((name, c_void_p) for name in ("slope_rows", "sinks", "sink_rows", "careful", "partial")),
         ("mask", MaskRule), ("seed", c_uint64), ("bias_dims", c_int * 4),
         *((name, c_int) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim")),
         ("scale", c_float), ("softcap", c_float), ("dropout_keep", c_float), ("dropout_threshold", c_uint32),
-        *((name, c_int) for name in ("careful_queries", "careful_keys", "reserved")),
+        *((name, c_int) for name in ("careful_queries", "careful_keys", "splits")),
     ]  # fmt: skip
 
 
-assert (ctypes.sizeof(Strided), ctypes.sizeof(MaskRule), ctypes.sizeof(Problem)) == (32, 128, 600)
-assert (Problem.largest.offset, Problem.mask.offset, Problem.batch.offset, Problem.careful_queries.offset) == (256, 392, 544, 588)
+def check_sizes():
+    """The kernels' own file asserts these sizes of its structs."""
+    source = (DEVICE / "problem.cuh").read_text()
+    expected = {name: int(size) for name, size in re.findall(r"sizeof\((\w+)\) == (\d+)", source)}
+    got = {struct.__name__: ctypes.sizeof(struct) for struct in (Strided, MaskRule, Problem)}
+    assert got == expected, f"problem.py has structs of {got} bytes, problem.cuh of {expected}"
+
+
+check_sizes()
 
 
 @dataclass(frozen=True)
