@@ -149,6 +149,9 @@ pub enum AttentionError {
     /// A problem that the kernels refuse. The checks before the kernels should have found it, so this is a bug.
     #[error(transparent)]
     Kernel(attention_kernels::Error),
+    /// CUDA kernels that can't run: without a compiler, on too old a GPU.
+    #[error(transparent)]
+    Gpu(attention_kernels::Error),
     /// A config field whose value can't be used.
     #[error("config, {field}: expected {expected}, got {got}")]
     Config {
@@ -267,6 +270,9 @@ impl From<attention_kernels::Error> for AttentionError {
     fn from(error: attention_kernels::Error) -> Self {
         match error {
             attention_kernels::Error::Memory { what, bytes } => Self::Memory { what, bytes },
+            error @ (attention_kernels::Error::Gpu { .. }
+            | attention_kernels::Error::Unsupported { .. }
+            | attention_kernels::Error::Kernel { .. }) => Self::Gpu(error),
             other => Self::Kernel(other),
         }
     }

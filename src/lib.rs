@@ -41,6 +41,7 @@
 //! | 6 | `block` | the parts of a transformer block around attention |
 //! | 5 | `sdpa/reference` | attention with every score in memory: read this first |
 //! | 5 | `sdpa/fused` | attention without a q_len x kv_len matrix: the interface to the kernels; sinks are added after them |
+//! | 5 | `sdpa/cuda` | the same by the CUDA kernels |
 //! | 4 | `block/norm` | RMS norm and layer norm |
 //! | 4 | `layer/config` | the config of a layer, and its checks |
 //! | 5 | `sdpa/score_memory` | the memory of the reference, asked for before |
@@ -89,6 +90,12 @@ pub use layer::{
 };
 pub use mask::Mask;
 pub use sdpa::{AttentionOptions, AttentionOutput, Backend, ScoreStage, scaled_dot_product_attention};
+
+/// For tests: the CUDA kernels on a machine that isn't a GPU.
+#[doc(hidden)]
+pub mod cuda_testing {
+    pub use crate::sdpa::cuda::with_machine;
+}
 
 /// The programs in the README are compiled and run as tests.
 #[cfg(doctest)]

@@ -26,7 +26,7 @@ pub struct Dropout {
 
 impl Dropout {
     /// A weight is dropped if its number is less than this.
-    fn threshold(&self) -> u32 {
+    pub(crate) fn threshold(&self) -> u32 {
         (self.p * 2f64.powi(32)) as u32
     }
 

@@ -65,6 +65,34 @@ pub enum Error {
     /// The mask doesn't fit the scores.
     #[error(transparent)]
     Mask(#[from] MaskError),
+    /// A GPU can't be used.
+    #[error("CUDA, {what}: expected {expected}, got {got}")]
+    Gpu {
+        /// Which part of it: the driver, the compiler, the compute capability.
+        what: &'static str,
+        /// What it should be.
+        expected: &'static str,
+        /// What it is.
+        got: String,
+    },
+    /// The kernels for a GPU don't serve such a call.
+    #[error("CUDA kernels, {what}: expected {expected}, got {got}")]
+    Unsupported {
+        /// Which property of the call.
+        what: &'static str,
+        /// What they serve.
+        expected: &'static str,
+        /// What the call has.
+        got: usize,
+    },
+    /// A kernel for a GPU that isn't compiled or doesn't run.
+    #[error("CUDA kernel {kernel}: {reason}")]
+    Kernel {
+        /// Which kernel.
+        kernel: &'static str,
+        /// What the compiler or the driver says.
+        reason: String,
+    },
 }
 
 /// A mask that doesn't fit the scores.

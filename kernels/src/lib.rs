@@ -37,6 +37,7 @@
 //!
 //! | floor | file | what |
 //! |---|---|---|
+//! | 8 | `cuda` | attention on a GPU: plans, masks as the kernels read them, launches |
 //! | 7 | `attention` | the two passes: tasks, and their parts of the results |
 //! | 6 | `prefill` | a task of many queries, forward and backward |
 //! | 6 | `decode` | a task of a few queries and many keys |
@@ -69,6 +70,7 @@
 mod alloc;
 mod attention;
 mod careful;
+pub mod cuda;
 mod decode;
 pub mod dropout;
 mod dtype;

@@ -26,7 +26,7 @@ fn last_index(dims: [usize; 4], strides: [usize; 4]) -> Option<usize> {
     steps.into_iter().try_fold(0usize, |last, (stride, dim)| stride.checked_mul(dim - 1)?.checked_add(last))
 }
 
-fn check_bounds(what: &'static str, len: usize, dims: [usize; 4], strides: [usize; 4]) -> Result<(), Error> {
+pub(crate) fn check_bounds(what: &'static str, len: usize, dims: [usize; 4], strides: [usize; 4]) -> Result<(), Error> {
     let fits = dims.contains(&0) || last_index(dims, strides).is_some_and(|last| last < len);
     if fits { Ok(()) } else { Err(Error::OutOfBounds { what, dims, strides, len }) }
 }

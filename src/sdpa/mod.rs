@@ -2,6 +2,7 @@
 
 pub(crate) mod broadcast;
 pub(crate) mod checks;
+pub(crate) mod cuda;
 mod fused;
 pub(crate) mod head_layout;
 mod options;
@@ -126,6 +127,7 @@ fn context_and_weights(checked: &Checked) -> Result<AttentionOutput> {
     let options = checked.options;
     let fused = match options.backend {
         Backend::Reference => None,
+        Backend::Auto | Backend::Fused if cuda::is_asked(checked) => Some(cuda::attention(checked)?),
         Backend::Auto | Backend::Fused => Some(fused::attention(checked)?),
     };
     match fused {

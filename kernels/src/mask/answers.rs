@@ -282,4 +282,4 @@ fn extremes(ids: &[u32]) -> (u32, u32) {
 
 #[cfg(test)]
 #[path = "answers_tests.rs"]
-mod tests;
+pub(super) mod tests;

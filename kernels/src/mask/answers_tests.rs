@@ -76,7 +76,7 @@ fn ranges(len: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Calls `f` with every rule, shape and head.
-fn for_all(f: impl Fn(&Rule, bool, &ScoreShape, (usize, usize))) {
+pub(crate) fn for_all(f: impl Fn(&Rule, bool, &ScoreShape, (usize, usize))) {
     for shape in shapes() {
         let mut all = rules(shape);
         for count in 1..=2.min(shape.kv_len) {

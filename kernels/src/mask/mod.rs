@@ -11,6 +11,8 @@ pub use rule::{Offset, PerSequence, Rule};
 pub use table::{Table, TableAxes};
 
 pub use crate::error::MaskError;
+#[cfg(test)]
+pub(crate) use answers::tests::for_all as for_all_rules;
 
 /// The sizes that scores have: (batch, num_heads, q_len, kv_len).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

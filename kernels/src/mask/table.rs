@@ -62,6 +62,16 @@ impl Table {
         Ok(Self { dims, axes: TableAxes::Last(4), allowed: self.allowed.clone() })
     }
 
+    /// The lengths of the four axes.
+    pub(crate) fn dims(&self) -> [usize; 4] {
+        self.dims
+    }
+
+    /// The entries, row by row.
+    pub(crate) fn allowed(&self) -> &[bool] {
+        &self.allowed
+    }
+
     pub(super) fn check(&self, shape: &ScoreShape) -> Result<(), MaskError> {
         let scores = [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
         if self.dims.iter().zip(scores).all(|(&dim, size)| dim == size || dim == 1) {

@@ -1,0 +1,151 @@
+// Attention: context = softmax(scores) · v, with an online softmax over tiles of keys. A block of threads has ROWS queries of a head and
+// goes through the keys from the last to the first; a warp has WARP_ROWS of the queries.
+//
+// Source: Dao, "FlashAttention-2" (ICLR 2024), section 3.1; Shah et al., "FlashAttention-3" (NeurIPS 2024) for wgmma.
+#include "scores.cuh"
+#include "softmax.cuh"
+
+using Queries = Tile<ROWS, HEAD_DIM>;
+using Keys = Tile<KEYS, HEAD_DIM>;
+using Values = Tile<KEYS, VALUE_DIM>;
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+
+// Softcap, bias, ALiBi and mask.
+DEVICE void modify(const Scores &scores, float (&s)[TILES][NUMBERS], int first_query, int first_key) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int i = 0; i < NUMBERS; i++) {
+            const int query = first_query + m * 16 + i / 2 % 2 * 8 + lane / 4, key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
+            if (!PLAIN) s[m][i] = scores.visible(query, key) ? scores.modified(s[m][i], query, key) : -INFINITY;
+            else if (key >= scores.p.kv_len || !scores.limits.allow(query, key)) s[m][i] = -INFINITY;
+        }
+}
+
+// Weights that are dropped become zero. The others are divided by what is kept in the end.
+DEVICE void drop(const Scores &scores, float (&s)[TILES][NUMBERS], int first_query, int first_key) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+            float factors[4];
+            dropout_of_queries(scores.p, scores.batch, scores.head, first_query + m * 16 + lane / 4, first_key + j * 8 + lane % 4 * 2, factors);
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[m][4 * j + e] = factors[e] == 0 ? 0 : s[m][4 * j + e];
+        }
+}
+
+// Writes the results of the lane's rows. Returns whether one of them needs the careful pass.
+template <int M> DEVICE bool store(const Problem &p, const Place &place, int first_query, const float (&o)[TILES][M], const Softmax &softmax) {
+    const int lane = threadIdx.x % 32;
+    bool careful = false;
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float total = softmax.sum[m][half];
+            total += __shfl_xor_sync(ALL_LANES, total, 1);
+            total += __shfl_xor_sync(ALL_LANES, total, 2);
+            const int query = first_query + m * 16 + half * 8 + lane / 4;
+            if (query >= p.q_len) continue;
+            const float largest = softmax.largest[m][half];
+            const bool empty = largest == -INFINITY;
+            const float inverse = empty ? 0.0f : p.dropout_keep / total;
+            Element *to = static_cast<Element *>(p.o.data) + place.batch * p.o.batch + place.head * p.o.head + query * p.o.row;
+#pragma unroll
+            for (int i = 0; i < M / 2; i++) {
+                const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
+                const float x = empty ? 0.0f : o[m][i / 2 * 4 + 2 * half + i % 2] * inverse;
+                const Element rounded = narrow(x);
+                careful |= column < p.value_dim && !is_finite(widen(rounded));
+                if (column < p.value_dim) store_global(to + column, rounded);
+            }
+            // Without visible keys the row is empty; but scores that all overflowed look the same.
+            careful |= empty || !is_finite(largest);
+            if (lane % 4 == 0) {
+                const int64_t row = (int64_t(place.batch) * p.heads + place.head) * p.q_len + query;
+                const float log_total = log2f(total);
+                store_global(p.largest + row, empty ? INFINITY : largest);
+                store_global(p.log_total + row, empty ? 0.0f : log_total);
+                const double base = PLAIN ? double(largest) * 0.6931471805599453 : double(largest);
+                store_global(p.lse + row, empty ? -double(INFINITY) : base + double(log_total) * 0.6931471805599453);
+            }
+        }
+    return careful;
+}
+
+KERNEL(attention_forward, THREADS) {
+    SHARED_MEMORY(shared);
+    const Place place(p.q_len, ROWS, p.heads, true);
+    const int kv_head = place.head / (p.heads / p.kv_heads), own = threadIdx.x / 32 * WARP_ROWS;
+    const Scores scores(p, place.batch, place.head);
+    const Range range = scores.limits.keys_of(place.first, ROWS);
+    const Queries q_tile{shared};
+    const uint32_t others = shared + Queries::BYTES;
+    auto k_tile = [&](int stage) { return Keys{others + stage * Keys::BYTES}; };
+    auto v_tile = [&](int stage) { return Values{others + STAGES * Keys::BYTES + stage * Values::BYTES}; };
+    const Source<HEAD_DIM> q(p.q, place.batch, place.head, p.head_dim), k(p.k, place.batch, kv_head, p.head_dim);
+    const Source<VALUE_DIM> v(p.v, place.batch, kv_head, p.value_dim);
+
+    const int first = range.begin / KEYS;
+    // The next tile, from this one down, of which something is visible.
+    auto seek = [&](int tile) {
+        if (!PLAIN) while (tile >= first && !map_shows(p, place.batch, place.head, place.first, ROWS, tile * KEYS, KEYS)) tile--;
+        return tile;
+    };
+    int tile = range.begin < range.end ? seek((range.end - 1) / KEYS) : first - 1, stage = 0;
+    if (tile >= first) {
+        q.copy<false>(q_tile, place.first, p.q_len);
+        k.copy<false>(k_tile(0), tile * KEYS, p.kv_len);
+        commit_copies();
+        if (STAGES == 2) v.copy<false>(v_tile(0), tile * KEYS, p.kv_len), commit_copies();
+    }
+    float o[TILES][VALUE_DIM / 2] = {};
+    Softmax softmax(!PLAIN && p.sinks ? load_global(p.sinks + place.head) : -INFINITY);
+    const float scale_log2 = p.scale * LOG2E;
+
+    auto step = [&](auto masked) {
+        constexpr bool MASKED = decltype(masked)::value;
+        const int next = seek(tile - 1), key = tile * KEYS;
+        wait_for_copies<STAGES - 1>();
+        publish();
+        if (STAGES == 1) v.copy<!MASKED>(v_tile(0), key, p.kv_len);
+        else if (next >= first) k.copy<true>(k_tile(stage ^ 1), next * KEYS, p.kv_len);
+        commit_copies();
+        float s[TILES][NUMBERS];
+        dot(s, q_tile, own, k_tile(stage));
+        wait_for_products<0>();
+        done(s);
+        if (STAGES == 1) {
+            wait_for_copies<0>();
+            publish();
+            if (next >= first) k.copy<true>(k_tile(0), next * KEYS, p.kv_len);
+            commit_copies();
+        }
+        if (MASKED) modify(scores, s, place.first + own, key);
+        softmax.update<MASKED>(s, o, scale_log2);
+        if (!PLAIN && p.dropout_threshold) drop(scores, s, place.first + own, key);
+        if (STAGES == 2) {
+            wait_for_copies<1>();
+            publish();
+            if (next >= first) v.copy<true>(v_tile(stage ^ 1), next * KEYS, p.kv_len);
+            commit_copies();
+        }
+        accumulate<KEYS, VALUE_DIM>(o, s, v_tile(stage));
+        wait_for_products<0>();
+        done(o);
+        tile = next;
+        if (STAGES == 2) stage ^= 1;
+    };
+    for (;;) {
+        if (PLAIN) while (tile >= first && tile * KEYS >= range.full_begin && (tile + 1) * KEYS <= range.full_end) step(No{});
+        if (tile < first) break;
+        step(Yes{});
+    }
+    wait_for_copies<0>();
+    const bool careful = __syncthreads_or(store(p, place, place.first + own, o, softmax));
+    if (threadIdx.x == 0) store_global(p.careful + blockIdx.x, uint8_t(careful));
+}

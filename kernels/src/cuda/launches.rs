@@ -1,0 +1,84 @@
+//! What the launches of a pass have in common: the variant, the grid, the memory that kernels touch.
+
+use super::machine::{Launch, Machine, Memory, Region, Source};
+use super::plan::{Parts, Pass, Tiles, Variant};
+use super::problem::RawProblem;
+use crate::alloc::product;
+use crate::error::Error;
+
+/// Threads of a block of the kernels without tiles of their own.
+pub(super) const SMALL_BLOCK: u32 = 128;
+
+/// Launches with the same arguments.
+pub(super) struct Launches<'a> {
+    pub(super) machine: &'a dyn Machine,
+    pub(super) variant: Variant,
+    pub(super) problem: RawProblem,
+    pub(super) regions: Vec<Region<'a>>,
+}
+
+impl Launches<'_> {
+    /// Starts a kernel that works on tiles.
+    pub(super) fn tiled(
+        &self,
+        (source, kernel): (Source, &'static str),
+        (pass, tiles): (Pass, Tiles),
+        parts: Option<Parts>,
+        grid: u32,
+    ) -> Result<(), Error> {
+        let launch = Launch {
+            source,
+            kernel,
+            defines: self.variant.defines(tiles, parts),
+            hopper: self.variant.hopper,
+            grid,
+            threads: tiles.threads(),
+            shared_bytes: tiles.shared_bytes(self.variant, pass),
+            regions: self.regions.clone(),
+        };
+        self.machine.launch(&launch, &self.problem)
+    }
+
+    /// Starts a kernel of the backward pass without shared memory. It is compiled together with the pass over queries.
+    pub(super) fn untiled(&self, kernel: &'static str, tiles: Tiles, grid: u32) -> Result<(), Error> {
+        let launch = Launch {
+            source: Source::Backward,
+            kernel,
+            defines: self.variant.defines(tiles, Some(Parts::Both)),
+            hopper: self.variant.hopper,
+            grid,
+            threads: SMALL_BLOCK,
+            shared_bytes: 0,
+            regions: self.regions.clone(),
+        };
+        self.machine.launch(&launch, &self.problem)
+    }
+
+    /// Starts a kernel that computes again what isn't finite.
+    pub(super) fn careful(&self, kernel: &'static str, grid: u32) -> Result<(), Error> {
+        let launch = Launch {
+            source: Source::Careful,
+            kernel,
+            defines: self.variant.careful_defines(),
+            hopper: false,
+            grid,
+            threads: SMALL_BLOCK,
+            shared_bytes: 0,
+            regions: self.regions.clone(),
+        };
+        self.machine.launch(&launch, &self.problem)
+    }
+}
+
+/// The product of some sizes as the number of blocks of a grid.
+pub(super) fn grid(sizes: &[usize]) -> Result<u32, Error> {
+    let blocks = product("grid", sizes)?;
+    // A grid has at most 2^31 - 1 blocks along its first dimension.
+    let unsupported = Error::Unsupported { what: "blocks of a launch", expected: "less than 2^31", got: blocks };
+    i32::try_from(blocks).map(|blocks| blocks as u32).map_err(|_| unsupported)
+}
+
+/// Memory for `count` numbers.
+pub(super) fn numbers<T>(machine: &dyn Machine, what: &'static str, count: usize) -> Result<Box<dyn Memory>, Error> {
+    machine.allocate(what, product(what, &[count, size_of::<T>()])?)
+}

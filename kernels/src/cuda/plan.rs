@@ -1,0 +1,249 @@
+//! Which variant of the kernels serves a call, and with which tiles. Tile sizes are values here, and macros in the kernels.
+
+use super::machine::Limits;
+use crate::error::Error;
+
+/// The most columns of a query, key or value.
+pub const MAX_DIM: usize = 256;
+/// The most registers that a thread may take for sums. 255 are there, and the operands of the matrix products take the rest.
+const REGISTERS_FOR_SUMS: u32 = 176;
+/// Threads of a warp.
+const WARP: u32 = 32;
+/// Rows of a tile that a warp computes.
+const WARP_ROWS: u32 = 16;
+
+/// What the tensors of a call hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// 32 bits.
+    F32,
+    /// The upper half of an f32.
+    Bf16,
+    /// IEEE 754's half.
+    F16,
+}
+
+impl Element {
+    /// Bytes of a number.
+    pub fn bytes(self) -> usize {
+        if self == Element::F32 { 4 } else { 2 }
+    }
+
+    /// The kernels' macro `ELEMENT`.
+    fn code(self) -> u32 {
+        match self {
+            Element::F32 => 0,
+            Element::Bf16 => 1,
+            Element::F16 => 2,
+        }
+    }
+}
+
+/// What the kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Variant {
+    pub(crate) element: Element,
+    /// Columns of the tiles of query and key.
+    pub(crate) head_dim: u32,
+    /// Columns of the tiles of the value.
+    pub(crate) value_dim: u32,
+    /// Whether the kernels leave out all options.
+    pub(crate) plain: bool,
+    /// Whether they use the matrix instructions of compute capability 9.0.
+    pub(crate) hopper: bool,
+}
+
+/// A pass over tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// Queries to the context.
+    Forward,
+    /// Keys to the gradients of key and value.
+    Keys,
+    /// Queries to the gradient of the query.
+    Queries,
+}
+
+/// The tiles of a pass: `16 * warps` rows that stay in a block, and `others` rows of the other operands at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tiles {
+    pub(crate) warps: u32,
+    pub(crate) others: u32,
+    /// How many tiles of the other operands are in shared memory.
+    pub(crate) stages: u32,
+}
+
+const fn tiles(warps: u32, others: u32, stages: u32) -> Tiles {
+    Tiles { warps, others, stages }
+}
+
+/// In order of preference. The last ones are for f32 with 256 columns in the least shared memory.
+const FORWARD: &[Tiles] = &[tiles(4, 64, 1), tiles(4, 32, 1), tiles(2, 32, 1), tiles(2, 16, 1)];
+const FORWARD_HOPPER: &[Tiles] = &[tiles(8, 128, 2), tiles(8, 64, 2), tiles(4, 64, 2), tiles(4, 32, 1)];
+const BACKWARD: &[Tiles] = &[
+    tiles(8, 64, 2),
+    tiles(8, 32, 2),
+    tiles(8, 32, 1),
+    tiles(4, 32, 2),
+    tiles(4, 32, 1),
+    tiles(4, 16, 1),
+    tiles(2, 16, 1),
+];
+
+impl Tiles {
+    /// Rows that a block computes.
+    pub(crate) fn rows(self) -> u32 {
+        WARP_ROWS * self.warps
+    }
+
+    /// Threads of a block.
+    pub(crate) fn threads(self) -> u32 {
+        WARP * self.warps
+    }
+
+    /// Dynamic shared memory of a block.
+    pub(crate) fn shared_bytes(self, variant: Variant, pass: Pass) -> u32 {
+        let Variant { head_dim, value_dim, element, .. } = variant;
+        let own = if pass == Pass::Forward { head_dim } else { head_dim + value_dim };
+        let numbers = self.rows() * own + self.stages * self.others * (head_dim + value_dim);
+        numbers * element.bytes() as u32
+    }
+
+    /// Registers of a thread that hold sums.
+    fn registers(self, variant: Variant, pass: Pass) -> u32 {
+        let Variant { head_dim, value_dim, .. } = variant;
+        let columns = match pass {
+            Pass::Forward => value_dim + self.others,
+            Pass::Keys if variant.splits_keys() => head_dim.max(value_dim) + 2 * self.others,
+            Pass::Keys => head_dim + value_dim + 2 * self.others,
+            Pass::Queries => head_dim + 2 * self.others,
+        };
+        WARP_ROWS * columns / WARP
+    }
+}
+
+/// The macro `PARTS` of the pass over keys: which gradients a launch computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parts {
+    Value = 1,
+    Key = 2,
+    Both = 3,
+}
+
+impl Variant {
+    /// The smallest variant for these sizes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] for sizes beyond [`MAX_DIM`].
+    pub(crate) fn new(element: Element, dims: [usize; 2], plain: bool, limits: Limits) -> Result<Self, Error> {
+        let [head_dim, value_dim] = [("head_dim", dims[0]), ("value_dim", dims[1])].map(|(what, got)| {
+            let bucket = [64, 128, 256].into_iter().find(|&bucket| got <= bucket as usize);
+            bucket.ok_or(Error::Unsupported { what, expected: "at most 256", got })
+        });
+        let hopper = limits.capability == (9, 0) && element != Element::F32;
+        Ok(Self { element, head_dim: head_dim?, value_dim: value_dim?, plain, hopper })
+    }
+
+    /// Whether the pass over keys takes two launches, since the sums for both gradients don't fit into registers.
+    pub(crate) fn splits_keys(self) -> bool {
+        self.head_dim + self.value_dim > 256
+    }
+
+    /// What each launch of the pass over keys computes, in order.
+    pub(crate) fn key_parts(self) -> &'static [Parts] {
+        if self.splits_keys() { &[Parts::Value, Parts::Key] } else { &[Parts::Both] }
+    }
+
+    /// The best tiles that fit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`] if a block has too little shared memory.
+    pub(crate) fn tiles(self, pass: Pass, limits: Limits) -> Result<Tiles, Error> {
+        let candidates = match pass {
+            Pass::Forward if self.hopper => FORWARD_HOPPER,
+            Pass::Forward => FORWARD,
+            Pass::Keys | Pass::Queries => BACKWARD,
+        };
+        let fits = |tiles: &Tiles| {
+            (!self.hopper || tiles.warps.is_multiple_of(4))
+                && tiles.shared_bytes(self, pass) <= limits.shared_bytes
+                && tiles.registers(self, pass) <= REGISTERS_FOR_SUMS
+        };
+        candidates.iter().copied().find(fits).ok_or_else(|| Error::Gpu {
+            what: "shared memory of a block",
+            expected: "at least 96 KiB",
+            got: format!("{} bytes", limits.shared_bytes),
+        })
+    }
+
+    /// The macros for these tiles.
+    pub(crate) fn defines(self, tiles: Tiles, parts: Option<Parts>) -> Vec<(&'static str, u32)> {
+        let mut defines = vec![
+            ("ELEMENT", self.element.code()),
+            ("HEAD_DIM", self.head_dim),
+            ("VALUE_DIM", self.value_dim),
+            ("PLAIN", self.plain.into()),
+            ("WARPS", tiles.warps),
+            ("OTHERS", tiles.others),
+            ("STAGES", tiles.stages),
+        ];
+        defines.extend(parts.map(|parts| ("PARTS", parts as u32)));
+        defines
+    }
+
+    /// The macros of the careful kernels, which have no tiles of their own.
+    pub(crate) fn careful_defines(self) -> Vec<(&'static str, u32)> {
+        vec![("ELEMENT", self.element.code()), ("PLAIN", self.plain.into())]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUCKETS: [usize; 3] = [64, 128, 256];
+
+    /// sm_80, sm_86, sm_90.
+    const MACHINES: [Limits; 3] = [
+        Limits { capability: (8, 0), shared_bytes: 163 << 10 },
+        Limits { capability: (8, 6), shared_bytes: 99 << 10 },
+        Limits { capability: (9, 0), shared_bytes: 227 << 10 },
+    ];
+
+    #[test]
+    fn every_variant_has_tiles_that_fit_every_machine() {
+        for limits in MACHINES {
+            for element in [Element::F32, Element::Bf16, Element::F16] {
+                for dims in BUCKETS.iter().flat_map(|&d| BUCKETS.map(|dv| [d, dv])) {
+                    let variant = Variant::new(element, dims, false, limits).unwrap();
+                    assert_eq!([variant.head_dim, variant.value_dim], dims.map(|dim| dim as u32));
+                    for pass in [Pass::Forward, Pass::Keys, Pass::Queries] {
+                        let tiles = variant.tiles(pass, limits).unwrap();
+                        let place = format!("{variant:?}, {pass:?}, {limits:?}: {tiles:?}");
+                        assert!(tiles.shared_bytes(variant, pass) <= limits.shared_bytes, "{place}");
+                        // The rows that all threads copy at once, and the columns of a matrix instruction.
+                        assert!(tiles.others % (4 * tiles.warps) == 0 && tiles.others % 16 == 0, "{place}");
+                        assert!(tiles.warps % if variant.hopper { 4 } else { 2 } == 0, "{place}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sizes_between_the_buckets_take_the_next() {
+        let bucket = |dim| Variant::new(Element::Bf16, [dim, 64], false, MACHINES[0]).map(|variant| variant.head_dim);
+        assert_eq!([1, 64, 65, 129, 256].map(bucket), [64, 64, 128, 256, 256].map(Ok));
+        let refused = Error::Unsupported { what: "head_dim", expected: "at most 256", got: 257 };
+        assert_eq!(bucket(257), Err(refused));
+    }
+
+    #[test]
+    fn only_half_types_on_capability_9_0_use_its_instructions() {
+        let hopper = |element, machine: usize| Variant::new(element, [64; 2], false, MACHINES[machine]).unwrap().hopper;
+        assert!(hopper(Element::Bf16, 2) && hopper(Element::F16, 2));
+        assert!(!hopper(Element::F32, 2) && !hopper(Element::Bf16, 1));
+    }
+}
