@@ -25,16 +25,17 @@ TOLERANCE = {"bf16": 1e-2, "f16": 2e-3, "f32": 1e-5}
 
 
 def small(dtype, engine):
-    """Enough for the sanitizer: two blocks, an odd number of tiles, rows that end inside one."""
+    """Enough for the sanitizer: several blocks, an odd number of tiles, rows that end inside one, decoding."""
     yield Case(1, 2, 1, 130, 211, 64, 64, dtype, causal=True), True, engine
     yield Case(1, 2, 1, 70, 130, 64, 64, dtype, causal=True, options=True), False, engine
+    yield Case(1, 4, 2, 3, 300, 64, 64, dtype, causal=True), True, engine
 
 
 def checks(dtype, engine):
     """Cases, whether the plain kernels serve them, and the engine."""
     for dim in (128, 64, 256):
         for causal in (False, True):
-            for sizes in ((2, 4, 2, 130, 211), (1, 4, 4, 257, 257), (1, 8, 1, 1024, 1024), (1, 2, 2, 1, 999), (1, 2, 1, 300, 100)):
+            for sizes in ((2, 4, 2, 130, 211), (1, 4, 4, 257, 257), (1, 8, 1, 1024, 1024), (1, 2, 2, 1, 999), (2, 8, 2, 5, 999), (1, 2, 1, 300, 100)):
                 yield Case(*sizes, dim, dim, dtype, causal=causal), True, engine
         yield Case(1, 2, 1, 300, 333, dim, dim, dtype, causal=True, window=70), True, engine
         yield Case(2, 4, 2, 130, 211, dim, dim, dtype, causal=True, options=True), False, engine
@@ -96,7 +97,7 @@ def run_checks(runner, rows, cases):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--small", action="store_true", help="two cases for each dtype and engine")
+    parser.add_argument("--small", action="store_true", help="three cases for each dtype and engine")
     parser.add_argument("--no-times", action="store_true", help="only the checks")
     parser.add_argument("--dtype", choices=TOLERANCE, action="append", help="only this one")
     parser.add_argument("--engine", choices=("wgmma", "mma"), action="append", help="only this one")

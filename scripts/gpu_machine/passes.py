@@ -22,7 +22,7 @@ class Tiles:
     def shared(self, kernel):
         d = self.variant.defines
         both = d["HEAD_DIM"] + d["VALUE_DIM"]
-        own = d["HEAD_DIM"] if kernel == "attention_forward" else both
+        own = d["HEAD_DIM"] if kernel in ("attention_forward", "decode_split") else both
         return (4 if d["ELEMENT"] == 0 else 2) * (self.rows * own + d["STAGES"] * self.others * both)
 
 
@@ -50,7 +50,8 @@ class Passes:
         """The tiles of the variants for this case; those of the gradients of keys may be two."""
         bucket = lambda dim: next(x for x in (64, 128, 256) if dim <= x)
         dims = {"HEAD_DIM": bucket(self.case.dim), "VALUE_DIM": bucket(self.case.value_dim)}
-        hopper, names = self.engine == "wgmma", self.runner.machine.architectures(self.engine)
+        engine = "mma" if kernel == "decode_split" else self.engine
+        hopper, names = engine == "wgmma", self.runner.machine.architectures(engine)
         return [Tiles(v) for v in self.find(kernel, dims, lambda v: v.hopper == hopper and set(names) & set(v.architectures))]
 
     def find(self, kernel, dims, fits):
@@ -89,8 +90,25 @@ class Passes:
         self.careful = self.marks(blocks)
         self.problem.careful = self.careful.data_ptr()
 
+    def decode(self):
+        """A few queries: the keys are split, and the parts merged."""
+        c, p, t = self.case, self.problem, self.pick("decode_split")[0]
+        row_tiles = tiles(c.heads // c.kv_heads * c.q_len, t.rows)
+        p.splits = min(tiles(256, row_tiles * c.kv_heads * c.batch), tiles(tiles(c.kv_len, t.others), 2))
+        numbers = p.splits * c.batch * c.heads * c.q_len * (t.variant.defines["VALUE_DIM"] + 2)
+        self.partial = torch.full((numbers,), NAN, device=self.o.device)
+        p.partial = self.partial.data_ptr()
+        self.tensors.append(self.partial)
+        self.mark(c.heads * c.batch)
+        p.careful_queries = c.q_len
+        self.launch(t, "decode_split", row_tiles * p.splits * c.kv_heads * c.batch)
+        self.launch(t, "decode_merge", c.heads * c.batch, small=True)
+        self.careful_pass("careful_forward", c.heads * c.batch)
+
     def forward(self):
         c, p, t = self.case, self.problem, self.forward_tiles
+        if c.q_len <= 8 and c.kv_len >= 256:
+            return self.decode()
         grid = tiles(c.q_len, t.rows) * c.heads * c.batch
         self.mark(grid)
         p.careful_queries = t.rows
