@@ -65,7 +65,7 @@ inline void run_lanes(Block &b, unsigned w, bool shuffled) {
         b.scheduler.switch_to(threads[lane].fiber);
         b.current = nullptr;
         // The fiber that failed is the one that still could go on.
-        if (warp.runnable >> lane & 1) throw Fault{};
+        if (warp.runnable >> lane & 1) longjmp(b.fault, 1);
     }
 }
 
@@ -100,7 +100,7 @@ inline void pass_barrier(Block &b) {
 
 inline void check_end(Block &b) {
     for (const Thread &thread : b.threads) {
-        if (b.stacks.overflowed(thread.index)) {
+        if (b.check && b.stacks.overflowed(thread.index)) {
             b.stacks.release();
             fail("the stack of thread %u overflowed", thread.index);
         }
@@ -118,7 +118,8 @@ inline void run_block(Block &b, Launch &launch, uint32_t index) {
     prepare(b, launch, index);
     const bool shuffled = launch.options.seed != 0;
     const unsigned warps = b.warps.size();
-    std::vector<unsigned> order(warps);
+    std::vector<unsigned> &order = b.order;
+    order.resize(warps);
     for (unsigned w = 0; w < warps; w++) order[w] = w;
     for (;;) {
         for (unsigned i = warps; shuffled && i > 1; i--) std::swap(order[i - 1], order[b.draw() % i]);
