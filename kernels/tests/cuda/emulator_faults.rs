@@ -27,7 +27,7 @@ const FAULTS: [(&str, u32, u32, &str); 27] = [
     ("read_of_another_block", 2, 32, "a race of blocks"),
     ("different_instructions", 1, 32, "different instructions"),
     ("some_lanes_only", 1, 32, "lanes 0000ffff came to an instruction"),
-    ("some_lanes_at_the_barrier", 1, 32, "wait for the block"),
+    ("some_lanes_at_the_barrier", 1, 32, "lanes 0000ffff wait at __syncthreads"),
     ("some_threads_end", 1, 64, "32 threads ended while 32 wait at __syncthreads"),
     ("endless_recursion", 1, 32, "overflowed"),
     ("no_such_kernel", 1, 32, "no such kernel"),

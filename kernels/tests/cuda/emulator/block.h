@@ -117,6 +117,7 @@ struct Block {
     jmp_buf fault;  // where the scheduler goes on when a launch has failed
     std::vector<unsigned> order;  // of the warps
     Thread *current = nullptr;  // null while the scheduler runs
+    Warp *active = nullptr;     // whose instruction the scheduler does
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<uint8_t> shared_storage;
@@ -149,6 +150,8 @@ inline Warp &warp_of(const Block &b) { return const_cast<Warp &>(b.warps[b.curre
     va_end(arguments);
     if (b.current)
         snprintf(message, sizeof(message), "%s, block %u, thread %u: %s", b.launch->kernel, b.index, b.current->index, what);
+    else if (b.active)
+        snprintf(message, sizeof(message), "%s, block %u, warp %zu: %s", b.launch->kernel, b.index, size_t(b.active - b.warps.data()), what);
     else
         snprintf(message, sizeof(message), "%s, block %u: %s", b.launch->kernel, b.index, what);
     {

@@ -26,6 +26,7 @@ inline void prepare(Block &b, Launch &launch, uint32_t index) {
     b.epoch = 1;
     b.any = b.last_any = false;
     b.current = nullptr;
+    b.active = nullptr;
     place.block = {index, 0, 0};
     place.block_size = {launch.threads, 1, 1};
     place.grid = {launch.grid, 1, 1};
@@ -72,15 +73,16 @@ inline void run_lanes(Block &b, unsigned w, bool shuffled) {
 // A warp runs on until it waits for the block, or by chance gives way to the others.
 inline void run_warp(Block &b, unsigned w, bool shuffled) {
     Warp &warp = b.warps[w];
-    active = &warp;
     while (warp.runnable) {
         run_lanes(b, w, shuffled);
         if (!warp.at_warp) return;
+        b.active = &warp;
         if (warp.at_warp != ALL_LANES)
-            fail("warp %u: lanes %08x came to an instruction that lanes %08x wait for the block before, and lanes %08x ended before", w, warp.at_warp,
-                 warp.at_block, warp.finished);
+            fail("lanes %08x came to an instruction, but lanes %08x wait at __syncthreads and lanes %08x have ended", warp.at_warp, warp.at_block,
+                 warp.finished);
         warp.at_warp = 0;
         warp.collective(warp.arguments);
+        b.active = nullptr;
         warp.runnable = ALL_LANES;
         if (shuffled && b.draw() % 4 == 0) return;
     }
