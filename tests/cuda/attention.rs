@@ -29,9 +29,8 @@ const BIASES: [Option<Bias>; 6] = [
 const SOFTCAPS: [Option<f64>; 2] = [None, Some(1.5)];
 const DROPOUTS: [f64; 2] = [0.0, 0.3];
 
-#[test]
-fn every_pair_of_properties_equals_the_cpu() -> Result<()> {
-    let Some(gpu) = gpu() else { return Ok(()) };
+/// Cases that contain every pair of properties.
+pub fn cases() -> Vec<(Case, DType)> {
     let masks = masks::all();
     let axes = [
         DTYPES.len(),
@@ -49,7 +48,7 @@ fn every_pair_of_properties_equals_the_cpu() -> Result<()> {
         2,
         2,
     ];
-    for at in pairwise(&axes, |_| true) {
+    let case = |at: Vec<usize>| {
         let ((heads, kv_heads), (dim, value_dim)) = (HEADS[at[2]], DIMS[at[3]]);
         let sizes = Sizes { batch: 2, heads, kv_heads, q_len: QUERIES[at[4]], kv_len: KEYS[at[5]], dim, value_dim };
         let case = Case {
@@ -63,7 +62,15 @@ fn every_pair_of_properties_equals_the_cpu() -> Result<()> {
             logsumexp: at[13] == 1,
             ..Case::plain(sizes)
         };
-        let dtype = DTYPES[at[0]];
+        (case, DTYPES[at[0]])
+    };
+    pairwise(&axes, |_| true).into_iter().map(case).collect()
+}
+
+#[test]
+fn every_pair_of_properties_equals_the_cpu() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for (case, dtype) in cases() {
         check(&case, dtype, (Backend::Auto, &gpu), |_| tolerance(dtype))?;
     }
     Ok(())

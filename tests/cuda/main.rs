@@ -30,8 +30,13 @@ mod problem;
 #[path = "../layer/decoding/setup.rs"]
 mod sequences;
 
+#[allow(dead_code)]
+#[path = "../../kernels/tests/cuda/emulator/mod.rs"]
+mod emulator;
+
 mod attention;
 mod decoding;
+mod emulated;
 mod files;
 mod hostile;
 mod layer;

@@ -108,6 +108,12 @@ impl<'a> Region<'a> {
         Self { start: memory.address(), bytes: memory.bytes() as u64, memory: PhantomData }
     }
 
+    /// Bytes of an allocation on a GPU. They are there for as long as their owner.
+    #[cfg(feature = "cuda")]
+    pub(super) fn at<T: ?Sized>(_owner: &'a T, start: u64, bytes: u64) -> Self {
+        Self { start, bytes, memory: PhantomData }
+    }
+
     /// The address of the first byte.
     pub fn start(&self) -> u64 {
         self.start

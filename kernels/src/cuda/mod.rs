@@ -5,7 +5,11 @@
 
 mod backward;
 mod call;
+#[cfg(feature = "cuda")]
+pub mod compile;
 mod forward;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 mod launches;
 mod machine;
 mod mask;

@@ -37,6 +37,8 @@ fn floor(name: &str, case: &Case, visible: usize) -> f64 {
     let (shared_by, terms) = match (name, case.bias) {
         ("bias", Some(Bias::Trained(axes))) if !axes.contains('k') => (1, value_dim * entries("bhq") / entries(axes)),
         ("bias", Some(Bias::Trained(axes))) => (visible, value_dim * entries("bhqk") / entries(axes)),
+        // Each term is multiplied by a distance of up to kv_len.
+        ("slopes", _) => (visible, value_dim * entries("bqk") * (case.sizes.kv_len / 4).pow(2).max(1)),
         ("query" | "key" | "sinks", _) => (visible, value_dim),
         _ => (visible, 1),
     };

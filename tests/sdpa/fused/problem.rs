@@ -85,6 +85,8 @@ pub struct Case {
     pub scale: Option<f64>,
     pub softcap: Option<f64>,
     pub alibi: bool,
+    /// Whether the slopes of ALiBi want a gradient.
+    pub train_slopes: bool,
     pub sinks: bool,
     pub dropout_p: f64,
     /// Whether to request the log-sum-exp, which widens half types before the computation.
@@ -101,6 +103,7 @@ impl Case {
             scale: None,
             softcap: None,
             alibi: false,
+            train_slopes: false,
             sinks: false,
             dropout_p: 0.0,
             logsumexp: true,
@@ -124,7 +127,7 @@ impl Case {
         Ok(Inputs {
             stored: [stored(0)?, stored(1)?, stored(2)?],
             bias: bias.transpose()?,
-            slopes: if self.alibi { Some((randn(4, heads, dtype)?.abs()? * 0.1)?) } else { None },
+            slopes: if self.alibi { Some(Var::from_tensor(&(randn(4, heads, dtype)?.abs()? * 0.1)?)?) } else { None },
             sinks: if self.sinks { Some(draw(5, &[heads])?) } else { None },
         })
     }
@@ -137,12 +140,15 @@ impl Case {
     pub fn options_from(&self, inputs: &Inputs, backend: Backend, first: usize) -> Result<AttentionOptions> {
         let trained = matches!(self.bias, Some(Bias::Trained(_)));
         let bias = |bias: &Var| if trained { bias.as_tensor().clone() } else { bias.as_detached_tensor() };
+        let slopes = |slopes: &Var| {
+            if self.train_slopes { slopes.as_tensor().clone() } else { slopes.as_detached_tensor() }
+        };
         Ok(AttentionOptions {
             scale: self.scale,
             softcap: self.softcap,
             attn_mask: self.mask.build(&self.sizes, first)?,
             attn_bias: inputs.bias.as_ref().map(bias),
-            alibi_slopes: inputs.slopes.clone(),
+            alibi_slopes: inputs.slopes.as_ref().map(slopes),
             sinks: inputs.sinks.as_ref().map(|sinks| sinks.as_tensor().clone()),
             dropout_p: self.dropout_p,
             dropout_seed: 11,
@@ -162,7 +168,7 @@ impl Case {
 
     pub fn run(&self, inputs: &Inputs, backend: Backend) -> Result<Vec<Named>> {
         let [q, k, v] = self.views(inputs)?;
-        results(scaled_dot_product_attention(&q, &k, &v, &self.options(inputs, backend)?)?, &inputs.trained(self.bias))
+        results(scaled_dot_product_attention(&q, &k, &v, &self.options(inputs, backend)?)?, &inputs.trained(self))
     }
 }
 
@@ -171,7 +177,7 @@ pub struct Inputs {
     /// Query, key and value as they are stored.
     pub stored: [Var; 3],
     pub bias: Option<Var>,
-    pub slopes: Option<Tensor>,
+    pub slopes: Option<Var>,
     pub sinks: Option<Var>,
 }
 
@@ -191,16 +197,17 @@ impl Inputs {
         Ok(Self {
             stored: [var(&self.stored[0])?, var(&self.stored[1])?, var(&self.stored[2])?],
             bias: self.bias.as_ref().map(var).transpose()?,
-            slopes: self.slopes.as_ref().map(&f).transpose()?,
+            slopes: self.slopes.as_ref().map(var).transpose()?,
             sinks: self.sinks.as_ref().map(var).transpose()?,
         })
     }
 
-    fn trained(&self, bias: Option<Bias>) -> Vec<(&'static str, &Var)> {
+    fn trained(&self, case: &Case) -> Vec<(&'static str, &Var)> {
         let mut all = ["query", "key", "value"].into_iter().zip(&self.stored).collect::<Vec<_>>();
-        if let (Some(Bias::Trained(_)), Some(bias)) = (bias, &self.bias) {
+        if let (Some(Bias::Trained(_)), Some(bias)) = (case.bias, &self.bias) {
             all.push(("bias", bias));
         }
+        all.extend(self.slopes.iter().filter(|_| case.train_slopes).map(|slopes| ("slopes", slopes)));
         all.extend(self.sinks.iter().map(|sinks| ("sinks", sinks)));
         all
     }

@@ -71,7 +71,7 @@ fn cases() -> impl Strategy<Value = Case> {
     (sizes(), memory, masks(), bias, numbers, flags).prop_map(|(sizes, memory, mask, bias, numbers, flags)| {
         let (scale, softcap, dropout_p) = numbers;
         let (alibi, sinks, logsumexp) = flags;
-        Case { sizes, memory, mask, bias, scale, softcap, alibi, sinks, dropout_p, logsumexp }
+        Case { sizes, memory, mask, bias, scale, softcap, alibi, sinks, dropout_p, logsumexp, train_slopes: false }
     })
 }
 

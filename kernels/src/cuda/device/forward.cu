@@ -2,54 +2,14 @@
 // goes through the keys from the last to the first; a warp has WARP_ROWS of the queries.
 //
 // Source: Dao, "FlashAttention-2" (ICLR 2024), section 3.1; Shah et al., "FlashAttention-3" (NeurIPS 2024) for wgmma.
-#include "engine.cuh"
 #include "scores.cuh"
+#include "softmax.cuh"
 
-constexpr int KEYS = OTHERS;
 using Queries = Tile<ROWS, HEAD_DIM>;
 using Keys = Tile<KEYS, HEAD_DIM>;
 using Values = Tile<KEYS, VALUE_DIM>;
-constexpr int NUMBERS = KEYS / 2;  // scores of a lane, for each of its row tiles
 struct Yes { static constexpr bool value = true; };
 struct No { static constexpr bool value = false; };
-
-// The online softmax of the lane's rows: `largest` so far, and the lane's part of the sum. PLAIN: scores are plain products, and `largest`
-// is in units of ln 2.
-struct Softmax {
-    float largest[TILES][2], sum[TILES][2];
-
-    // Makes weights of scores, and multiplies the context by what the sums so far have to be multiplied by.
-    template <bool MASKED, int M> DEVICE void update(float (&s)[TILES][NUMBERS], float (&o)[TILES][M], float scale_log2) {
-#pragma unroll
-        for (int m = 0; m < TILES; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float most = -INFINITY;
-#pragma unroll
-                for (int j = 0; j < KEYS / 8; j++) most = fmaxf(most, fmaxf(s[m][4 * j + 2 * half], s[m][4 * j + 2 * half + 1]));
-                most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
-                most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-                if (PLAIN) most *= scale_log2;
-                most = fmaxf(most, largest[m][half]);
-                // So far no key is visible: any number serves, since all scores are minus infinity.
-                const float base = MASKED && most == -INFINITY ? 0.0f : most;
-                const float shrink = exp2_fast(PLAIN ? largest[m][half] - base : (largest[m][half] - base) * LOG2E);
-                largest[m][half] = most;
-                // Summed from zero: a sum that is long errs less in parts.
-                float part = 0;
-#pragma unroll
-                for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-                    for (int e = 4 * j + 2 * half; e < 4 * j + 2 * half + 2; e++) {
-                        s[m][e] = exp2_fast(PLAIN ? s[m][e] * scale_log2 - base : (s[m][e] - base) * LOG2E);
-                        part += s[m][e];
-                    }
-                sum[m][half] = sum[m][half] * shrink + part;
-#pragma unroll
-                for (int j = 0; j < M / 4; j++) o[m][4 * j + 2 * half] *= shrink, o[m][4 * j + 2 * half + 1] *= shrink;
-            }
-    }
-};
 
 // Softcap, bias, ALiBi and mask.
 DEVICE void modify(const Scores &scores, float (&s)[TILES][NUMBERS], int first_query, int first_key) {
@@ -144,15 +104,7 @@ KERNEL(attention_forward, THREADS) {
         if (STAGES == 2) v.copy<false>(v_tile(0), tile * KEYS, p.kv_len), commit_copies();
     }
     float o[TILES][VALUE_DIM / 2] = {};
-    Softmax softmax;
-#pragma unroll
-    for (int m = 0; m < TILES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            // A sink is one more term of the sum, which one of a row's four lanes has.
-            const float sink = !PLAIN && p.sinks ? load_global(p.sinks + place.head) : -INFINITY;
-            softmax.largest[m][half] = sink, softmax.sum[m][half] = sink != -INFINITY && threadIdx.x % 4 == 0 ? 1.0f : 0.0f;
-        }
+    Softmax softmax(!PLAIN && p.sinks ? load_global(p.sinks + place.head) : -INFINITY);
     const float scale_log2 = p.scale * LOG2E;
 
     auto step = [&](auto masked) {

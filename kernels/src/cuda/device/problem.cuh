@@ -42,6 +42,7 @@ struct Problem {
     const float *sinks;              // (heads); or null
     float *sink_rows;                // (batch, heads, q_len), likewise; or null
     uint8_t *careful;                // one for each tile of a pass: 1 if a result isn't finite
+    float *partial;                  // decode: (splits, batch, heads, q_len, VALUE_DIM + 2)
     MaskRule mask;
     uint64_t seed;                   // of dropout
     int bias_dims[4];
@@ -50,6 +51,6 @@ struct Problem {
     float dropout_keep;              // 1 / (1 - p)
     uint32_t dropout_threshold;      // 0 is no dropout
     int careful_queries, careful_keys;  // rows of a tile of the passes that set `careful`
-    int reserved;
+    int splits;                      // decode: parts of the keys
 };
-static_assert(sizeof(Strided) == 32 && sizeof(MaskRule) == 128 && sizeof(Problem) == 600, "problem.rs");
+static_assert(sizeof(Strided) == 32 && sizeof(MaskRule) == 128 && sizeof(Problem) == 608, "problem.rs");

@@ -1,0 +1,58 @@
+//! Attention by the CUDA kernels, run by the emulator: every mask and option, in every dtype and layout, with gradients.
+
+mod machine;
+
+use std::panic::catch_unwind;
+use std::sync::Arc;
+
+use attention_kernels::cuda::Limits;
+use candle_attention::cuda_testing::with_machine;
+use candle_attention::{Backend, Result};
+use candle_core::{DType, Device};
+
+use crate::attention::cases;
+use crate::check::{check, tolerance};
+use crate::emulator::{self, Options};
+use crate::problem::Case;
+use machine::Emulated;
+
+const AMPERE: Limits = Limits { capability: (8, 0), shared_bytes: 163 << 10 };
+const HOPPER: Limits = Limits { capability: (9, 0), shared_bytes: 227 << 10 };
+
+/// Runs `f` on an emulated GPU.
+fn on<T>(limits: Limits, options: Options, f: impl FnOnce() -> T) -> T {
+    with_machine(Arc::new(Emulated { limits, options }), f)
+}
+
+/// The cases that a GPU computes, too, but for f64, which the kernels don't serve.
+fn all() -> impl Iterator<Item = (Case, DType)> {
+    let served = cases().into_iter().filter(|(_, dtype)| *dtype != DType::F64);
+    served.map(|(case, dtype)| (Case { train_slopes: case.alibi, ..case }, dtype))
+}
+
+fn every_pair_of_properties(limits: Limits) -> Result<()> {
+    if !emulator::is_there() {
+        return Ok(());
+    }
+    let wrong = |(case, dtype): (Case, DType)| {
+        let checked = catch_unwind(|| check(&case, dtype, (Backend::Fused, &Device::Cpu), |_| tolerance(dtype)));
+        match checked {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(format!("{error}: {dtype:?}, {case:?}")),
+            Err(message) => Some(message.downcast_ref::<String>().cloned().unwrap_or_default()),
+        }
+    };
+    let wrong = on(limits, Options::default(), || all().filter_map(wrong).collect::<Vec<_>>());
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn every_pair_of_properties_on_ampere() -> Result<()> {
+    every_pair_of_properties(AMPERE)
+}
+
+#[test]
+fn every_pair_of_properties_on_hopper() -> Result<()> {
+    every_pair_of_properties(HOPPER)
+}
