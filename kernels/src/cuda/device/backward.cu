@@ -65,12 +65,7 @@ KERNEL(backward_keys, THREADS) {
             if (tile < end) q.template copy<false>(q_tile(stage), tile * OTHERS, p.q_len), d_o.template copy<false>(do_tile(stage), tile * OTHERS, p.d_o.data ? p.q_len : 0);
             commit_copies();
         };
-        struct Stats {
-            const Problem &p;
-            int64_t first;
-            DEVICE Row of_column(int query) const { return Row(p, first, query); }
-            DEVICE Row of_row(int, int) const { return Row(); }
-        } const stats{p, first_row(p, place.batch, head)};
+        const ColumnRows stats{p, first_row(p, place.batch, head)};
         int tile = seek(range.begin / OTHERS), stage = 0;
         load(tile, stage);
         auto step = [&](auto masked) {
