@@ -120,6 +120,7 @@ def main():
         import times
 
         times.run(runner, dtypes, lambda row: report(rows, row))
+        wrong += sum("failed" in row or not row.get("ok", True) for row in rows if "time" in row)
     sys.exit(1 if wrong else 0)
 
 

@@ -65,7 +65,7 @@ def distance(a, b):
 
 
 def row(runner, case, engines):
-    inputs = Inputs(case, "cuda", by_token=False)
+    inputs = Inputs(case, runner.machine.device, by_token=False)
     line, theirs = {"time": str(case)}, None
     for backend in BACKENDS:
         if answer := of_pytorch(inputs, backend):

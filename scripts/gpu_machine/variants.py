@@ -100,4 +100,7 @@ def build(pairs, folder):
 
 if __name__ == "__main__":  # for scripts/gpu: what is timed. The rest is compiled where it runs.
     plain = [variant for variant in load()[0] if variant.defines["PLAIN"]]
-    print(len(build([(variant, x) for variant in plain for x in variant.architectures], CUBINS)), "cubins")
+    try:
+        print(len(build([(variant, x) for variant in plain for x in variant.architectures], CUBINS)), "cubins")
+    except nvrtc.CompileError as error:
+        raise SystemExit(str(error)) from None
