@@ -1,7 +1,7 @@
 //! The backward pass on a machine.
 
 use super::call::{Call, MachineNumbers, MachineView};
-use super::forward::{Saved, contiguous};
+use super::forward::{FLAGS, Saved, contiguous};
 use super::launches::{Launches, grid, numbers};
 use super::machine::{Machine, Memory, Region, Source};
 use super::plan::{Parts, Pass};
@@ -93,7 +93,7 @@ pub fn backward(
 
     let gradients = Gradients::new(machine, call, saved, wanted)?;
     let delta = numbers::<f32>(machine, "gradient of the sums", call.rows())?;
-    let careful = machine.allocate("tiles that aren't finite", key_grid as usize + query_grid as usize)?;
+    let careful = machine.allocate(FLAGS, key_grid as usize + query_grid as usize)?;
     let address = |memory: &Option<Box<dyn Memory>>| memory.as_ref().map_or(0, |memory| memory.address());
     let problem = RawProblem {
         o: incoming.context.map(|[context, _]| context.raw()).unwrap_or_default(),
@@ -115,7 +115,8 @@ pub fn backward(
     let regions = regions.chain([delta.as_ref(), careful.as_ref()].map(Region::of_memory)).chain(incoming.regions());
     let mut launches = Launches { machine, variant, problem, regions: regions.collect() };
 
-    launches.untiled("backward_delta", query_tiles, grid(&[call.rows().div_ceil(DELTA_ROWS)])?)?;
+    let blocks = grid(&[call.rows().div_ceil(DELTA_ROWS)])?;
+    launches.untiled((Source::Backward, "backward_delta"), query_tiles, Some(Parts::Both), blocks)?;
     for parts in variant.key_parts() {
         let kernel = (Source::Backward, "backward_keys");
         launches.tiled(kernel, (Pass::Keys, key_tiles), Some(*parts), key_grid)?;

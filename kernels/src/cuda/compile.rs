@@ -15,12 +15,13 @@ use super::machine::{Launch, Source};
 use crate::error::Error;
 
 /// The files that the sources include, by name.
-const HEADERS: [(&str, &str); 6] = [
+const HEADERS: [(&str, &str); 7] = [
     ("primitives.cuh", include_str!("device/primitives.cuh")),
     ("wgmma.cuh", include_str!("device/wgmma.cuh")),
     ("problem.cuh", include_str!("device/problem.cuh")),
     ("engine.cuh", include_str!("device/engine.cuh")),
     ("scores.cuh", include_str!("device/scores.cuh")),
+    ("softmax.cuh", include_str!("device/softmax.cuh")),
     ("gradients.cuh", include_str!("device/gradients.cuh")),
 ];
 
@@ -32,6 +33,7 @@ const HASH_BYTES: usize = 16;
 fn text(source: Source) -> &'static str {
     match source {
         Source::Forward => include_str!("device/forward.cu"),
+        Source::Decode => include_str!("device/decode.cu"),
         Source::Backward => include_str!("device/backward.cu"),
         Source::Bias => include_str!("device/bias.cu"),
         Source::Careful => include_str!("device/careful.cu"),

@@ -16,7 +16,7 @@ fn program(source: Source, variant: Variant, pass: Option<Pass>, limits: Limits)
         }
         None => variant.careful_defines(),
     };
-    let hopper = variant.hopper && pass.is_some();
+    let hopper = variant.hopper && pass.is_some_and(|pass| pass != Pass::Decode);
     Program { source, defines, hopper, capability: limits.capability }
 }
 
@@ -28,6 +28,7 @@ fn every_source_compiles_for_every_machine() {
                 let variant = Variant::new(element, dims, plain, limits).unwrap();
                 let sources = [
                     (Source::Forward, Some(Pass::Forward)),
+                    (Source::Decode, Some(Pass::Decode)),
                     (Source::Backward, Some(Pass::Keys)),
                     (Source::Bias, Some(Pass::Queries)),
                     (Source::Careful, None),

@@ -4,10 +4,13 @@ use super::call::Call;
 use super::launches::{Launches, grid, numbers};
 use super::machine::{Machine, Memory, Region, Source};
 use super::mask::{Lowered, Uploaded};
-use super::plan::{Pass, Variant};
+use super::plan::{Pass, Tiles, Variant, decode_row_tiles, decode_splits};
 use super::problem::{RawProblem, RawStrided};
 use crate::alloc::product;
 use crate::error::Error;
+
+/// What the numbers that ask for the careful pass are in errors.
+pub(super) const FLAGS: &str = "tiles that aren't finite";
 
 /// What the backward pass needs of the forward pass, beside the context.
 pub struct Saved {
@@ -50,11 +53,6 @@ pub fn forward(machine: &dyn Machine, call: &Call) -> Result<(Box<dyn Memory>, S
     let limits = machine.limits();
     let lowered = Lowered::new(call.inputs.mask, &call.shape())?;
     let variant = call.variant(&lowered, limits)?;
-    let tiles = variant.tiles(Pass::Forward, limits)?;
-    let shape = call.shape();
-    let rows = tiles.rows() as usize;
-    let blocks = grid(&[shape.q_len.div_ceil(rows), shape.num_heads, shape.batch])?;
-
     let dims = call.context_dims();
     let bytes = product("context", &[dims[0], dims[1], dims[2], dims[3], variant.element.bytes()])?;
     let context = machine.allocate("context", bytes)?;
@@ -65,20 +63,51 @@ pub fn forward(machine: &dyn Machine, call: &Call) -> Result<(Box<dyn Memory>, S
         log_total: numbers::<f32>(machine, "sums of exponentials", call.rows())?,
         logsumexp: numbers::<f64>(machine, "log-sum-exp", call.rows())?,
     };
-    let careful = machine.allocate("tiles that aren't finite", blocks as usize)?;
-    let problem = RawProblem {
-        o: contiguous(context.as_ref(), call, dims),
-        careful: careful.address(),
-        careful_queries: rows as i32,
-        ..saved.add_to(call.raw())
-    };
-    let own = [context.as_ref(), careful.as_ref()].map(Region::of_memory);
-    let regions = call.regions().into_iter().chain(own).chain(saved.regions()).collect();
-    let launches = Launches { machine, variant, problem, regions };
-    launches.tiled((Source::Forward, "attention_forward"), (Pass::Forward, tiles), None, blocks)?;
-    launches.careful("careful_forward", blocks)?;
+    let problem = RawProblem { o: contiguous(context.as_ref(), call, dims), ..saved.add_to(call.raw()) };
+    let regions = call.regions().into_iter().chain([Region::of_memory(context.as_ref())]).chain(saved.regions());
+    let launches = Launches { machine, variant, problem, regions: regions.collect() };
+    let decoding = Variant { hopper: false, ..variant };
+    let decode_tiles = decoding.tiles(Pass::Decode, limits)?;
+    match decode_splits(&call.shape(), call.inputs.k.dims()[1], decode_tiles) {
+        Some(splits) => decode(&launches, call, splits, decode_tiles)?,
+        None => prefill(&launches, call, variant.tiles(Pass::Forward, limits)?)?,
+    }
     drop(launches);
     Ok((context, saved))
+}
+
+/// Tiles of queries, each of which goes through the keys.
+fn prefill(launches: &Launches, call: &Call, tiles: Tiles) -> Result<(), Error> {
+    let (shape, rows) = (call.shape(), tiles.rows() as usize);
+    let blocks = grid(&[shape.q_len.div_ceil(rows), shape.num_heads, shape.batch])?;
+    let careful = launches.machine.allocate(FLAGS, blocks as usize)?;
+    let flags = RawProblem { careful: careful.address(), careful_queries: rows as i32, ..launches.problem };
+    let launches = launches.with(flags, &[careful.as_ref()]);
+    launches.tiled((Source::Forward, "attention_forward"), (Pass::Forward, tiles), None, blocks)?;
+    launches.careful("careful_forward", blocks)
+}
+
+/// The queries of all heads that share a head of keys, with the keys in parts.
+fn decode(launches: &Launches, call: &Call, splits: usize, tiles: Tiles) -> Result<(), Error> {
+    let (shape, machine, kv_heads) = (call.shape(), launches.machine, call.inputs.k.dims()[1]);
+    let blocks = grid(&[decode_row_tiles(&shape, kv_heads, tiles), splits, kv_heads, shape.batch])?;
+    let heads = grid(&[shape.num_heads, shape.batch])?;
+    let careful = machine.allocate(FLAGS, heads as usize)?;
+    let columns = launches.variant.value_dim as usize + 2;
+    let partial = product("parts of a decoding", &[splits, call.rows(), columns])?;
+    let partial = numbers::<f32>(machine, "parts of a decoding", partial)?;
+    let parts = RawProblem {
+        partial: partial.address(),
+        splits: splits as i32,
+        careful: careful.address(),
+        careful_queries: shape.q_len as i32,
+        ..launches.problem
+    };
+    let of_mma = Variant { hopper: false, ..launches.variant };
+    let launches = Launches { variant: of_mma, ..launches.with(parts, &[careful.as_ref(), partial.as_ref()]) };
+    launches.tiled((Source::Decode, "decode_split"), (Pass::Decode, tiles), None, blocks)?;
+    launches.untiled((Source::Decode, "decode_merge"), tiles, None, heads)?;
+    launches.careful("careful_forward", heads)
 }
 
 /// The tensor that fills the memory, in the layout of the call.

@@ -17,7 +17,17 @@ pub(super) struct Launches<'a> {
     pub(super) regions: Vec<Region<'a>>,
 }
 
-impl Launches<'_> {
+impl<'a> Launches<'a> {
+    /// The same with other arguments and more memory.
+    pub(super) fn with<'b>(&self, problem: RawProblem, memory: &[&'b dyn Memory]) -> Launches<'b>
+    where
+        'a: 'b,
+    {
+        let more = memory.iter().map(|memory| Region::of_memory(*memory));
+        let regions = self.regions.iter().copied().chain(more).collect();
+        Launches { machine: self.machine, variant: self.variant, problem, regions }
+    }
+
     /// Starts a kernel that works on tiles.
     pub(super) fn tiled(
         &self,
@@ -39,12 +49,18 @@ impl Launches<'_> {
         self.machine.launch(&launch, &self.problem)
     }
 
-    /// Starts a kernel of the backward pass without shared memory. It is compiled together with the pass over queries.
-    pub(super) fn untiled(&self, kernel: &'static str, tiles: Tiles, grid: u32) -> Result<(), Error> {
+    /// Starts a kernel without shared memory. It is compiled together with one that has these tiles.
+    pub(super) fn untiled(
+        &self,
+        (source, kernel): (Source, &'static str),
+        tiles: Tiles,
+        parts: Option<Parts>,
+        grid: u32,
+    ) -> Result<(), Error> {
         let launch = Launch {
-            source: Source::Backward,
+            source,
             kernel,
-            defines: self.variant.defines(tiles, Some(Parts::Both)),
+            defines: self.variant.defines(tiles, parts),
             hopper: self.variant.hopper,
             grid,
             threads: SMALL_BLOCK,

@@ -69,6 +69,8 @@ pub struct Limits {
 pub enum Source {
     /// The forward pass.
     Forward,
+    /// The forward pass of a few queries.
+    Decode,
     /// The backward passes.
     Backward,
     /// The gradient of a bias.
@@ -82,6 +84,7 @@ impl Source {
     pub fn file_name(self) -> &'static str {
         match self {
             Source::Forward => "forward.cu",
+            Source::Decode => "decode.cu",
             Source::Backward => "backward.cu",
             Source::Bias => "bias.cu",
             Source::Careful => "careful.cu",

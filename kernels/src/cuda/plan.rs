@@ -2,6 +2,7 @@
 
 use super::machine::Limits;
 use crate::error::Error;
+use crate::mask::ScoreShape;
 
 /// The most columns of a query, key or value.
 pub const MAX_DIM: usize = 256;
@@ -58,6 +59,8 @@ pub(crate) struct Variant {
 pub(crate) enum Pass {
     /// Queries to the context.
     Forward,
+    /// A few queries to the context, with the keys in parts.
+    Decode,
     /// Keys to the gradients of key and value.
     Keys,
     /// Queries to the gradient of the query.
@@ -80,6 +83,7 @@ const fn tiles(warps: u32, others: u32, stages: u32) -> Tiles {
 /// In order of preference. The last ones are for f32 with 256 columns in the least shared memory.
 const FORWARD: &[Tiles] = &[tiles(4, 64, 1), tiles(4, 32, 1), tiles(2, 32, 1), tiles(2, 16, 1)];
 const FORWARD_HOPPER: &[Tiles] = &[tiles(8, 128, 2), tiles(8, 64, 2), tiles(4, 64, 2), tiles(4, 32, 1)];
+const DECODE: &[Tiles] = &[tiles(4, 64, 2), tiles(4, 32, 2), tiles(2, 32, 2), tiles(2, 16, 2)];
 const BACKWARD: &[Tiles] = &[
     tiles(8, 64, 2),
     tiles(8, 32, 2),
@@ -104,7 +108,10 @@ impl Tiles {
     /// Dynamic shared memory of a block.
     pub(crate) fn shared_bytes(self, variant: Variant, pass: Pass) -> u32 {
         let Variant { head_dim, value_dim, element, .. } = variant;
-        let own = if pass == Pass::Forward { head_dim } else { head_dim + value_dim };
+        let own = match pass {
+            Pass::Forward | Pass::Decode => head_dim,
+            Pass::Keys | Pass::Queries => head_dim + value_dim,
+        };
         let numbers = self.rows() * own + self.stages * self.others * (head_dim + value_dim);
         numbers * element.bytes() as u32
     }
@@ -113,13 +120,36 @@ impl Tiles {
     fn registers(self, variant: Variant, pass: Pass) -> u32 {
         let Variant { head_dim, value_dim, .. } = variant;
         let columns = match pass {
-            Pass::Forward => value_dim + self.others,
+            Pass::Forward | Pass::Decode => value_dim + self.others,
             Pass::Keys if variant.splits_keys() => head_dim.max(value_dim) + 2 * self.others,
             Pass::Keys => head_dim + value_dim + 2 * self.others,
             Pass::Queries => head_dim + 2 * self.others,
         };
         WARP_ROWS * columns / WARP
     }
+}
+
+/// The most queries of a sequence that are decoded, and the fewest keys: below, the parts would be too small.
+const DECODE_QUERIES: usize = 8;
+const DECODE_KEYS: usize = 256;
+/// Blocks to aim for: two for each multiprocessor of a large GPU. The same for every GPU, so that the results don't depend on it.
+const DECODE_BLOCKS: usize = 256;
+/// The fewest tiles of keys that are worth a block of their own.
+const DECODE_TILES: usize = 2;
+
+/// In how many parts a block of rows of each head of keys goes through the keys, if the call is to be decoded.
+pub(crate) fn decode_splits(shape: &ScoreShape, kv_heads: usize, tiles: Tiles) -> Option<usize> {
+    if shape.q_len > DECODE_QUERIES || shape.kv_len < DECODE_KEYS {
+        return None;
+    }
+    let blocks = decode_row_tiles(shape, kv_heads, tiles) * kv_heads * shape.batch;
+    let most = shape.kv_len.div_ceil(tiles.others as usize).div_ceil(DECODE_TILES);
+    Some(DECODE_BLOCKS.div_ceil(blocks).min(most))
+}
+
+/// Tiles of the queries of all heads that share a head of keys.
+pub(crate) fn decode_row_tiles(shape: &ScoreShape, kv_heads: usize, tiles: Tiles) -> usize {
+    (shape.num_heads / kv_heads * shape.q_len).div_ceil(tiles.rows() as usize)
 }
 
 /// The macro `PARTS` of the pass over keys: which gradients a launch computes.
@@ -164,6 +194,7 @@ impl Variant {
         let candidates = match pass {
             Pass::Forward if self.hopper => FORWARD_HOPPER,
             Pass::Forward => FORWARD,
+            Pass::Decode => DECODE,
             Pass::Keys | Pass::Queries => BACKWARD,
         };
         let fits = |tiles: &Tiles| {
@@ -219,7 +250,7 @@ mod tests {
                 for dims in BUCKETS.iter().flat_map(|&d| BUCKETS.map(|dv| [d, dv])) {
                     let variant = Variant::new(element, dims, false, limits).unwrap();
                     assert_eq!([variant.head_dim, variant.value_dim], dims.map(|dim| dim as u32));
-                    for pass in [Pass::Forward, Pass::Keys, Pass::Queries] {
+                    for pass in [Pass::Forward, Pass::Decode, Pass::Keys, Pass::Queries] {
                         let tiles = variant.tiles(pass, limits).unwrap();
                         let place = format!("{variant:?}, {pass:?}, {limits:?}: {tiles:?}");
                         assert!(tiles.shared_bytes(variant, pass) <= limits.shared_bytes, "{place}");

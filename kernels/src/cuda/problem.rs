@@ -104,6 +104,8 @@ pub struct RawProblem {
     pub sink_rows: u64,
     /// u8, one for each tile of a pass: 1 if a result isn't finite.
     pub careful: u64,
+    /// f32 (splits, batch, heads, q_len, VALUE_DIM + 2), of decoding: the results of each part of the keys.
+    pub partial: u64,
     /// Which keys are visible.
     pub mask: RawMask,
     /// Of dropout.
@@ -136,17 +138,17 @@ pub struct RawProblem {
     pub careful_queries: i32,
     /// Rows of a tile of the pass over keys that sets `careful`.
     pub careful_keys: i32,
-    /// Nothing.
-    pub reserved: i32,
+    /// Parts of the keys, of decoding.
+    pub splits: i32,
 }
 
 const _: () = {
-    assert!(size_of::<RawStrided>() == 32 && size_of::<RawMask>() == 128 && size_of::<RawProblem>() == 600);
+    assert!(size_of::<RawStrided>() == 32 && size_of::<RawMask>() == 128 && size_of::<RawProblem>() == 608);
     assert!(offset_of!(RawMask, table_strides) == 48 && offset_of!(RawMask, map) == 80);
     assert!(offset_of!(RawMask, offset) == 104 && offset_of!(RawMask, always) == 120);
     assert!(offset_of!(RawProblem, largest) == 256 && offset_of!(RawProblem, bias) == 296);
     assert!(offset_of!(RawProblem, d_bias) == 336 && offset_of!(RawProblem, careful) == 384);
-    assert!(offset_of!(RawProblem, mask) == 392 && offset_of!(RawProblem, seed) == 520);
-    assert!(offset_of!(RawProblem, batch) == 544 && offset_of!(RawProblem, scale) == 572);
-    assert!(offset_of!(RawProblem, careful_queries) == 588);
+    assert!(offset_of!(RawProblem, mask) == 400 && offset_of!(RawProblem, seed) == 528);
+    assert!(offset_of!(RawProblem, batch) == 552 && offset_of!(RawProblem, scale) == 580);
+    assert!(offset_of!(RawProblem, careful_queries) == 596);
 };

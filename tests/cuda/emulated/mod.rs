@@ -1,6 +1,6 @@
 //! Attention by the CUDA kernels, run by the emulator: every mask and option, in every dtype and layout, with gradients.
 
-mod machine;
+mod laws;
 
 use std::panic::catch_unwind;
 use std::sync::Arc;
@@ -12,16 +12,12 @@ use candle_core::{DType, Device};
 
 use crate::attention::cases;
 use crate::check::{check, tolerance};
-use crate::emulator::{self, Options};
+use crate::emulator::{self, AMPERE, Emulator, HOPPER, Options};
 use crate::problem::Case;
-use machine::Emulated;
-
-const AMPERE: Limits = Limits { capability: (8, 0), shared_bytes: 163 << 10 };
-const HOPPER: Limits = Limits { capability: (9, 0), shared_bytes: 227 << 10 };
 
 /// Runs `f` on an emulated GPU.
 fn on<T>(limits: Limits, options: Options, f: impl FnOnce() -> T) -> T {
-    with_machine(Arc::new(Emulated { limits, options }), f)
+    with_machine(Arc::new(Emulator::new(limits, options)), f)
 }
 
 /// The cases that a GPU computes, too, but for f64, which the kernels don't serve.

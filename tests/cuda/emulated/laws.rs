@@ -1,0 +1,137 @@
+//! What holds of every call of the CUDA path.
+
+use candle_attention::{AttentionOptions, Backend, Error, Mask, Result, scaled_dot_product_attention};
+use candle_core::{DType, Device, Tensor, Var};
+
+use super::on;
+use crate::common::{assert_close, assert_same_bits, gradients, randn, var};
+use crate::emulator::{self, AMPERE, HOPPER, Options};
+use crate::layers::assert_error_says;
+use crate::masks::MaskKind;
+use crate::problem::{Bias, Case, Named, Sizes};
+
+/// A case in which everything wants a gradient.
+fn everything() -> Case {
+    let sizes = Sizes { batch: 2, heads: 4, kv_heads: 2, q_len: 70, kv_len: 90, dim: 64, value_dim: 64 };
+    Case {
+        mask: MaskKind::Causal,
+        bias: Some(Bias::Trained("hqk")),
+        softcap: Some(2.0),
+        alibi: true,
+        train_slopes: true,
+        sinks: true,
+        dropout_p: 0.2,
+        ..Case::plain(sizes)
+    }
+}
+
+fn run(case: &Case, dtype: DType, options: Options) -> Result<Vec<Named>> {
+    let inputs = case.inputs(dtype)?;
+    Ok(on(HOPPER, options, || case.run(&inputs, Backend::Fused))?)
+}
+
+#[test]
+fn the_order_of_execution_changes_no_bit() -> Result<()> {
+    if !emulator::is_there() {
+        return Ok(());
+    }
+    let plain = Case { mask: MaskKind::Causal, ..Case::plain(everything().sizes) };
+    let decoding = Case::plain(Sizes { q_len: 2, kv_len: 700, ..everything().sizes });
+    for case in [plain, everything(), decoding] {
+        let first = run(&case, DType::BF16, Options::default())?;
+        for seed in 1..=10 {
+            let again = run(&case, DType::BF16, Options { seed, eager: seed % 2 == 0, ..Options::default() })?;
+            for ((name, a), (_, b)) in first.iter().zip(&again) {
+                assert_same_bits(a, b, &format!("{name}, seed {seed}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Of a call in which bias, slopes and sinks are trained: context, log-sum-exp, and all that wants a gradient.
+fn trained() -> Result<(Tensor, Tensor, Vec<Var>)> {
+    let vars = vec![
+        var(1, (1, 2, 20, 8), DType::F32)?,
+        var(2, (1, 2, 30, 8), DType::F32)?,
+        var(3, (1, 2, 30, 8), DType::F32)?,
+        var(4, (2, 20, 30), DType::F32)?,
+        var(5, 2, DType::F32)?,
+        var(6, 2, DType::F32)?,
+    ];
+    let option = |i: usize| Some(vars[i].as_tensor().clone());
+    let options = AttentionOptions {
+        attn_bias: option(3),
+        alibi_slopes: option(4),
+        sinks: option(5),
+        return_logsumexp: true,
+        backend: Backend::Fused,
+        ..Default::default()
+    };
+    let output = scaled_dot_product_attention(&vars[0], &vars[1], &vars[2], &options)?;
+    Ok((output.context, output.logsumexp.expect("asked for"), vars))
+}
+
+#[test]
+fn gradients_of_both_results_add_up_and_can_be_taken_again() -> Result<()> {
+    if !emulator::is_there() {
+        return Ok(());
+    }
+    on(AMPERE, Options::default(), || {
+        let (context, logsumexp, vars) = trained()?;
+        let vars = vars.iter().collect::<Vec<_>>();
+        let (of_context, of_logsumexp) = (context.sqr()?.sum_all()?, logsumexp.sqr()?.sum_all()?);
+        let both = gradients(&(&of_context + &of_logsumexp)?, &vars)?;
+        let parts = [gradients(&of_context, &vars)?, gradients(&of_logsumexp, &vars)?];
+        let again = gradients(&(&of_context + &of_logsumexp)?, &vars)?;
+        for (i, both) in both.iter().enumerate() {
+            assert_close(both, &(&parts[0][i] + &parts[1][i])?, 1e-5, &format!("gradient {i}"));
+            assert_same_bits(both, &again[i], &format!("gradient {i}, again"));
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn calls_that_the_kernels_dont_serve_are_refused() -> Result<()> {
+    on(AMPERE, Options::default(), || {
+        let options = AttentionOptions { backend: Backend::Fused, ..Default::default() };
+        let attend = |x: &Tensor| scaled_dot_product_attention(x, x, x, &options);
+        assert_error_says(attend(&randn(1, (1, 2, 3, 4), DType::F64)?), &["backend Fused", "F64"]);
+        assert_error_says(attend(&randn(1, (1, 2, 3, 257), DType::F32)?), &["backend Fused", "256"]);
+        assert_error_says(attend(&Tensor::zeros((1, 2, 0, 4), DType::F32, &Device::Cpu)?), &["backend Fused", "empty"]);
+        Ok(())
+    })
+}
+
+/// An error of the machine says what it is, and no gradient comes of it.
+#[test]
+fn a_machine_with_too_little_shared_memory_is_an_error() -> Result<()> {
+    let small = attention_kernels::cuda::Limits { shared_bytes: 16 << 10, ..AMPERE };
+    on(small, Options::default(), || {
+        let x = randn(1, (1, 2, 3, 256), DType::F32)?;
+        let options = AttentionOptions { backend: Backend::Fused, ..Default::default() };
+        let error = scaled_dot_product_attention(&x, &x, &x, &options).unwrap_err();
+        assert!(matches!(error, Error::Attention(candle_attention::AttentionError::Gpu(_))), "{error}");
+        assert!(error.to_string().contains("shared memory"), "{error}");
+        Ok(())
+    })
+}
+
+/// Other backends and other threads don't see the machine.
+#[test]
+fn only_the_fused_backend_uses_a_machine() -> Result<()> {
+    let x = randn(1, (1, 2, 9, 300), DType::F32)?;
+    let attend = |backend| {
+        let options = AttentionOptions { backend, attn_mask: Mask::causal(), ..Default::default() };
+        scaled_dot_product_attention(&x, &x, &x, &options).map(|output| output.context)
+    };
+    let outside = attend(Backend::Fused)?;
+    let inside = on(AMPERE, Options::default(), || {
+        assert!(attend(Backend::Fused).is_err());
+        attend(Backend::Auto)
+    })?;
+    assert_same_bits(&inside, &outside, "on the CPU");
+    assert_same_bits(&attend(Backend::Fused)?, &outside, "afterwards");
+    Ok(())
+}
