@@ -5,3 +5,4 @@ mod emulator_faults;
 mod emulator_instructions;
 mod emulator_machine;
 mod emulator_mutants;
+mod kernel_mutants;

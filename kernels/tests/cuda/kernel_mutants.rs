@@ -1,0 +1,187 @@
+//! The attention kernels give the same bits whatever order their threads run in, and their mutants are found: a kernel without one of its
+//! barriers, fences or waits, or with a wrong offset, fails or gives other numbers.
+
+use super::emulator::{AMPERE, Emulator, HOPPER, Options, Replacement, is_there};
+
+use attention_kernels::cuda::{
+    Call, Element, Incoming, Inputs, Limits, Machine, MachineView, Memory, Region, Wanted, backward, forward,
+};
+use attention_kernels::mask::Rule;
+use attention_kernels::philox::uniform;
+use attention_kernels::{Dropout, Error, Layout};
+use half::bf16;
+
+const HEADS: usize = 4;
+const KV_HEADS: usize = 2;
+
+/// A call of attention whose tiles are many and end anywhere.
+#[derive(Clone, Copy)]
+struct Case {
+    q_len: usize,
+    kv_len: usize,
+    dim: usize,
+    /// Causal attention without options, or with dropout, which takes the kernels with all options.
+    is_plain: bool,
+}
+
+/// 128 columns take two panels of shared memory. The numbers of tiles are odd and even.
+const CASES: [Case; 2] = [
+    Case { q_len: 130, kv_len: 331, dim: 128, is_plain: true },
+    Case { q_len: 200, kv_len: 147, dim: 64, is_plain: false },
+];
+const DECODING: Case = Case { q_len: 3, kv_len: 1200, dim: 128, is_plain: true };
+
+fn numbers(seed: u64, count: usize) -> Vec<u8> {
+    uniform(seed, 2.0, count).flat_map(|x| bf16::from_f64(x).to_le_bytes()).collect()
+}
+
+fn view(memory: &dyn Memory, dims: [usize; 4]) -> MachineView<'_> {
+    let strides = Layout::HeadsFirst.strides(dims);
+    MachineView::new("tensor", Element::Bf16, Region::of_memory(memory), 0, strides, dims).unwrap()
+}
+
+/// The context and the gradients of query, key and value.
+fn run(machine: &dyn Machine, case: Case) -> Result<Vec<Vec<u8>>, Error> {
+    let Case { q_len, kv_len, dim, is_plain } = case;
+    let (of_queries, of_keys) = ([2, HEADS, q_len, dim], [2, KV_HEADS, kv_len, dim]);
+    let tensors = [(1, of_queries), (2, of_keys), (3, of_keys), (4, of_queries)];
+    let tensors = tensors.map(|(seed, dims)| (numbers(seed, dims.iter().product()), dims));
+    let memory = tensors.each_ref().map(|(bytes, _)| machine.upload("tensor", bytes).unwrap());
+    let [q, k, v, gradient] = [0, 1, 2, 3].map(|i| view(memory[i].as_ref(), tensors[i].1));
+    let mask = Rule::Band { below: None, above: Some(0), offset: None };
+    let inputs = Inputs {
+        q,
+        k,
+        v,
+        layout: Layout::HeadsFirst,
+        scale: 1.0 / (dim as f64).sqrt(),
+        softcap: None,
+        mask: &mask,
+        bias: None,
+        slopes: None,
+        sinks: None,
+        dropout: (!is_plain).then_some(Dropout { p: 0.2, seed: 3 }),
+    };
+    let call = Call::new(inputs)?;
+    let (context, saved) = forward(machine, &call)?;
+    let incoming = Incoming { context: Some([view(context.as_ref(), of_queries), gradient]), logsumexp: None };
+    let gradients = backward(machine, &call, &saved, incoming, Wanted::default())?;
+    [&context, &gradients.q, &gradients.k, &gradients.v].into_iter().map(|memory| memory.download()).collect()
+}
+
+fn orders() -> impl Iterator<Item = Options> {
+    (0..10).flat_map(|seed| [false, true].map(|eager| Options { seed, eager, ..Options::default() }))
+}
+
+#[test]
+fn every_order_gives_the_same_bits() {
+    if !is_there() {
+        return;
+    }
+    for limits in [AMPERE, HOPPER] {
+        for case in CASES.into_iter().chain([DECODING]) {
+            let expected = run(&Emulator::new(limits, Options::default()), case).unwrap();
+            for options in orders() {
+                assert!(run(&Emulator::new(limits, options), case).unwrap() == expected, "{limits:?}, {options:?}");
+            }
+        }
+    }
+}
+
+/// Engines that a mutant is one of: the other doesn't compile the text, or doesn't need it.
+const MMA: &[Limits] = &[AMPERE];
+const WGMMA: &[Limits] = &[HOPPER];
+const BOTH: &[Limits] = &[AMPERE, HOPPER];
+
+struct Mutant {
+    what: &'static str,
+    engines: &'static [Limits],
+    replacement: Replacement<'static>,
+}
+
+const fn mutant(
+    what: &'static str,
+    engines: &'static [Limits],
+    file: &'static str,
+    (from, nth): (&'static str, usize),
+    to: &'static str,
+) -> Mutant {
+    Mutant { what, engines, replacement: Replacement { file, from, to, nth } }
+}
+
+#[rustfmt::skip]
+const MUTANTS: &[Mutant] = &[
+    // One stage of keys and values (mma.sync) takes the second barrier, two stages (wgmma) the third.
+    mutant("forward: first barrier", BOTH, "forward.cu", ("publish();", 1), ""),
+    mutant("forward: second barrier", MMA, "forward.cu", ("publish();", 2), ""),
+    mutant("forward: third barrier", WGMMA, "forward.cu", ("publish();", 3), ""),
+    mutant("forward: wait for keys", BOTH, "forward.cu", ("wait_for_copies<STAGES - 1>();", 1), ""),
+    mutant("forward: wait for values", MMA, "forward.cu", ("wait_for_copies<0>();", 1), ""),
+    mutant("forward: wait for values", WGMMA, "forward.cu", ("wait_for_copies<1>();", 1), ""),
+    mutant("forward: wait for scores", WGMMA, "forward.cu", ("wait_for_products<0>();", 1), ""),
+    mutant("forward: wait for the context", WGMMA, "forward.cu", ("wait_for_products<0>();", 2), ""),
+    mutant("forward: stage of the keys", WGMMA, "forward.cu", ("k_tile(stage ^ 1)", 1), "k_tile(stage)"),
+    mutant("forward: next tile", BOTH, "forward.cu", ("next * KEYS", 1), "tile * KEYS"),
+    mutant("forward: last query", BOTH, "forward.cu", ("if (query >= p.q_len) continue;", 1), ""),
+    mutant("fence", WGMMA, "engine.cuh", ("publish_to_wgmma();", 1), ""),
+    mutant("barrier of publish", BOTH, "engine.cuh", ("    __syncthreads();\n}", 1), "}"),
+    mutant("swizzle of the copies", BOTH, "engine.cuh", ("to = row * 128 + ((chunk ^ (row % 8)) * 16);", 1), "to = row * 128 + chunk * 16;"),
+    mutant("offset of a step", MMA, "engine.cuh", ("(b_lane ^ (i % 4 * 32)) + i / 4 * b.PANEL", 1), "(b_lane ^ (i % 4 * 16)) + i / 4 * b.PANEL"),
+    mutant("offset of a panel", WGMMA, "engine.cuh", ("descriptor(b.address + i / 4 * b.PANEL", 1), "descriptor(b.address + i / 4 * 128"),
+    mutant("distance of panels", WGMMA, "engine.cuh", ("j * 16 * 128, b.PANEL), true)", 1), "j * 16 * 128, b.PANEL / 2), true)"),
+    mutant("rows behind the end", BOTH, "engine.cuh", ("const bool there = ALL || first + row", 1), "const bool there = true || first + row"),
+    mutant("keys: barrier", BOTH, "backward.cu", ("publish();", 1), ""),
+    mutant("queries: barrier", BOTH, "backward.cu", ("publish();", 2), ""),
+    mutant("keys: wait for copies", BOTH, "backward.cu", ("            wait_for_copies<0>();\n            publish();", 1), "            publish();"),
+    mutant("keys: wait for scores", WGMMA, "backward.cu", ("wait_for_products<OF_KEYS>();", 1), ""),
+    mutant("keys: wait for gradients of weights", WGMMA, "backward.cu", ("wait_for_products<OF_VALUES>();", 1), ""),
+    mutant("keys: last wait", WGMMA, "backward.cu", ("wait_for_products<0>();", 1), ""),
+    mutant("keys: barrier between heads", BOTH, "backward.cu", ("        wait_for_copies<0>();\n        __syncthreads();", 1), "        wait_for_copies<0>();"),
+    mutant("keys: stage", BOTH, "backward.cu", ("load(next, stage ^ 1)", 1), "load(next, stage)"),
+    mutant("queries: stage", BOTH, "backward.cu", ("load(next, stage ^ 1)", 2), "load(next, stage)"),
+    mutant("queries: wait for scores", WGMMA, "backward.cu", ("wait_for_products<1>();", 1), ""),
+    mutant("queries: last wait", WGMMA, "backward.cu", ("wait_for_products<0>();", 3), ""),
+    mutant("queries behind the end", BOTH, "gradients.cuh", ("if (ALL || query < p.q_len)", 1), "if (true)"),
+    mutant("dropout of another key", BOTH, "scores.cuh", ("key / 4);\n    const uint32_t other0", 1), "key / 4 + 1);\n    const uint32_t other0"),
+];
+
+const OF_DECODING: &[Mutant] = &[
+    mutant("decoding: barrier", BOTH, "decode.cu", ("publish();", 1), ""),
+    mutant("decoding: wait for copies", BOTH, "decode.cu", ("wait_for_copies<0>();", 1), ""),
+    mutant("decoding: wait for scores", WGMMA, "decode.cu", ("wait_for_products<0>();", 1), ""),
+    mutant("decoding: parts of the keys", BOTH, "decode.cu", ("(split + 1) / p.splits", 1), "split / p.splits"),
+];
+
+/// The mutants that no order finds.
+fn unfound(mutants: &[Mutant], cases: &[Case]) -> Vec<String> {
+    let tries = [(0, false), (1, false), (2, true), (3, false)];
+    let mut unfound = Vec::new();
+    for mutant in mutants {
+        for &limits in mutant.engines {
+            let is_found = cases.iter().any(|&case| {
+                let right = run(&Emulator::new(limits, Options::default()), case).unwrap();
+                tries.into_iter().any(|(seed, eager)| {
+                    let options = Options { seed, eager, ..Options::default() };
+                    let results = run(&Emulator::of_mutant(limits, options, &[mutant.replacement]), case);
+                    // A mutant that isn't found has to compile.
+                    if let Err(Error::Kernel { reason, .. }) = &results {
+                        assert!(!reason.contains("error:"), "{}: {reason}", mutant.what);
+                    }
+                    results.is_err() || results.unwrap() != right
+                })
+            });
+            if !is_found {
+                unfound.push(format!("{} ({:?})", mutant.what, limits.capability));
+            }
+        }
+    }
+    unfound
+}
+
+#[test]
+fn every_mutant_is_found() {
+    if is_there() {
+        assert_eq!(unfound(MUTANTS, &CASES), [""; 0]);
+        assert_eq!(unfound(OF_DECODING, &[DECODING]), [""; 0]);
+    }
+}
