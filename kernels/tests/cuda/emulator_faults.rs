@@ -4,7 +4,7 @@ use super::emulator::{Launch, Library, Options, emulator_folder, is_there};
 use super::emulator_instructions::run_small;
 
 /// A kernel of `small.cu`, its blocks and threads, and a part of what is said of it.
-const FAULTS: [(&str, u32, u32, &str); 26] = [
+const FAULTS: [(&str, u32, u32, &str); 27] = [
     ("load_out_of_bounds", 1, 32, "a load of 4 bytes at byte 1024 of an allocation of 1024 bytes is out of bounds"),
     ("store_out_of_bounds", 1, 32, "of an allocation of 1024 bytes is out of bounds"),
     ("null_pointer", 1, 32, "a store of 4 bytes at address 0 is out of bounds"),
@@ -27,8 +27,9 @@ const FAULTS: [(&str, u32, u32, &str); 26] = [
     ("read_of_another_block", 2, 32, "a race of blocks"),
     ("different_instructions", 1, 32, "different instructions"),
     ("some_lanes_only", 1, 32, "lanes 0000ffff came to an instruction"),
-    ("some_lanes_at_the_barrier", 1, 32, "wait for the block"),
+    ("some_lanes_at_the_barrier", 1, 32, "lanes 0000ffff wait at __syncthreads"),
     ("some_threads_end", 1, 64, "32 threads ended while 32 wait at __syncthreads"),
+    ("endless_recursion", 1, 32, "overflowed"),
     ("no_such_kernel", 1, 32, "no such kernel"),
     ("race_of_warps", 1, 32, "it has 64 threads, not 32"),
 ];

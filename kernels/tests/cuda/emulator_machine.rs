@@ -14,7 +14,7 @@ const DIM: usize = 64;
 const SCALE: f64 = 0.125;
 
 fn numbers(seed: u64) -> Vec<bf16> {
-    uniform(seed, 2.0, HEADS * LEN * DIM).map(|x| bf16::from_f64(x)).collect()
+    uniform(seed, 2.0, HEADS * LEN * DIM).map(bf16::from_f64).collect()
 }
 
 fn view(memory: &dyn Memory) -> MachineView<'_> {

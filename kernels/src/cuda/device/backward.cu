@@ -47,7 +47,7 @@ KERNEL(backward_keys, THREADS) {
     auto do_tile = [&](int stage) { return OtherValues{q_tile(stage).address + Other::BYTES}; };
     Source<HEAD_DIM>(p.k, place.batch, place.head, p.head_dim).template copy<false>(k_tile, place.first, p.kv_len);
     Source<VALUE_DIM>(p.v, place.batch, place.head, p.value_dim).template copy<false>(v_tile, place.first, p.kv_len);
-    float dk[TILES][OF_KEYS ? HEAD_DIM / 2 : 1] = {}, dv[TILES][OF_VALUES ? VALUE_DIM / 2 : 1] = {};
+    float dk[TILES][HEAD_DIM / 2] = {}, dv[TILES][VALUE_DIM / 2] = {};
     const float scale_log2 = p.scale * LOG2E;
 
     for (int head = place.head * heads; head < (place.head + 1) * heads; head++) {
@@ -65,12 +65,7 @@ KERNEL(backward_keys, THREADS) {
             if (tile < end) q.template copy<false>(q_tile(stage), tile * OTHERS, p.q_len), d_o.template copy<false>(do_tile(stage), tile * OTHERS, p.d_o.data ? p.q_len : 0);
             commit_copies();
         };
-        struct Stats {
-            const Problem &p;
-            int64_t first;
-            DEVICE Row of_column(int query) const { return Row(p, first, query); }
-            DEVICE Row of_row(int, int) const { return Row(); }
-        } const stats{p, first_row(p, place.batch, head)};
+        const ColumnRows stats{p, first_row(p, place.batch, head)};
         int tile = seek(range.begin / OTHERS), stage = 0;
         load(tile, stage);
         auto step = [&](auto masked) {
@@ -93,8 +88,8 @@ KERNEL(backward_keys, THREADS) {
                 accumulate<OTHERS, HEAD_DIM>(dk, t.ds, q_tile(stage));
             }
             wait_for_products<0>();
-            done(dv);
-            done(dk);
+            if constexpr (OF_VALUES) done(dv);
+            if constexpr (OF_KEYS) done(dk);
             if (STAGES == 1) __syncthreads(), load(next, stage);
             else stage ^= 1;
             tile = next;

@@ -99,7 +99,7 @@ template <bool TIMES_DISTANCE> DEVICE void add_up(const Problem &p, const Result
                     done(t.ds);
                     t.template weights<true>(stats, p.scale * LOG2E);
                     t.template gradients<true>(stats);
-                    t.for_each(stats, [&](int m, int i, int query, int key, const Row &) {
+                    t.template for_each<true>(stats, [&](int m, int i, int query, int key, const Row &) {
                         if (!TIMES_DISTANCE) acc[m][i] += t.ds[m][i];
                         else if (t.ds[m][i] != 0) acc[m][i] -= t.ds[m][i] * scores.distance(query, key);
                     });

@@ -109,6 +109,9 @@ template <int LEN, int COLUMNS, int N> DEVICE void dot(float (&acc)[TILES][COLUM
     const int lane = threadIdx.x % 32;
     const uint32_t a_lane = a.address + (row + lane % 16) * 128 + ((lane / 16 ^ lane % 8) * 16);
     const uint32_t b_lane = b.address + (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2 ^ lane % 8) * 16);
+    // In f32 the products of each panel are summed from zero, since tensor cores round sums towards zero.
+    float of_panel[TILES][COLUMNS / 2] = {};
+    auto &sums = IS_F32 ? of_panel : acc;
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
@@ -128,16 +131,21 @@ template <int LEN, int COLUMNS, int N> DEVICE void dot(float (&acc)[TILES][COLUM
             ldmatrix_x4<false>(y, (b_lane ^ (i % 4 * 32)) + i / 4 * b.PANEL + j * 16 * 128);
 #pragma unroll
             for (int m = 0; m < TILES; m++) {
-                multiply(&acc[m][8 * j], x[m], x_low[m], y[0], y[1]);
-                multiply(&acc[m][8 * j + 4], x[m], x_low[m], y[2], y[3]);
+                multiply(&sums[m][8 * j], x[m], x_low[m], y[0], y[1]);
+                multiply(&sums[m][8 * j + 4], x[m], x_low[m], y[2], y[3]);
             }
         }
+        if (IS_F32 && i % 4 == 3)
+#pragma unroll
+            for (int m = 0; m < TILES; m++)
+#pragma unroll
+                for (int e = 0; e < COLUMNS / 2; e++) acc[m][e] += of_panel[m][e], of_panel[m][e] = 0;
     }
 #endif
 }
 
 #ifndef HOPPER
-// acc += a * b, in f32. The products of a tile are summed from zero, since tensor cores round sums towards zero.
+// acc += a * b, in f32. The products of a tile are summed from zero, as in `dot`.
 template <int LEN, int N> DEVICE void accumulate_f32(float (&acc)[TILES][N / 2], const float (&a)[TILES][LEN / 2], Tile<LEN, N> b) {
     // Along the sum, numbers t and t + 4 of an operand are keys 2 t and 2 t + 1 of a result: any order serves, if both operands have it.
     const int lane = threadIdx.x % 32, row = 2 * (lane % 4), column = lane / 4;

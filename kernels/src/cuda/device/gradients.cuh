@@ -15,10 +15,16 @@ struct No { static constexpr bool value = false; };
 // What the forward pass has left of a query. Behind the last query, and without visible keys, the weights become zero.
 struct Row {
     float largest, log_total, delta;
-    DEVICE Row(const Problem &p, int64_t first, int query) : largest(INFINITY), log_total(0), delta(0) {
-        if (query < p.q_len) largest = load_global(p.largest + first + query), log_total = load_global(p.log_total + first + query), delta = load_global(p.delta + first + query);
+    // `ALL`: the query is one of the q_len.
+    template <bool ALL> static DEVICE Row of(const Problem &p, int64_t first, int query) {
+        Row row;
+        row.read<ALL>(p, first, query);
+        return row;
     }
-    DEVICE Row() {}
+    template <bool ALL> DEVICE void read(const Problem &p, int64_t first, int query) {
+        largest = INFINITY, log_total = 0, delta = 0;
+        if (ALL || query < p.q_len) largest = load_global(p.largest + first + query), log_total = load_global(p.log_total + first + query), delta = load_global(p.delta + first + query);
+    }
 };
 DEVICE int64_t first_row(const Problem &p, int batch, int head) { return (int64_t(batch) * p.heads + head) * p.q_len; }
 
@@ -33,13 +39,13 @@ template <bool ROWS_ARE_KEYS, bool OF_PRODUCTS = true> struct Tiles {
     DEVICE Tiles(const Scores &scores, int row, int column) : scores(scores), first_row(row + threadIdx.x % 32 / 4), first_column(column + threadIdx.x % 4 * 2) {}
 
     // f(m, number, query, key, statistics of the query) for every number.
-    template <class Stats, class F> DEVICE void for_each(Stats stats, F f) {
+    template <bool MASKED, class Stats, class F> DEVICE void for_each(Stats stats, F f) {
 #pragma unroll
         for (int j = 0; j < OTHERS / 8; j++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const int column = first_column + j * 8 + e;
-                const Row of_column = stats.of_column(column);
+                const Row of_column = stats.template of_column<!MASKED>(column);
 #pragma unroll
                 for (int m = 0; m < TILES; m++)
 #pragma unroll
@@ -51,7 +57,7 @@ template <bool ROWS_ARE_KEYS, bool OF_PRODUCTS = true> struct Tiles {
     }
     // Weights, after dropout, in place of the products in `s`.
     template <bool MASKED, class Stats> DEVICE void weights(Stats stats, float scale_log2) {
-        for_each(stats, [&](int m, int i, int query, int key, const Row &row) {
+        for_each<MASKED>(stats, [&](int m, int i, int query, int key, const Row &row) {
             float &x = s[m][i];
             if constexpr (PLAIN) {
                 x = exp2_fast((x * scale_log2 - row.largest) - row.log_total);
@@ -81,7 +87,7 @@ template <bool ROWS_ARE_KEYS, bool OF_PRODUCTS = true> struct Tiles {
     }
     // Gradients of the scores in place of those of the weights in `ds`. What is hidden has none, whatever its key holds.
     template <bool MASKED, class Stats> DEVICE void gradients(Stats stats) {
-        for_each(stats, [&](int m, int i, int, int, const Row &row) {
+        for_each<MASKED>(stats, [&](int m, int i, int, int, const Row &row) {
             float &x = ds[m][i];
             if constexpr (PLAIN) {
                 x = MASKED && s[m][i] == 0 ? 0 : s[m][i] * (x - row.delta);
@@ -122,8 +128,16 @@ struct OwnRows {
 #pragma unroll
         for (int m = 0; m < TILES; m++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) rows[m][half] = Row(p, first_row(p, batch, head), first + m * 16 + half * 8 + threadIdx.x % 32 / 4);
+            for (int half = 0; half < 2; half++) rows[m][half].read<false>(p, first_row(p, batch, head), first + m * 16 + half * 8 + threadIdx.x % 32 / 4);
     }
-    DEVICE Row of_column(int) const { return Row(); }
+    template <bool ALL> DEVICE Row of_column(int) const { return Row{}; }
     DEVICE const Row &of_row(int m, int half) const { return rows[m][half]; }
+};
+
+// The statistics of queries in the columns.
+struct ColumnRows {
+    const Problem &p;
+    int64_t first;
+    template <bool ALL> DEVICE Row of_column(int query) const { return Row::of<ALL>(p, first, query); }
+    DEVICE Row of_row(int, int) const { return Row{}; }
 };

@@ -158,19 +158,11 @@ DEVICE float from_bits(uint32_t x) {
     return __uint_as_float(x);
 #endif
 }
-DEVICE uint32_t round_to_tf32(float x) {
-#ifdef CUDA_ON_CPU
-    return x == x ? (bits(x) + 0x1000) & 0xFFFFE000 : bits(x);
-#else
-    uint32_t y;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return y;
-#endif
-}
-// x is nearly the sum of two tf32: the error is 2^-22 of it.
+// x is nearly the sum of two tf32: a rounded one, and the rest, of which the matrix instruction drops the last bits. The error is 2^-21 of x.
+// NaN may become a number in the first, and stays NaN in the second.
 DEVICE void split(uint32_t x, uint32_t &high, uint32_t &low) {
-    high = round_to_tf32(from_bits(x));
-    low = round_to_tf32(from_bits(x) - from_bits(high));
+    high = (x + 0x1000) & 0xFFFFE000;
+    low = bits(from_bits(x) - from_bits(high));
 }
 DEVICE float exp2_fast(float x) {
 #ifdef CUDA_ON_CPU

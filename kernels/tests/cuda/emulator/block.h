@@ -1,6 +1,7 @@
 // What the emulator knows of a launch, and of the block, the warps and the threads that a worker runs.
 #pragma once
 #include <atomic>
+#include <csetjmp>
 #include <cstdarg>
 #include <cstdio>
 #include <mutex>
@@ -113,7 +114,10 @@ struct Block {
     uint32_t index = 0;
     Stacks stacks;
     Fiber scheduler;
+    jmp_buf fault;  // where the scheduler goes on when a launch has failed
+    std::vector<unsigned> order;  // of the warps
     Thread *current = nullptr;  // null while the scheduler runs
+    Warp *active = nullptr;     // whose instruction the scheduler does
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<uint8_t> shared_storage;
@@ -136,8 +140,7 @@ extern __thread Block *block;
 
 inline Warp &warp_of(const Block &b) { return const_cast<Warp &>(b.warps[b.current->index / 32]); }
 
-// Ends the launch.
-struct Fault {};
+// Ends the launch. No exception, since one can't leave a fiber: nothing that needs a destructor may live in the calls between.
 [[noreturn]] __attribute__((noinline, cold, format(printf, 1, 2))) inline void fail(const char *format, ...) {
     Block &b = *block;
     char what[400], message[600];
@@ -147,6 +150,8 @@ struct Fault {};
     va_end(arguments);
     if (b.current)
         snprintf(message, sizeof(message), "%s, block %u, thread %u: %s", b.launch->kernel, b.index, b.current->index, what);
+    else if (b.active)
+        snprintf(message, sizeof(message), "%s, block %u, warp %zu: %s", b.launch->kernel, b.index, size_t(b.active - b.warps.data()), what);
     else
         snprintf(message, sizeof(message), "%s, block %u: %s", b.launch->kernel, b.index, what);
     {
@@ -154,10 +159,9 @@ struct Fault {};
         if (!b.launch->failed) b.launch->message = message;
         b.launch->failed = true;
     }
-    // An exception can't leave a fiber. The scheduler never comes back to this one.
-    if (!b.current) throw Fault{};
-    b.current->fiber.switch_to(b.scheduler);
-    abort();
+    // The scheduler never comes back to the fiber that failed.
+    if (b.current) b.current->fiber.switch_to(b.scheduler);
+    longjmp(b.fault, 1);
 }
 
 }  // namespace emulated

@@ -27,7 +27,8 @@ const FLAGS: [&str; 9] = [
 /// A C++ compiler.
 #[derive(Debug)]
 pub struct Compiler {
-    command: String,
+    /// The program and its first arguments.
+    command: Vec<String>,
     version: Vec<u8>,
 }
 
@@ -35,16 +36,26 @@ impl Compiler {
     /// The compiler that `CXX` names, or else the first one that there is.
     pub fn find() -> Option<&'static Self> {
         static FOUND: OnceLock<Option<Compiler>> = OnceLock::new();
+        // Miri can't start a process. A compiler for Windows doesn't know the calls of the system that the emulator needs.
+        let can_be = cfg!(unix) && !cfg!(miri);
         let find = || {
             let asked = env::var("CXX").ok();
-            let commands = asked.iter().map(String::as_str).chain(["c++", "g++", "clang++"]);
-            // A compiler for Windows doesn't know the calls of the system that the emulator needs.
-            commands.filter(|_| cfg!(unix)).find_map(|command| {
-                let output = Command::new(command).arg("--version").output().ok()?;
-                output.status.success().then(|| Self { command: command.into(), version: output.stdout })
-            })
+            let mut commands = asked.iter().map(String::as_str).chain(["c++", "g++", "clang++"]);
+            commands.find_map(Self::new)
         };
-        FOUND.get_or_init(find).as_ref()
+        FOUND.get_or_init(|| can_be.then(find).flatten()).as_ref()
+    }
+
+    /// The compiler with this name, if it is there and makes code for this processor.
+    fn new(command: &str) -> Option<Self> {
+        let command: Vec<String> = command.split_whitespace().map(String::from).collect();
+        let (program, arguments) = command.split_first()?;
+        let ask = |what: &str| Command::new(program).args(arguments).arg(what).output().ok();
+        let machine = String::from_utf8(ask("-dumpmachine")?.stdout).ok()?;
+        let own = if env::consts::ARCH == "aarch64" { &["aarch64", "arm64"][..] } else { &[env::consts::ARCH] };
+        let output = ask("--version")?;
+        let is_right = output.status.success() && own.iter().any(|arch| machine.starts_with(arch));
+        is_right.then_some(Self { command, version: output.stdout })
     }
 
     /// The shared library of a source and the emulator.
@@ -93,13 +104,16 @@ impl Compiler {
         if made.is_file() {
             return Ok(made);
         }
-        let failed = |what: String| format!("{} {name}: {what}", self.command);
+        let failed = |what: String| format!("{} {name}: {what}", self.command.join(" "));
         fs::create_dir_all(target()).map_err(|error| failed(error.to_string()))?;
         // Another process may make it too: what has its name is always whole.
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let new = target().join(format!("{name}.{}.{number}.new", process::id()));
-        let mut command = Command::new(&self.command);
-        command.args(arguments).args(folders.iter().map(|folder| format!("-I{}", folder.display())));
+        let mut command = Command::new(&self.command[0]);
+        command
+            .args(&self.command[1..])
+            .args(arguments)
+            .args(folders.iter().map(|folder| format!("-I{}", folder.display())));
         let output = command.args(inputs).arg("-o").arg(&new).output().map_err(|error| failed(error.to_string()))?;
         if !output.status.success() {
             return Err(failed(String::from_utf8_lossy(&output.stderr).into_owned()));
@@ -111,7 +125,7 @@ impl Compiler {
     /// Of all that the result depends on.
     fn hash(&self, source: &Path, arguments: &[String], folders: &[PathBuf]) -> u64 {
         let mut hash = Fnv::default();
-        hash.add(self.command.as_bytes());
+        self.command.iter().for_each(|part| hash.add(part.as_bytes()));
         hash.add(&self.version);
         arguments.iter().for_each(|argument| hash.add(argument.as_bytes()));
         for file in with_included(source, folders) {

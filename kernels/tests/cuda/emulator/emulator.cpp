@@ -46,7 +46,7 @@ static void add_counters(EmulatorCounters &sum, const EmulatorCounters &more) {
     sum.switches += more.switches;
 }
 
-// Runs blocks until none is left. The seed draws which comes when.
+// Runs blocks until none is left, or one fails. The seed draws which comes when.
 static void work(Launch &launch) {
     auto mine = take_block();
     mine->counters = EmulatorCounters{};
@@ -54,17 +54,11 @@ static void work(Launch &launch) {
     const uint64_t grid = launch.grid, seed = launch.options.seed;
     const bool reversed = seed % 2;
     const uint64_t first = seed * 0x9E3779B97F4A7C15ull >> 33;
-    try {
+    if (!setjmp(mine->fault))
         for (uint64_t i; (i = launch.next++) < grid && !launch.failed;) {
             const uint64_t turned = (i + first % grid) % grid;
             run_block(*mine, launch, seed ? (reversed ? grid - 1 - turned : turned) : i);
         }
-    } catch (const Fault &) {
-    } catch (const std::exception &error) {
-        std::lock_guard<std::mutex> lock(launch.mutex);
-        if (!launch.failed) launch.message = std::string(launch.kernel) + ": " + error.what();
-        launch.failed = true;
-    }
     block = nullptr;
     std::lock_guard<std::mutex> lock(idle_mutex);
     add_counters(launch.counters, mine->counters);

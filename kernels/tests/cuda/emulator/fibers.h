@@ -4,10 +4,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
-#include <new>
 
-#if defined(__x86_64__) && !defined(EMULATED_UCONTEXT)
+#if defined(__x86_64__) && defined(__ELF__) && !defined(EMULATED_UCONTEXT)
 
 // The registers that a call must keep are pushed, and the stack pointers exchanged.
 extern "C" void emulated_switch(void **from, void *to);
@@ -66,7 +66,7 @@ namespace emulated {
 // The stacks of a block's threads. Pages that nobody touches take no memory.
 class Stacks {
     static constexpr size_t BYTES = 128 << 10;
-    static constexpr uint64_t CANARY = 0x5AFE57AC4B0770A1;
+    static constexpr size_t UNUSED = 4096;  // at the end of each; a thread that has written there has overflowed
     uint8_t *memory = nullptr;
     size_t count = 0;
 
@@ -75,26 +75,33 @@ class Stacks {
     Stacks(const Stacks &) = delete;
     ~Stacks() { release(); }
     void release() {
-        if (memory) munmap(memory, count * BYTES);
+        if (memory) munmap(memory, (count + 1) * BYTES);
         memory = nullptr;
         count = 0;
     }
     void reserve(size_t threads) {
         if (threads <= count) return;
         release();
-        void *mapped = mmap(nullptr, threads * BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (mapped == MAP_FAILED) throw std::bad_alloc();
+        void *mapped = mmap(nullptr, (threads + 1) * BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapped == MAP_FAILED) {
+            perror("the emulator's stacks");
+            abort();
+        }
         memory = static_cast<uint8_t *>(mapped);
         count = threads;
 #ifdef MADV_NOHUGEPAGE
-        madvise(memory, count * BYTES, MADV_NOHUGEPAGE);
+        madvise(memory, (count + 1) * BYTES, MADV_NOHUGEPAGE);
 #endif
-        for (size_t i = 0; i < count; i++) *reinterpret_cast<uint64_t *>(stack(i)) = CANARY;
     }
-    uint8_t *stack(size_t thread) { return memory + thread * BYTES; }
+    uint8_t *stack(size_t thread) { return memory + (thread + 1) * BYTES; }  // before the first one there is room to overflow into
     // Where the stack begins: not at the same place of a page for all, which would be the same lines of the cache.
     size_t height(size_t thread) { return BYTES - thread % 32 * 576; }
-    bool overflowed(size_t thread) { return *reinterpret_cast<uint64_t *>(stack(thread)) != CANARY; }
+    bool overflowed(size_t thread) {
+        const uint64_t *words = reinterpret_cast<const uint64_t *>(stack(thread));
+        uint64_t any = 0;
+        for (size_t i = 0; i < UNUSED / 8; i++) any |= words[i];
+        return any != 0;
+    }
 };
 
 }  // namespace emulated

@@ -26,11 +26,8 @@ inline void wait_for_block() {
     b.current->fiber.switch_to(b.scheduler);
 }
 
-// The warp whose collective is under way. `scheduler.h` sets it.
-inline __thread Warp *active;
-
 void sync_warp() {
-    collective([](void *const *) { active->epoch++; }, nullptr);
+    collective([](void *const *) { block->active->epoch++; }, nullptr);
 }
 void sync_block() { wait_for_block(); }
 bool sync_block_or(bool value) {

@@ -40,7 +40,7 @@ enum class Moment { Issue, Finish };
 // Checks the reads of an operand, and marks its words while the product is under way.
 inline void check_operand(const Operand &operand, int first, int rows, Moment moment) {
     Block &b = *block;
-    const unsigned warp = active - b.warps.data();
+    const unsigned warp = block->active - b.warps.data();
     operand.each_chunk(first, rows, [&](int, int, uint32_t address) {
         touch(b, address, 16, false, lanes_of(warp));
         if (!b.check) return;
@@ -70,7 +70,7 @@ inline void read_operand(const Operand &operand, int kind, int first, int rows, 
     });
 }
 
-inline int first_row() { return (active - block->warps.data()) % 4 * 16; }
+inline int first_row() { return (block->active - block->warps.data()) % 4 * 16; }
 
 inline void read_registers(const Product &p, double (&a)[16][16]) {
     for (int l = 0; l < 32; l++)
@@ -152,7 +152,7 @@ inline void check_operands(const Product &p, Moment moment) {
 }
 
 inline void issue(void *const lanes[32]) {
-    Products &products = active->products;
+    Products &products = block->active->products;
     Product p = static_cast<Wgmma *>(lanes[0])->product;
     if (!products.begun) fail("wgmma: no wgmma_begin before it");
     if (p.n % 8 || p.n < 8 || p.n > 256) fail("wgmma: no product has %d columns", p.n);
@@ -190,13 +190,13 @@ void wgmma(int kind, float *d, int n, bool accumulate, bool transposed, const ui
 }
 
 void wgmma_begin() {
-    collective([](void *const *) { active->products.begun = true; }, nullptr);
+    collective([](void *const *) { block->active->products.begun = true; }, nullptr);
 }
 
 void wgmma_commit() {
     collective(
         [](void *const *) {
-            Products &products = active->products;
+            Products &products = block->active->products;
             products.groups.push_back(products.issued.size());
             products.begun = false;
         },
@@ -204,7 +204,7 @@ void wgmma_commit() {
 }
 
 inline void finish(const Product &p) {
-    Flight &flight = active->products.flights[p.flight];
+    Flight &flight = block->active->products.flights[p.flight];
     check_operands(p, Moment::Finish);
     if (!block->eager) compute(p, flight.values.data());
     if (--flight.pending == 0) give_back_registers(flight);
@@ -213,7 +213,7 @@ inline void finish(const Product &p) {
 void wgmma_wait_for(int left) {
     collective(
         [](void *const lanes[32]) {
-            Products &products = active->products;
+            Products &products = block->active->products;
             const size_t left = *static_cast<int *>(lanes[0]);
             while (products.groups.size() - products.groups_done > left) {
                 const uint32_t end = products.groups[products.groups_done++];

@@ -26,6 +26,7 @@ inline void prepare(Block &b, Launch &launch, uint32_t index) {
     b.epoch = 1;
     b.any = b.last_any = false;
     b.current = nullptr;
+    b.active = nullptr;
     place.block = {index, 0, 0};
     place.block_size = {launch.threads, 1, 1};
     place.grid = {launch.grid, 1, 1};
@@ -65,22 +66,23 @@ inline void run_lanes(Block &b, unsigned w, bool shuffled) {
         b.scheduler.switch_to(threads[lane].fiber);
         b.current = nullptr;
         // The fiber that failed is the one that still could go on.
-        if (warp.runnable >> lane & 1) throw Fault{};
+        if (warp.runnable >> lane & 1) longjmp(b.fault, 1);
     }
 }
 
 // A warp runs on until it waits for the block, or by chance gives way to the others.
 inline void run_warp(Block &b, unsigned w, bool shuffled) {
     Warp &warp = b.warps[w];
-    active = &warp;
     while (warp.runnable) {
         run_lanes(b, w, shuffled);
         if (!warp.at_warp) return;
+        b.active = &warp;
         if (warp.at_warp != ALL_LANES)
-            fail("warp %u: lanes %08x came to an instruction that lanes %08x wait for the block before, and lanes %08x ended before", w, warp.at_warp,
-                 warp.at_block, warp.finished);
+            fail("lanes %08x came to an instruction, but lanes %08x wait at __syncthreads and lanes %08x have ended", warp.at_warp, warp.at_block,
+                 warp.finished);
         warp.at_warp = 0;
         warp.collective(warp.arguments);
+        b.active = nullptr;
         warp.runnable = ALL_LANES;
         if (shuffled && b.draw() % 4 == 0) return;
     }
@@ -100,7 +102,7 @@ inline void pass_barrier(Block &b) {
 
 inline void check_end(Block &b) {
     for (const Thread &thread : b.threads) {
-        if (b.stacks.overflowed(thread.index)) {
+        if (b.check && b.stacks.overflowed(thread.index)) {
             b.stacks.release();
             fail("the stack of thread %u overflowed", thread.index);
         }
@@ -118,7 +120,8 @@ inline void run_block(Block &b, Launch &launch, uint32_t index) {
     prepare(b, launch, index);
     const bool shuffled = launch.options.seed != 0;
     const unsigned warps = b.warps.size();
-    std::vector<unsigned> order(warps);
+    std::vector<unsigned> &order = b.order;
+    order.resize(warps);
     for (unsigned w = 0; w < warps; w++) order[w] = w;
     for (;;) {
         for (unsigned i = warps; shuffled && i > 1; i--) std::swap(order[i - 1], order[b.draw() % i]);

@@ -5,7 +5,7 @@
 namespace emulated {
 
 // Who touched a word: a thread (its index), several lanes of a warp (LANES | warp), several warps, or nobody.
-constexpr uint16_t LANES = 0x4000, WARPS_ = 0x8000, NOBODY = 0xFFFF;
+constexpr uint16_t LANES = 0x4000, SEVERAL_WARPS = 0x8000, NOBODY = 0xFFFF;
 
 struct Who {
     uint16_t name, warp;
@@ -14,7 +14,7 @@ inline Who thread_of(const Block &b) { return {b.current->index, uint16_t(b.curr
 inline Who lanes_of(unsigned warp) { return {uint16_t(LANES | warp), uint16_t(warp)}; }
 
 inline bool in_warp(uint16_t name, unsigned warp) {
-    return name < LANES ? name / 32u == warp : name < WARPS_ && (name & ~LANES) == int(warp);
+    return name < LANES ? name / 32u == warp : name < SEVERAL_WARPS && (name & ~LANES) == int(warp);
 }
 // Whether nothing orders an access of `me` after one of `name`.
 inline bool races(uint16_t name, Who me, bool same_warp_epoch) {
@@ -24,7 +24,7 @@ inline bool races(uint16_t name, Who me, bool same_warp_epoch) {
 }
 inline uint16_t join(uint16_t name, Who me, bool same_warp_epoch) {
     if (name == NOBODY || name == me.name) return me.name;
-    if (!in_warp(name, me.warp)) return WARPS_;
+    if (!in_warp(name, me.warp)) return SEVERAL_WARPS;
     return same_warp_epoch ? uint16_t(LANES | me.warp) : me.name;
 }
 inline void new_epoch(Word &w, uint32_t epoch) {
@@ -35,7 +35,7 @@ inline void new_epoch(Word &w, uint32_t epoch) {
 
 [[noreturn]] __attribute__((noinline, cold)) inline void fail_race(const char *what, uint32_t word, uint16_t other) {
     if (other < LANES) fail("shared memory at byte %u: a race with %s of thread %u", word * 4, what, other);
-    if (other < WARPS_) fail("shared memory at byte %u: a race with %s of lanes of warp %u", word * 4, what, other & ~LANES);
+    if (other < SEVERAL_WARPS) fail("shared memory at byte %u: a race with %s of lanes of warp %u", word * 4, what, other & ~LANES);
     fail("shared memory at byte %u: a race with %s of several warps", word * 4, what);
 }
 

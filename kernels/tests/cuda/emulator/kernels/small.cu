@@ -154,3 +154,13 @@ KERNEL(deep_recursion, 32) {
     };
     emulated::store_global(p.numbers + threadIdx.x, Deep::of(100));
 }
+KERNEL(endless_recursion, 32) {
+    struct Deep {
+        static float of(int depth) {
+            volatile float room[1024];
+            room[depth % 1024] = depth;
+            return depth ? of(depth - 1) + room[depth % 1024] : 0;
+        }
+    };
+    emulated::store_global(p.numbers + threadIdx.x, Deep::of(40));
+}
