@@ -126,6 +126,11 @@ pub fn backward(
     launches.problem.careful += u64::from(key_grid);
     let kernel = (Source::Backward, "backward_queries");
     launches.tiled(kernel, (Pass::Queries, query_tiles), Some(Parts::Both), query_grid)?;
+    if gradients.slope_rows.is_some() {
+        // A slope is a bias of every query: the grid is that of the pass over queries.
+        let kernel = (Source::Bias, "backward_slopes");
+        launches.tiled(kernel, (Pass::Queries, query_tiles), None, query_grid)?;
+    }
     launches.careful("careful_queries", query_grid)?;
     if gradients.bias.is_some() {
         let [batch, heads, rows, columns] = launches.problem.bias_dims.map(|dim| dim as usize);

@@ -132,7 +132,8 @@ impl Collected {
         let offsets = self.offsets.as_deref().unwrap_or(&[0]);
         let is_near = offsets.iter().all(|offset| (-FARTHEST_OFFSET..=FARTHEST_OFFSET).contains(offset));
         let is_narrow = |side: Option<i64>| side.is_none_or(|side| side.unsigned_abs() < MAX_LEN as u64);
-        if !is_near && !(is_narrow(self.below) && is_narrow(self.above)) {
+        let are_narrow = is_narrow(self.below) && is_narrow(self.above);
+        if !is_near && !are_narrow {
             return None;
         }
         let offsets = offsets.iter().map(|&offset| offset.clamp(-FARTHEST_OFFSET, FARTHEST_OFFSET) as i32).collect();

@@ -12,14 +12,14 @@ use std::sync::Arc;
 
 use attention_kernels::Dropout;
 use attention_kernels::cuda::{MAX_DIM, Wanted};
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
 use crate::error::{AttentionError, Error};
 use crate::memory;
 use crate::sdpa::checks::Checked;
 use crate::sdpa::options::{AttentionOutput, Backend};
 use call::Call;
-use ops::{Attention, Carrier, LogSumExp, Parameter, WIDE};
+use ops::{Attention, Carrier, LogSumExp, Parameter};
 pub use storage::with_machine;
 
 /// Whether `Backend::Auto` uses these kernels on a GPU. They have run on an emulator alone; until they have run on a GPU, and their
@@ -51,7 +51,7 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
     let Checked { options, layout, scale, .. } = *checked;
     let [q, k, v] = checked.inputs.each_ref().map(unit_stride);
     let (q, k, v) = (q?, k?, v?);
-    let wide = |x: &Option<Tensor>| x.as_ref().map(|x| memory::cast(OPTION, &x.detach(), WIDE)).transpose();
+    let wide = |x: &Option<Tensor>| x.as_ref().map(|x| memory::cast(OPTION, &x.detach(), DType::F32)).transpose();
     let contiguous = |x: Option<Tensor>| x.map(|x| memory::contiguous(OPTION, &x)).transpose();
     let is_trained = |x: &Option<Tensor>| x.as_ref().is_some_and(Tensor::track_op);
     let call = Arc::new(Call {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Storage, Tensor};
 
 use super::call::{Call, Incoming};
 use super::storage::{Stored, logsumexp, storage};
@@ -75,7 +75,7 @@ impl CustomOp3 for Attention {
     ) -> Result<(CpuStorage, Shape)> {
         let inputs = [(Stored::Cpu(q), q_layout), (Stored::Cpu(k), k_layout), (Stored::Cpu(v), v_layout)];
         let context = self.0.forward(inputs)?;
-        match storage(context, q.dtype(), &candle_core::Device::Cpu)? {
+        match storage(context, q.dtype(), &Device::Cpu)? {
             Storage::Cpu(context) => Ok((context, context_shape(self.0.layout, q_layout, v_layout)?)),
             _ => not_on_the_cpu(),
         }
@@ -124,7 +124,7 @@ impl CustomOp3 for LogSumExp {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        match logsumexp(self.0.saved()?.logsumexp(), &candle_core::Device::Cpu)? {
+        match logsumexp(self.0.saved()?.logsumexp(), &Device::Cpu)? {
             Storage::Cpu(numbers) => Ok((numbers, row_shape(self.0.layout, q_layout)?)),
             _ => not_on_the_cpu(),
         }
@@ -232,6 +232,3 @@ impl CustomOp3 for Carrier {
         Ok((Some(gradient.clone()), self.gradient(of_first, first)?, self.gradient(of_second, second)?))
     }
 }
-
-/// The dtype of the log-sum-exp, and of what is computed from sums over rows.
-pub(super) const WIDE: DType = DType::F32;

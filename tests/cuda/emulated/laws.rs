@@ -85,7 +85,7 @@ fn gradients_of_both_results_add_up_and_can_be_taken_again() -> Result<()> {
         let parts = [gradients(&of_context, &vars)?, gradients(&of_logsumexp, &vars)?];
         let again = gradients(&(&of_context + &of_logsumexp)?, &vars)?;
         for (i, both) in both.iter().enumerate() {
-            assert_close(both, &(&parts[0][i] + &parts[1][i])?, 1e-5, &format!("gradient {i}"));
+            assert_close(both, &(&parts[0][i] + &parts[1][i])?, 1e-4, &format!("gradient {i}"));
             assert_same_bits(both, &again[i], &format!("gradient {i}, again"));
         }
         Ok(())
