@@ -6,12 +6,14 @@ use crate::mask::ScoreShape;
 
 /// The most columns of a query, key or value.
 pub const MAX_DIM: usize = 256;
-/// The most registers that a thread may take for sums. 255 are there, and the operands of the matrix products take the rest.
+/// The most registers that a thread may take for sums. 255 are there, and the operands of the matrix products take the rest, which are few
+/// where they lie in shared memory (wgmma), or where there are no options.
 const REGISTERS_FOR_SUMS: u32 = 176;
+const REGISTERS_FOR_SUMS_OF_FEW_OPERANDS: u32 = 192;
 /// Threads of a warp.
 const WARP: u32 = 32;
-/// Rows of a tile that a warp computes.
-const WARP_ROWS: u32 = 16;
+/// Rows of a matrix instruction.
+const ROWS: u32 = 16;
 
 /// What the tensors of a call hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,22 +69,25 @@ pub(crate) enum Pass {
     Queries,
 }
 
-/// The tiles of a pass: `16 * warps` rows that stay in a block, and `others` rows of the other operands at a time.
+/// The tiles of a pass: a block of threads has `16 * warps * row_tiles` rows, and goes through `others` rows of the other operands at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tiles {
     pub(crate) warps: u32,
+    /// A warp has 16 rows, or 32: then it reads each tile of the other operands once for twice the work.
+    pub(crate) row_tiles: u32,
     pub(crate) others: u32,
     /// How many tiles of the other operands are in shared memory.
     pub(crate) stages: u32,
 }
 
 const fn tiles(warps: u32, others: u32, stages: u32) -> Tiles {
-    Tiles { warps, others, stages }
+    Tiles { warps, row_tiles: 1, others, stages }
 }
 
 /// In order of preference. The last ones are for f32 with 256 columns in the least shared memory.
 const FORWARD: &[Tiles] = &[tiles(4, 64, 1), tiles(4, 32, 1), tiles(2, 32, 1), tiles(2, 16, 1)];
-const FORWARD_HOPPER: &[Tiles] = &[tiles(8, 128, 2), tiles(8, 64, 2), tiles(4, 64, 2), tiles(4, 32, 1)];
+/// The tiles of FlashAttention-2: with rows of 16, reading shared memory would take as long as the products.
+const FORWARD_PLAIN: Tiles = Tiles { row_tiles: 2, ..tiles(4, 64, 1) };
 const DECODE: &[Tiles] = &[tiles(4, 64, 2), tiles(4, 32, 2), tiles(2, 32, 2), tiles(2, 16, 2)];
 const BACKWARD: &[Tiles] = &[
     tiles(8, 64, 2),
@@ -93,11 +98,14 @@ const BACKWARD: &[Tiles] = &[
     tiles(4, 16, 1),
     tiles(2, 16, 1),
 ];
+/// An instruction of wgmma has at least 64 columns here.
+const FORWARD_HOPPER: &[Tiles] = &[tiles(8, 128, 2), tiles(8, 64, 2), tiles(4, 64, 1)];
+const BACKWARD_HOPPER: &[Tiles] = &[tiles(8, 64, 2), tiles(8, 64, 1), tiles(4, 64, 1)];
 
 impl Tiles {
     /// Rows that a block computes.
     pub(crate) fn rows(self) -> u32 {
-        WARP_ROWS * self.warps
+        ROWS * self.row_tiles * self.warps
     }
 
     /// Threads of a block.
@@ -125,7 +133,7 @@ impl Tiles {
             Pass::Keys => head_dim + value_dim + 2 * self.others,
             Pass::Queries => head_dim + 2 * self.others,
         };
-        WARP_ROWS * columns / WARP
+        ROWS * self.row_tiles * columns / WARP
     }
 }
 
@@ -195,13 +203,18 @@ impl Variant {
             Pass::Forward if self.hopper => FORWARD_HOPPER,
             Pass::Forward => FORWARD,
             Pass::Decode => DECODE,
+            Pass::Keys | Pass::Queries if self.hopper => BACKWARD_HOPPER,
             Pass::Keys | Pass::Queries => BACKWARD,
         };
+        let has_few_operands = self.hopper || (self.plain && self.element != Element::F32);
+        let registers = if has_few_operands { REGISTERS_FOR_SUMS_OF_FEW_OPERANDS } else { REGISTERS_FOR_SUMS };
         let fits = |tiles: &Tiles| {
-            (!self.hopper || tiles.warps.is_multiple_of(4))
-                && tiles.shared_bytes(self, pass) <= limits.shared_bytes
-                && tiles.registers(self, pass) <= REGISTERS_FOR_SUMS
+            tiles.shared_bytes(self, pass) <= limits.shared_bytes && tiles.registers(self, pass) <= registers
         };
+        let is_plain = pass == Pass::Forward && self.plain && !self.hopper && self.element != Element::F32;
+        if is_plain && fits(&FORWARD_PLAIN) {
+            return Ok(FORWARD_PLAIN);
+        }
         candidates.iter().copied().find(fits).ok_or_else(|| Error::Gpu {
             what: "shared memory of a block",
             expected: "at least 96 KiB",
@@ -217,6 +230,7 @@ impl Variant {
             ("VALUE_DIM", self.value_dim),
             ("PLAIN", self.plain.into()),
             ("WARPS", tiles.warps),
+            ("ROW_TILES", tiles.row_tiles),
             ("OTHERS", tiles.others),
             ("STAGES", tiles.stages),
         ];
@@ -248,7 +262,7 @@ mod tests {
         for limits in MACHINES {
             for element in [Element::F32, Element::Bf16, Element::F16] {
                 for dims in BUCKETS.iter().flat_map(|&d| BUCKETS.map(|dv| [d, dv])) {
-                    let variant = Variant::new(element, dims, false, limits).unwrap();
+                    let variant = Variant::new(element, dims, dims[0] == dims[1], limits).unwrap();
                     assert_eq!([variant.head_dim, variant.value_dim], dims.map(|dim| dim as u32));
                     for pass in [Pass::Forward, Pass::Decode, Pass::Keys, Pass::Queries] {
                         let tiles = variant.tiles(pass, limits).unwrap();
@@ -257,6 +271,7 @@ mod tests {
                         // The rows that all threads copy at once, and the columns of a matrix instruction.
                         assert!(tiles.others % (4 * tiles.warps) == 0 && tiles.others % 16 == 0, "{place}");
                         assert!(tiles.warps % if variant.hopper { 4 } else { 2 } == 0, "{place}");
+                        assert!(!variant.hopper || pass == Pass::Decode || tiles.others >= 64, "{place}");
                     }
                 }
             }

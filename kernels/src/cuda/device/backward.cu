@@ -76,12 +76,14 @@ KERNEL(backward_keys, THREADS) {
             if (STAGES == 2) load(next, stage ^ 1);
             Tiles<true> t(scores, place.first + own, tile * OTHERS);
             dot(t.s, k_tile, own, q_tile(stage));
-            if (OF_KEYS) dot(t.ds, v_tile, own, do_tile(stage));
+            // wgmma goes on while the weights are computed; mma.sync does not, and needs the registers.
+            if (OF_KEYS && IS_ASYNC) dot(t.ds, v_tile, own, do_tile(stage));
             wait_for_products<OF_KEYS>();
             done(t.s);
             t.template weights<MASKED>(stats, scale_log2);
             if constexpr (OF_VALUES) accumulate<OTHERS, VALUE_DIM>(dv, t.s, do_tile(stage));
             if constexpr (OF_KEYS) {
+                if (!IS_ASYNC) dot(t.ds, v_tile, own, do_tile(stage));
                 wait_for_products<OF_VALUES>();
                 done(t.ds);
                 t.template gradients<MASKED>(stats);
@@ -147,10 +149,11 @@ KERNEL(backward_queries, THREADS) {
         if (STAGES == 2) load(next, stage ^ 1);
         Tiles<false> t(scores, place.first + own, tile * OTHERS);
         dot(t.s, q_tile, own, k_tile(stage));
-        dot(t.ds, do_tile, own, v_tile(stage));
+        if (IS_ASYNC) dot(t.ds, do_tile, own, v_tile(stage));
         wait_for_products<1>();
         done(t.s);
         t.template weights<MASKED>(stats, scale_log2);
+        if (!IS_ASYNC) dot(t.ds, do_tile, own, v_tile(stage));
         wait_for_products<0>();
         done(t.ds);
         t.template gradients<MASKED>(stats);

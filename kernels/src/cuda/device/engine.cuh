@@ -27,7 +27,10 @@
 #endif
 constexpr int THREADS = WARPS * 32, TILES = ROW_TILES, WARP_ROWS = 16 * TILES, ROWS = WARPS * WARP_ROWS;
 #ifdef HOPPER
+constexpr bool IS_ASYNC = true;
 static_assert(TILES == 1 && WARPS % 4 == 0 && !IS_F32, "a group of 4 warps has 64 rows of half type");
+#else
+constexpr bool IS_ASYNC = false;
 #endif
 
 // A tile is one panel of PANEL_COLUMNS after another, with rows of 128 bytes. The 16-byte chunks of a row are permuted, so that no two of
