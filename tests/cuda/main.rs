@@ -12,6 +12,8 @@ mod layers;
 #[allow(dead_code)]
 #[path = "../common/program.rs"]
 mod program;
+#[path = "../common/precision.rs"]
+mod pytorch_precision;
 
 // The cases and checks of the tests of the fused path.
 #[allow(dead_code)]

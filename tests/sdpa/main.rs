@@ -5,6 +5,8 @@ mod common;
 #[cfg(target_os = "linux")]
 #[path = "../common/own_process.rs"]
 mod own_process;
+#[path = "../common/precision.rs"]
+mod pytorch_precision;
 
 mod attention;
 mod fused;

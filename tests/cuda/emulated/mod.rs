@@ -14,6 +14,7 @@ use crate::attention::cases;
 use crate::check::{check, tolerance};
 use crate::emulator::{self, AMPERE, Emulator, HOPPER, Options};
 use crate::problem::Case;
+use crate::pytorch_precision::check_all;
 
 /// Runs `f` on an emulated GPU.
 fn on<T>(limits: Limits, options: Options, f: impl FnOnce() -> T) -> T {
@@ -51,4 +52,30 @@ fn every_pair_of_properties_on_ampere() -> Result<()> {
 #[test]
 fn every_pair_of_properties_on_hopper() -> Result<()> {
     every_pair_of_properties(HOPPER)
+}
+
+/// The largest ratio to the error of PyTorch on a CPU in a half type. It is above 1 only where PyTorch takes its steps one by one, which
+/// it does for a trained bias, and for the largest of many errors.
+const MAX_RATIO_OF_HALVES: f64 = 1.5;
+/// Tensor cores compute a product of f32 in three parts of 11 bits.
+const MAX_RATIO_OF_F32: f64 = 6.0;
+
+#[test]
+fn errors_in_half_types_are_about_those_of_pytorch() -> anyhow::Result<()> {
+    if emulator::is_there() {
+        for limits in [AMPERE, HOPPER] {
+            for dtype in [DType::BF16, DType::F16] {
+                on(limits, Options::default(), || check_all(dtype, MAX_RATIO_OF_HALVES))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_of_f32_are_small_multiples_of_pytorchs() -> anyhow::Result<()> {
+    if emulator::is_there() {
+        on(AMPERE, Options::default(), || check_all(DType::F32, MAX_RATIO_OF_F32))?;
+    }
+    Ok(())
 }
