@@ -32,7 +32,6 @@ mod problem;
 #[path = "../layer/decoding/setup.rs"]
 mod sequences;
 
-#[allow(dead_code)]
 #[path = "../../kernels/tests/cuda/emulator/mod.rs"]
 mod emulator;
 

@@ -61,7 +61,7 @@ fn rules_over_several_blocks() {
     let shape = ScoreShape::from((2, 2, 130, 150));
     let lengths = Rule::FirstKeys(PerSequence::Each([150, 70].into()));
     let table = |dims: [usize; 4]| {
-        let allowed = (0..dims.iter().product()).map(|at: usize| at % 3 > 0).collect();
+        let allowed = (0..dims.iter().product()).map(|at: usize| !at.is_multiple_of(3)).collect();
         Rule::Table(Arc::new(Table::new(dims, allowed).unwrap()))
     };
     let documents = |len: usize| Rule::Packed { ends: [len / 3, len / 3, len].into(), offset: None };
