@@ -41,7 +41,7 @@
 //! | 6 | `block` | the parts of a transformer block around attention |
 //! | 5 | `sdpa/reference` | attention with every score in memory: read this first |
 //! | 5 | `sdpa/fused` | attention without a q_len x kv_len matrix: the interface to the kernels; sinks are added after them |
-//! | 5 | `sdpa/cuda` | the same by the CUDA kernels |
+//! | 5 | `sdpa/cuda` | fused attention by the CUDA kernels |
 //! | 4 | `block/norm` | RMS norm and layer norm |
 //! | 4 | `layer/config` | the config of a layer, and its checks |
 //! | 5 | `sdpa/score_memory` | the memory of the reference, asked for before |

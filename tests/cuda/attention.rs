@@ -76,6 +76,17 @@ fn every_pair_of_properties_equals_the_cpu() -> Result<()> {
     Ok(())
 }
 
+/// This crate's own kernels, which serve all dtypes but f64.
+#[test]
+fn every_pair_of_properties_by_the_kernels_equals_the_cpu() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for (case, dtype) in cases().into_iter().filter(|(_, dtype)| *dtype != DType::F64) {
+        let case = Case { train_slopes: case.alibi && gpu.is_cuda(), ..case };
+        check(&case, dtype, (Backend::Fused, &gpu), |_| tolerance(dtype))?;
+    }
+    Ok(())
+}
+
 /// Sizes of zero, for which candle launches kernels that CUDA refuses.
 #[test]
 fn nothing_is_nothing_on_a_gpu_too() -> Result<()> {

@@ -1,8 +1,8 @@
 //! The backward pass on a machine.
 
 use super::call::{Call, MachineNumbers, MachineView};
-use super::forward::{FLAGS, Saved, contiguous};
-use super::launches::{Launches, grid, numbers};
+use super::forward::{Saved, contiguous};
+use super::launches::{FLAGS, Launches, grid, numbers};
 use super::machine::{Machine, Memory, Region, Source};
 use super::plan::{Parts, Pass};
 use super::problem::RawProblem;
@@ -122,7 +122,7 @@ pub fn backward(
         launches.tiled(kernel, (Pass::Keys, key_tiles), Some(*parts), key_grid)?;
     }
     launches.careful("careful_keys", key_grid)?;
-    // The bytes of the pass over keys stay as they are.
+    // The pass over queries has its own bytes, behind those of the pass over keys.
     launches.problem.careful += u64::from(key_grid);
     let kernel = (Source::Backward, "backward_queries");
     launches.tiled(kernel, (Pass::Queries, query_tiles), Some(Parts::Both), query_grid)?;
@@ -133,12 +133,7 @@ pub fn backward(
     }
     launches.careful("careful_queries", query_grid)?;
     if gradients.bias.is_some() {
-        let [batch, heads, rows, columns] = launches.problem.bias_dims.map(|dim| dim as usize);
-        let (rows, columns) =
-            (rows.div_ceil(query_tiles.rows() as usize), columns.div_ceil(query_tiles.others as usize));
-        let kernel = (Source::Bias, "backward_bias");
-        let blocks = grid(&[batch, heads, rows, columns])?;
-        launches.tiled(kernel, (Pass::Queries, query_tiles), None, blocks)?;
+        launches.bias(query_tiles)?;
     }
     drop(launches);
     Ok(gradients)
@@ -153,7 +148,20 @@ impl<'a> Incoming<'a> {
 
 fn check(call: &Call, saved: &Saved, incoming: &Incoming) -> Result<(), Error> {
     let dims = call.context_dims();
+    for (what, got, saved) in [
+        ("query", call.dims()[0], saved.dims[0]),
+        ("key", call.dims()[1], saved.dims[1]),
+        ("value", call.dims()[2], saved.dims[2]),
+    ] {
+        if got != saved {
+            return Err(Error::Dims { what, expected: format!("{saved:?}, as in the forward pass"), got });
+        }
+    }
     for view in incoming.context.iter().flatten() {
+        if [view.element(), call.inputs.q.element()] != [saved.variant.element; 2] {
+            let expected = "the elements of the forward pass";
+            return Err(Error::Option { what: "gradient", expected, got: format!("{:?}", view.element()) });
+        }
         if view.dims() != dims {
             let expected = format!("{dims:?}, as the context");
             return Err(Error::Dims { what: "gradient of the context", expected, got: view.dims() });

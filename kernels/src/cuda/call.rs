@@ -58,6 +58,10 @@ impl<'a> MachineView<'a> {
         self.dims
     }
 
+    pub(super) fn element(&self) -> Element {
+        self.element
+    }
+
     /// Whether each row can be copied in pieces of 16 bytes.
     pub(super) fn is_aligned(&self) -> bool {
         let bytes = |stride: &usize| stride * self.element.bytes();
@@ -246,6 +250,11 @@ impl<'a> Call<'a> {
     pub fn shape(&self) -> ScoreShape {
         let [batch, num_heads, q_len, _] = self.inputs.q.dims;
         ScoreShape { batch, num_heads, q_len, kv_len: self.inputs.k.dims[2] }
+    }
+
+    /// The sizes of query, key and value.
+    pub(super) fn dims(&self) -> [[usize; 4]; 3] {
+        [self.inputs.q.dims, self.inputs.k.dims, self.inputs.v.dims]
     }
 
     /// The sizes of the context: (batch, num_heads, q_len, value_dim).

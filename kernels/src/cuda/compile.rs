@@ -27,7 +27,7 @@ const HEADERS: [(&str, &str); 7] = [
 
 /// The first bytes of a file of machine code.
 const MAGIC: &[u8; 8] = b"attn-cu1";
-/// Of an FNV hash in 16 bytes.
+/// How many of a cached file's bytes are its hash (FNV, in hexadecimal).
 const HASH_BYTES: usize = 16;
 
 fn text(source: Source) -> &'static str {

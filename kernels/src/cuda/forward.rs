@@ -1,7 +1,7 @@
 //! The forward pass on a machine.
 
 use super::call::Call;
-use super::launches::{Launches, grid, numbers};
+use super::launches::{FLAGS, Launches, grid, numbers};
 use super::machine::{Machine, Memory, Region, Source};
 use super::mask::{Lowered, Uploaded};
 use super::plan::{Pass, Tiles, Variant, decode_row_tiles, decode_splits};
@@ -9,13 +9,12 @@ use super::problem::{RawProblem, RawStrided};
 use crate::alloc::product;
 use crate::error::Error;
 
-/// What the numbers that ask for the careful pass are in errors.
-pub(super) const FLAGS: &str = "tiles that aren't finite";
-
 /// What the backward pass needs of the forward pass, beside the context.
 pub struct Saved {
     pub(super) mask: Uploaded,
     pub(super) variant: Variant,
+    /// Of query, key and value.
+    pub(super) dims: [[usize; 4]; 3],
     pub(super) largest: Box<dyn Memory>,
     pub(super) log_total: Box<dyn Memory>,
     logsumexp: Box<dyn Memory>,
@@ -58,6 +57,7 @@ pub fn forward(machine: &dyn Machine, call: &Call) -> Result<(Box<dyn Memory>, S
     let context = machine.allocate("context", bytes)?;
     let saved = Saved {
         mask: lowered.upload(machine)?,
+        dims: call.dims(),
         variant,
         largest: numbers::<f32>(machine, "greatest scores", call.rows())?,
         log_total: numbers::<f32>(machine, "sums of exponentials", call.rows())?,

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult};
 use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig, PushKernelArg, SyncOnDrop,
+    CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
+    SyncOnDrop,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -18,10 +19,11 @@ use crate::error::Error;
 /// Blocks have as much shared memory without asking for more.
 const ALWAYS_SHARED: u32 = 48 << 10;
 
-/// One GPU, on which everything happens on one stream.
+/// One GPU. Everything happens on candle's stream, of which each thread has its own: a forward and its backward pass belong into one thread.
 pub struct Gpu {
     stream: Arc<CudaStream>,
     limits: Limits,
+    modules: Mutex<HashMap<Program, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(Program, &'static str), CudaFunction>>,
 }
 
@@ -43,7 +45,7 @@ impl Gpu {
         let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_bytes = context.attribute(shared).map_err(no_answer)? as u32;
         let limits = Limits { capability: (major as u32, minor as u32), shared_bytes };
-        Ok(Self { stream, limits, functions: Mutex::default() })
+        Ok(Self { stream, limits, modules: Mutex::default(), functions: Mutex::default() })
     }
 
     /// A kernel, compiled and loaded before it is needed for the first time.
@@ -53,14 +55,7 @@ impl Gpu {
         if let Some(function) = functions.get(&(program.clone(), launch.kernel)) {
             return Ok(function.clone());
         }
-        let function = match self.load(&program, launch) {
-            Ok(function) => function,
-            // The file may hold something else than it should.
-            Err(_) => {
-                program.forget();
-                self.load(&program, launch)?
-            }
-        };
+        let function = self.load(&program, launch)?;
         functions.insert((program, launch.kernel), function.clone());
         Ok(function)
     }
@@ -70,8 +65,20 @@ impl Gpu {
             kernel: launch.kernel,
             reason: format!("it can't be loaded, perhaps since the driver is older than NVRTC: {error}"),
         };
-        let code = program.machine_code(launch.kernel)?;
-        let module = self.stream.context().load_module(Ptx::from_binary(code)).map_err(failed)?;
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let module = match modules.get(program) {
+            Some(module) => module.clone(),
+            None => {
+                let load = |code| self.stream.context().load_module(Ptx::from_binary(code));
+                // If the first can't be loaded, its file may hold something else than it should.
+                let module = load(program.machine_code(launch.kernel)?).or_else(|_| {
+                    program.forget();
+                    load(program.machine_code(launch.kernel)?).map_err(failed)
+                })?;
+                modules.insert(program.clone(), module.clone());
+                module
+            }
+        };
         let function = module.load_function(launch.kernel).map_err(failed)?;
         if launch.shared_bytes > ALWAYS_SHARED {
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -92,7 +99,8 @@ fn no_memory(what: &'static str, bytes: usize) -> impl Fn(DriverError) -> Error 
 // SAFETY: `#[repr(C)]` numbers without padding, as `problem` asserts. Kernels read it as it is.
 unsafe impl DeviceRepr for RawProblem {}
 
-impl Machine for Gpu {
+// SAFETY: allocations are the driver's, and kernels are this crate's, which the tests hold to their bounds.
+unsafe impl Machine for Gpu {
     fn limits(&self) -> Limits {
         self.limits
     }
@@ -108,7 +116,7 @@ impl Machine for Gpu {
         Ok(Box::new(GpuMemory(memory)))
     }
 
-    fn launch(&self, launch: &Launch, problem: &RawProblem) -> Result<(), Error> {
+    unsafe fn launch(&self, launch: &Launch, problem: &RawProblem) -> Result<(), Error> {
         let function = self.function(launch)?;
         let config = LaunchConfig {
             grid_dim: (launch.grid, 1, 1),
@@ -117,8 +125,8 @@ impl Machine for Gpu {
         };
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(problem);
-        // SAFETY: the kernel's one parameter is the problem, whose tensors lie inside the launch's regions, as `MachineView::new`
-        // has checked. Their owners outlive the launch, or free them on this stream, behind it.
+        // SAFETY: the kernel's one parameter is the problem, and `launch`'s own condition says that its memory is there. Its owners
+        // outlive the launch, or free it on the stream of this thread, behind it.
         let launched = unsafe { builder.launch(config) };
         launched.map(|_| ()).map_err(|error| Error::Kernel { kernel: launch.kernel, reason: error.to_string() })
     }
@@ -127,7 +135,8 @@ impl Machine for Gpu {
 /// Memory of a GPU.
 struct GpuMemory(CudaSlice<u8>);
 
-impl Memory for GpuMemory {
+// SAFETY: a slice of the driver's memory, which it owns.
+unsafe impl Memory for GpuMemory {
     fn address(&self) -> u64 {
         // All launches are on the stream of the memory, so that nothing has to wait for another.
         let (address, _use) = self.0.device_ptr(self.0.stream());

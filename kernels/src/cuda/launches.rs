@@ -6,6 +6,8 @@ use super::problem::RawProblem;
 use crate::alloc::product;
 use crate::error::Error;
 
+/// What the numbers that ask for the careful pass are in errors.
+pub(super) const FLAGS: &str = "tiles that aren't finite";
 /// Threads of a block of the kernels without tiles of their own.
 pub(super) const SMALL_BLOCK: u32 = 128;
 
@@ -28,6 +30,12 @@ impl<'a> Launches<'a> {
         Launches { machine: self.machine, variant: self.variant, problem, regions }
     }
 
+    fn start(&self, launch: &Launch) -> Result<(), Error> {
+        // SAFETY: the addresses are those of the tensors of a `Call`, whose views have checked their bounds, and of results that `forward`
+        // and `backward` have allocated for its sizes. `backward` has checked that what was saved and what comes in have these sizes.
+        unsafe { self.machine.launch(launch, &self.problem) }
+    }
+
     /// Starts a kernel that works on tiles.
     pub(super) fn tiled(
         &self,
@@ -46,7 +54,7 @@ impl<'a> Launches<'a> {
             shared_bytes: tiles.shared_bytes(self.variant, pass),
             regions: self.regions.clone(),
         };
-        self.machine.launch(&launch, &self.problem)
+        self.start(&launch)
     }
 
     /// Starts a kernel without shared memory. It is compiled together with one that has these tiles.
@@ -67,7 +75,24 @@ impl<'a> Launches<'a> {
             shared_bytes: 0,
             regions: self.regions.clone(),
         };
-        self.machine.launch(&launch, &self.problem)
+        self.start(&launch)
+    }
+
+    /// The gradient of the bias.
+    pub(super) fn bias(&self, tiles: Tiles) -> Result<(), Error> {
+        let [batch, heads, rows, columns] = self.problem.bias_dims.map(|dim| dim as usize);
+        let (of_rows, of_columns) = (tiles.rows() as usize, tiles.others as usize);
+        let blocks = grid(&[batch, heads, rows.div_ceil(of_rows), columns.div_ceil(of_columns)])?;
+        let flags = self.machine.allocate(FLAGS, blocks as usize)?;
+        let problem = RawProblem {
+            careful: flags.address(),
+            careful_queries: tiles.rows() as i32,
+            careful_keys: tiles.others as i32,
+            ..self.problem
+        };
+        let launches = self.with(problem, &[flags.as_ref()]);
+        launches.tiled((Source::Bias, "backward_bias"), (Pass::Queries, tiles), None, blocks)?;
+        launches.careful("careful_bias", blocks)
     }
 
     /// Starts a kernel that computes again what isn't finite.
@@ -82,7 +107,7 @@ impl<'a> Launches<'a> {
             shared_bytes: 0,
             regions: self.regions.clone(),
         };
-        self.machine.launch(&launch, &self.problem)
+        self.start(&launch)
     }
 }
 

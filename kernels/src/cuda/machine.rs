@@ -6,8 +6,12 @@ use std::marker::PhantomData;
 use super::problem::RawProblem;
 use crate::error::Error;
 
-/// A machine that can hold memory and run kernels: a GPU, or the emulator. All launches run one after the other, in order.
-pub trait Machine: Send + Sync {
+/// A machine that can hold memory and run kernels: a GPU, or the emulator. The launches of a thread run one after the other, in order.
+///
+/// # Safety
+///
+/// Memory of `allocate` and `upload` is nobody else's, and a launch reads and writes only what its arguments say.
+pub unsafe trait Machine: Send + Sync {
     /// What the machine can do.
     fn limits(&self) -> Limits;
 
@@ -30,11 +34,20 @@ pub trait Machine: Send + Sync {
     /// # Errors
     ///
     /// The kernel can't be compiled or started.
-    fn launch(&self, launch: &Launch, problem: &RawProblem) -> Result<(), Error>;
+    ///
+    /// # Safety
+    ///
+    /// The addresses of the problem are those of memory of this machine, which has room for every tensor that the problem describes and
+    /// for the grid of the launch. No other thread writes there.
+    unsafe fn launch(&self, launch: &Launch, problem: &RawProblem) -> Result<(), Error>;
 }
 
 /// Memory of a machine, which is freed with it. All of it starts at a multiple of 256 bytes.
-pub trait Memory: Send + Sync {
+///
+/// # Safety
+///
+/// There are as many bytes as `bytes` says from `address` on, for as long as the value lives.
+pub unsafe trait Memory: Send + Sync {
     /// Where the memory starts, as kernels know it.
     fn address(&self) -> u64;
 

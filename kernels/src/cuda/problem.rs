@@ -49,7 +49,7 @@ pub struct RawMask {
     pub keys: i32,
     /// The first key that every query may attend to.
     pub always: i32,
-    /// Nothing.
+    /// Padding: always 0.
     pub reserved: i32,
 }
 

@@ -4,7 +4,7 @@ use candle_attention::{AttentionOptions, Backend, Error, Mask, Result, scaled_do
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::on;
-use crate::common::{assert_close, assert_same_bits, gradients, randn, var};
+use crate::common::{assert_close, assert_same_bits, gradients, numbers, randn, var};
 use crate::emulator::{self, AMPERE, HOPPER, Options};
 use crate::layers::assert_error_says;
 use crate::masks::MaskKind;
@@ -133,5 +133,48 @@ fn only_the_fused_backend_uses_a_machine() -> Result<()> {
     })?;
     assert_same_bits(&inside, &outside, "on the CPU");
     assert_same_bits(&attend(Backend::Fused)?, &outside, "afterwards");
+    Ok(())
+}
+
+/// Decoding splits the keys. A split whose only visible key holds NaN shows it, and hides it from rows that may not see the key.
+#[test]
+fn nan_in_the_only_visible_key_of_a_split_shows() -> Result<()> {
+    if !emulator::is_there() {
+        return Ok(());
+    }
+    let mut keys = vec![0.5f32; 1024 * 8];
+    keys[63 * 8] = f32::NAN;
+    let key = Tensor::from_vec(keys, (1, 1, 1024, 8), &Device::Cpu)?;
+    let query = Tensor::ones((1, 1, 2, 8), DType::F32, &Device::Cpu)?;
+    let value = randn(1, (1, 1, 1024, 8), DType::F32)?;
+    // The first query sees the keys from 63 on, the second those from 64 on.
+    let options = AttentionOptions {
+        attn_mask: Mask::window(Some(959), None).with_offset(1022),
+        backend: Backend::Fused,
+        ..Default::default()
+    };
+    let attend = || scaled_dot_product_attention(&query, &key, &value, &options);
+    let context = on(AMPERE, Options::default(), attend)?.context.squeeze(0)?.squeeze(0)?.to_vec2::<f32>()?;
+    assert!(context[0].iter().all(|x| x.is_nan()) && context[1].iter().all(|x| x.is_finite()), "{context:?}");
+    Ok(())
+}
+
+/// Products of query and key beyond the range of f32: the careful pass computes every gradient, that of a bias too.
+#[test]
+fn gradients_of_huge_scores_are_finite() -> Result<()> {
+    if !emulator::is_there() {
+        return Ok(());
+    }
+    for axes in ["bhqk", "hq", "bk"] {
+        let case = Case { bias: Some(Bias::Trained(axes)), ..everything() };
+        let mut inputs = Case { softcap: None, ..case.clone() }.inputs(DType::F32)?;
+        for i in 0..2 {
+            inputs.stored[i] = Var::from_tensor(&(inputs.stored[i].as_detached_tensor() * 1e20)?)?;
+        }
+        let results = on(AMPERE, Options::default(), || Case { softcap: None, ..case }.run(&inputs, Backend::Fused))?;
+        for (name, result) in results.iter().filter(|(name, _)| *name != "logsumexp") {
+            assert!(numbers(result)?.iter().all(|x| x.is_finite()), "{name}, {axes}");
+        }
+    }
     Ok(())
 }

@@ -9,9 +9,11 @@ using Sums = float[TILES][NUMBERS];
 struct Result { float *data; int dims[4]; };
 
 // Writes the sums of a tile, over queries and over keys where the result has length 1. `to` is where the tile's head of its sequence begins.
-DEVICE void store_sums(const Problem &p, const Result &result, float *to, int query, int key, Sums &acc, uint32_t shared) {
+// Returns whether one of them isn't finite.
+DEVICE bool store_sums(const Problem &p, const Result &result, float *to, int query, int key, Sums &acc, uint32_t shared) {
     const bool over_queries = result.dims[2] == 1, over_keys = result.dims[3] == 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = query + warp * WARP_ROWS + lane / 4;
+    bool careful = false;
     if (over_keys)
 #pragma unroll
         for (int m = 0; m < TILES; m++)
@@ -30,9 +32,9 @@ DEVICE void store_sums(const Problem &p, const Result &result, float *to, int qu
             for (int i = 0; i < NUMBERS; i++) {
                 const int row = own + m * 16 + i / 2 % 2 * 8, column = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
                 const bool is_mine = over_keys ? i % 2 == 0 && i < 4 && lane % 4 == 0 : column < p.kv_len;
-                if (is_mine && row < p.q_len) store_global(to + int64_t(row) * result.dims[3] + (over_keys ? 0 : column), acc[m][i]);
+                if (is_mine && row < p.q_len) store_global(to + int64_t(row) * result.dims[3] + (over_keys ? 0 : column), acc[m][i]), careful |= !is_finite(acc[m][i]);
             }
-        return;
+        return careful;
     }
     // Sums over this warp's rows, and then over the warps.
     __syncthreads();
@@ -51,8 +53,9 @@ DEVICE void store_sums(const Problem &p, const Result &result, float *to, int qu
     for (int column = threadIdx.x; column < (over_keys ? 1 : OTHERS); column += THREADS) {
         float sum = 0;
         for (int w = 0; w < WARPS; w++) sum += load_shared<float>(shared + (w * OTHERS + column) * 4);
-        if (over_keys || key + column < p.kv_len) store_global(to + (over_keys ? 0 : key + column), sum);
+        if (over_keys || key + column < p.kv_len) store_global(to + (over_keys ? 0 : key + column), sum), careful |= !is_finite(sum);
     }
+    return careful;
 }
 
 template <bool TIMES_DISTANCE> DEVICE void add_up(const Problem &p, const Result &result, uint32_t shared) {
@@ -61,16 +64,8 @@ template <bool TIMES_DISTANCE> DEVICE void add_up(const Problem &p, const Result
     const Other k_tile{do_tile.address + OwnValues::BYTES};
     const OtherValues v_tile{k_tile.address + Other::BYTES};
     const int own = threadIdx.x / 32 * WARP_ROWS;
-    // Of each axis, the first index of this block, and behind the last.
-    const int lens[4] = {p.batch, p.heads, p.q_len, p.kv_len}, steps[4] = {1, 1, ROWS, OTHERS};
-    int from[4], to[4], rest = blockIdx.x;
-#pragma unroll
-    for (int axis = 3; axis >= 0; axis--) {
-        const bool all = result.dims[axis] == 1;
-        const int parts = all ? 1 : (lens[axis] + steps[axis] - 1) / steps[axis];
-        from[axis] = all ? 0 : rest % parts * steps[axis], to[axis] = all ? lens[axis] : min(from[axis] + steps[axis], lens[axis]);
-        rest /= parts;
-    }
+    const Part part(p, result.dims, ROWS, OTHERS);
+    const int (&from)[4] = part.from, (&to)[4] = part.to;
     Sums acc = {};
     for (int batch = from[0]; batch < to[0]; batch++)
         for (int head = from[1]; head < to[1]; head++) {
@@ -107,7 +102,10 @@ template <bool TIMES_DISTANCE> DEVICE void add_up(const Problem &p, const Result
             }
         }
     const int batch = result.dims[0] == 1 ? 0 : from[0], head = result.dims[1] == 1 ? 0 : from[1];
-    store_sums(p, result, result.data + (int64_t(batch) * result.dims[1] + head) * result.dims[2] * result.dims[3], from[2], from[3], acc, shared);
+    float *data = result.data + (int64_t(batch) * result.dims[1] + head) * result.dims[2] * result.dims[3];
+    const bool careful = __syncthreads_or(store_sums(p, result, data, from[2], from[3], acc, shared));
+    // The slopes share the flags of the pass over queries.
+    if (threadIdx.x == 0) store_global(p.careful + blockIdx.x, uint8_t(careful || (TIMES_DISTANCE && load_global(p.careful + blockIdx.x))));
 }
 
 KERNEL(backward_bias, THREADS) {

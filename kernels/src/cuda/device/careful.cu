@@ -191,3 +191,34 @@ KERNEL(careful_keys, 128) {
     const int end = min(place.first + p.careful_keys, p.kv_len);
     for (int key = place.first + threadIdx.x / 32; key < end; key += WARPS) gradients_of_key(p, place.batch, place.head, key);
 }
+
+// The gradient of one number of a bias: the sum over the scores that it was added to, which the lanes share.
+DEVICE double gradient_of_bias(const Problem &p, const Part &part, int query, int key) {
+    const int queries = p.bias_dims[2] == 1 ? p.q_len : 1, keys = p.bias_dims[3] == 1 ? p.kv_len : 1;
+    double sum = 0;
+    for (int batch = part.from[0]; batch < part.to[0]; batch++)
+        for (int head = part.from[1]; head < part.to[1]; head++) {
+            const Scores scores(p, batch, head);
+            for (int64_t i = threadIdx.x % 32; i < int64_t(queries) * keys; i += 32) {
+                const int of_query = query + int(i / keys), of_key = key + int(i % keys);
+                if (scores.visible(of_query, of_key)) sum += score_of(scores, of_query, of_key, head / (p.heads / p.kv_heads), delta_of(p, batch, head, of_query)).gradient;
+            }
+        }
+    return sum_of_lanes(sum);
+}
+
+KERNEL(careful_bias, 128) {
+    if (!load_global(p.careful + blockIdx.x)) return;
+    const Part part(p, p.bias_dims, p.careful_queries, p.careful_keys);
+    const int rows = p.bias_dims[2] == 1 ? 1 : part.to[2] - part.from[2], columns = p.bias_dims[3] == 1 ? 1 : part.to[3] - part.from[3];
+    const int batch = p.bias_dims[0] == 1 ? 0 : part.from[0], head = p.bias_dims[1] == 1 ? 0 : part.from[1];
+    for (int i = threadIdx.x / 32; i < rows * columns; i += WARPS) {
+        const int row = part.from[2] + i / columns, column = part.from[3] + i % columns;
+        float *to = p.d_bias + ((int64_t(batch) * p.bias_dims[1] + head) * p.bias_dims[2] + row) * p.bias_dims[3] + column;
+        const bool wrong = !is_finite(load_global(to));
+        __syncwarp();
+        if (!wrong) continue;
+        const double sum = gradient_of_bias(p, part, row, column);
+        if (threadIdx.x % 32 == 0) store_global(to, float(sum));
+    }
+}

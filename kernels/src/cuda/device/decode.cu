@@ -108,7 +108,8 @@ KERNEL(decode_split, THREADS) {
             float *to = p.partial + (((int64_t(split) * p.batch + batch) * p.heads + rows.head(row)) * p.q_len + rows.query(row)) * (VALUE_DIM + 2);
 #pragma unroll
             for (int i = 0; i < VALUE_DIM / 4; i++) store_global(to + i / 2 * 8 + lane % 4 * 2 + i % 2, o[m][i / 2 * 4 + 2 * half + i % 2]);
-            if (lane % 4 == 0) store_global(to + VALUE_DIM, softmax.largest[m][half]), store_global(to + VALUE_DIM + 1, sum);
+            // A maximum passes over NaN, which is in the sum. Infinity makes the merge leave the row to the careful pass.
+            if (lane % 4 == 0) store_global(to + VALUE_DIM, sum == sum ? softmax.largest[m][half] : INFINITY), store_global(to + VALUE_DIM + 1, sum);
         }
 }
 

@@ -75,7 +75,7 @@ template <int N> struct Source {
     }
     // The first `count` elements of a chunk, and zeros.
     DEVICE void copy_chunk(uint32_t target, const Element *source, int count) const {
-        if (aligned || count <= 0) return copy_async(target, count > 0 ? source : nullptr, count > 0);
+        if (aligned || count <= 0) return copy_async(target, count > 0 ? source : from, count > 0);
         struct alignas(16) Chunk { Element elements[CHUNK]; } chunk;
 #pragma unroll
         for (int e = 0; e < CHUNK; e++) chunk.elements[e] = e < count ? load_global(source + e) : Element(0);

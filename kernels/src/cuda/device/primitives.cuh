@@ -4,7 +4,6 @@
 #ifdef CUDA_ON_CPU
 #include "cuda_on_cpu.h"
 #define DEVICE inline __attribute__((always_inline))
-#define DEVICE_FUNCTION static __attribute__((noinline))
 #define SHARED_MEMORY(name) const uint32_t name = 0
 #define KERNEL(name, threads) EMULATED_KERNEL(name, threads, Problem)
 #else
@@ -22,7 +21,6 @@ typedef long long int64_t;
 #include <cstdint>
 #endif
 #define DEVICE __device__ __forceinline__
-#define DEVICE_FUNCTION static __device__ __noinline__
 #define SHARED_MEMORY(name)                              \
     extern __shared__ __align__(1024) uint8_t name##_[]; \
     const uint32_t name = static_cast<uint32_t>(__cvta_generic_to_shared(name##_))
@@ -79,7 +77,7 @@ template <class T> DEVICE void store_shared(uint32_t address, T value) {
     *static_cast<T *>(__cvta_shared_to_generic(address)) = value;
 #endif
 }
-// 16 bytes to shared memory, behind the thread's back; zeros where there is nothing to copy.
+// 16 bytes to shared memory, asynchronously; zeros where there is nothing to copy.
 DEVICE void copy_async(uint32_t to, const void *from, bool there) {
 #ifdef CUDA_ON_CPU
     emulated::copy_async(to, from, there);

@@ -13,6 +13,23 @@ struct Place {
     }
 };
 
+// The scores that a block of threads sums up for a tile of a result (dims), each of whose axes is that of the scores or has length 1: of each
+// axis the first index, and behind the last.
+struct Part {
+    int from[4], to[4];
+    DEVICE Part(const Problem &p, const int (&dims)[4], int rows, int columns) {
+        const int lens[4] = {p.batch, p.heads, p.q_len, p.kv_len}, steps[4] = {1, 1, rows, columns};
+        int rest = blockIdx.x;
+#pragma unroll
+        for (int axis = 3; axis >= 0; axis--) {
+            const bool all = dims[axis] == 1;
+            const int parts = all ? 1 : (lens[axis] + steps[axis] - 1) / steps[axis];
+            from[axis] = all ? 0 : rest % parts * steps[axis], to[axis] = all ? lens[axis] : min(from[axis] + steps[axis], lens[axis]);
+            rest /= parts;
+        }
+    }
+};
+
 // A range of keys or of queries, and inside it the part that needs no mask.
 struct Range { int begin, end, full_begin, full_end; };
 

@@ -57,7 +57,8 @@ impl Emulator {
     }
 }
 
-impl Machine for Emulator {
+// SAFETY: each allocation is its own vector, and a launch touches only its regions.
+unsafe impl Machine for Emulator {
     fn limits(&self) -> Limits {
         self.limits
     }
@@ -73,7 +74,7 @@ impl Machine for Emulator {
         Ok(Box::new(memory))
     }
 
-    fn launch(&self, launch: &cuda::Launch, problem: &RawProblem) -> Result<(), Error> {
+    unsafe fn launch(&self, launch: &cuda::Launch, problem: &RawProblem) -> Result<(), Error> {
         let (source, defines) = Self::source(launch);
         let failed = |reason| Error::Kernel { kernel: launch.kernel, reason };
         // A mutant of one file leaves the others as they are.
@@ -136,7 +137,8 @@ impl EmulatedMemory {
     }
 }
 
-impl Memory for EmulatedMemory {
+// SAFETY: the lines hold that many bytes, and are never moved.
+unsafe impl Memory for EmulatedMemory {
     fn address(&self) -> u64 {
         self.start() as u64
     }
