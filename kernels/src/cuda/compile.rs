@@ -27,7 +27,7 @@ const HEADERS: [(&str, &str); 7] = [
 
 /// The first bytes of a file of machine code.
 const MAGIC: &[u8; 8] = b"attn-cu1";
-/// How many of a cached file's bytes are its hash (FNV, in hexadecimal).
+/// Bytes of the hash of the machine code, which follows it.
 const HASH_BYTES: usize = 16;
 
 fn text(source: Source) -> &'static str {
@@ -59,7 +59,8 @@ impl Program {
     fn options(&self) -> Vec<String> {
         let (major, minor) = self.capability;
         let architecture = format!("--gpu-architecture=sm_{major}{minor}{}", if self.hopper { "a" } else { "" });
-        let mut options = vec![architecture, "--std=c++17".to_string()];
+        // Without the last option NVRTC refuses lambdas with a parameter of type `auto`.
+        let mut options = vec![architecture, "--std=c++17".to_string(), "-default-device".to_string()];
         options.extend(self.defines.iter().map(|(name, value)| format!("-D{name}={value}")));
         options.extend(self.hopper.then(|| "-DHOPPER".to_string()));
         options
