@@ -157,6 +157,10 @@ fn check(call: &Call, saved: &Saved, incoming: &Incoming) -> Result<(), Error> {
             return Err(Error::Dims { what, expected: format!("{saved:?}, as in the forward pass"), got });
         }
     }
+    if saved.variant.plain && !call.is_plain(saved.variant) {
+        let (expected, got) = ("those of the forward pass, which had none", "some".to_string());
+        return Err(Error::Option { what: "options", expected, got });
+    }
     for view in incoming.context.iter().flatten() {
         if [view.element(), call.inputs.q.element()] != [saved.variant.element; 2] {
             let expected = "the elements of the forward pass";

@@ -270,15 +270,19 @@ impl<'a> Call<'a> {
 
     /// The variant of the kernels for this call.
     pub(super) fn variant(&self, mask: &Lowered, limits: Limits) -> Result<Variant, Error> {
-        let Inputs { q, k, v, .. } = &self.inputs;
+        let Inputs { q, v, .. } = &self.inputs;
         let variant = Variant::new(q.element, [q.dims[3], v.dims[3]], false, limits)?;
-        let is_full = [q.dims[3], v.dims[3]] == [variant.head_dim as usize, variant.value_dim as usize];
-        let plain = is_full
-            && [q, k, v].iter().all(|view| view.is_aligned())
-            && self.inputs.scale as f32 > 0.0
-            && mask.is_limits(&self.shape())
-            && !self.has_options();
+        let plain = self.is_plain(variant) && mask.is_limits(&self.shape());
         Ok(Variant { plain, ..variant })
+    }
+
+    /// Whether the kernels without options serve everything but the mask.
+    pub(super) fn is_plain(&self, variant: Variant) -> bool {
+        let Inputs { q, k, v, scale, .. } = &self.inputs;
+        [q.dims[3], v.dims[3]] == [variant.head_dim as usize, variant.value_dim as usize]
+            && [q, k, v].iter().all(|view| view.is_aligned())
+            && *scale as f32 > 0.0
+            && !self.has_options()
     }
 
     fn has_options(&self) -> bool {

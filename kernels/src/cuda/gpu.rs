@@ -164,7 +164,7 @@ unsafe impl Memory for GpuMemory {
 }
 
 /// Keeps a tensor's memory in order between streams, until the launches that use it have been made.
-pub struct Use<'a>(#[allow(dead_code)] SyncOnDrop<'a>);
+pub struct Use<'a>(#[allow(dead_code)] SyncOnDrop<'a>); // never read: it is there to be dropped
 
 /// The memory of a slice of a GPU, to be read by launches on the slice's stream.
 pub fn borrow<T>(slice: &CudaSlice<T>) -> (Region<'_>, Use<'_>) {

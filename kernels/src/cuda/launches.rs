@@ -30,52 +30,48 @@ impl<'a> Launches<'a> {
         Launches { machine: self.machine, variant: self.variant, problem, regions }
     }
 
-    fn start(&self, launch: &Launch) -> Result<(), Error> {
+    fn start(&self, launch: Launch) -> Result<(), Error> {
+        let launch = Launch { regions: self.regions.clone(), ..launch };
         // SAFETY: the addresses are those of the tensors of a `Call`, whose views have checked their bounds, and of results that `forward`
         // and `backward` have allocated for its sizes. `backward` has checked that what was saved and what comes in have these sizes.
-        unsafe { self.machine.launch(launch, &self.problem) }
+        unsafe { self.machine.launch(&launch, &self.problem) }
     }
 
-    /// Starts a kernel that works on tiles.
-    pub(super) fn tiled(
-        &self,
-        (source, kernel): (Source, &'static str),
-        (pass, tiles): (Pass, Tiles),
-        parts: Option<Parts>,
-        grid: u32,
-    ) -> Result<(), Error> {
-        let launch = Launch {
-            source,
-            kernel,
-            defines: self.variant.defines(tiles, parts),
-            hopper: self.variant.hopper,
-            grid,
-            threads: tiles.threads(),
-            shared_bytes: tiles.shared_bytes(self.variant, pass),
-            regions: self.regions.clone(),
-        };
-        self.start(&launch)
-    }
-
-    /// Starts a kernel without shared memory. It is compiled together with one that has these tiles.
-    pub(super) fn untiled(
-        &self,
-        (source, kernel): (Source, &'static str),
-        tiles: Tiles,
-        parts: Option<Parts>,
-        grid: u32,
-    ) -> Result<(), Error> {
-        let launch = Launch {
-            source,
-            kernel,
+    /// A kernel of this variant without shared memory. It is compiled together with one that has these tiles.
+    fn small(&self, kernel: (Source, &'static str), tiles: Tiles, parts: Option<Parts>, grid: u32) -> Launch<'static> {
+        Launch {
+            source: kernel.0,
+            kernel: kernel.1,
             defines: self.variant.defines(tiles, parts),
             hopper: self.variant.hopper,
             grid,
             threads: SMALL_BLOCK,
             shared_bytes: 0,
-            regions: self.regions.clone(),
-        };
-        self.start(&launch)
+            regions: Vec::new(),
+        }
+    }
+
+    /// Starts a kernel that works on tiles.
+    pub(super) fn tiled(
+        &self,
+        kernel: (Source, &'static str),
+        (pass, tiles): (Pass, Tiles),
+        parts: Option<Parts>,
+        grid: u32,
+    ) -> Result<(), Error> {
+        let (threads, shared_bytes) = (tiles.threads(), tiles.shared_bytes(self.variant, pass));
+        self.start(Launch { threads, shared_bytes, ..self.small(kernel, tiles, parts, grid) })
+    }
+
+    /// Starts a kernel without shared memory.
+    pub(super) fn untiled(
+        &self,
+        kernel: (Source, &'static str),
+        tiles: Tiles,
+        parts: Option<Parts>,
+        grid: u32,
+    ) -> Result<(), Error> {
+        self.start(self.small(kernel, tiles, parts, grid))
     }
 
     /// The gradient of the bias.
@@ -97,7 +93,7 @@ impl<'a> Launches<'a> {
 
     /// Starts a kernel that computes again what isn't finite.
     pub(super) fn careful(&self, kernel: &'static str, grid: u32) -> Result<(), Error> {
-        let launch = Launch {
+        self.start(Launch {
             source: Source::Careful,
             kernel,
             defines: self.variant.careful_defines(),
@@ -105,9 +101,8 @@ impl<'a> Launches<'a> {
             grid,
             threads: SMALL_BLOCK,
             shared_bytes: 0,
-            regions: self.regions.clone(),
-        };
-        self.start(&launch)
+            regions: Vec::new(),
+        })
     }
 }
 

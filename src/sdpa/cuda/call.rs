@@ -32,19 +32,29 @@ pub(super) struct Call {
 #[derive(Default)]
 pub(super) struct Deposits {
     /// f32, with the four axes of the bias.
-    pub(super) bias: Option<Tensor>,
+    pub(super) bias: Deposit,
     /// f32 (batch, num_heads, q_len): each row's part. `sinks` likewise.
-    pub(super) slopes: Option<Tensor>,
-    pub(super) sinks: Option<Tensor>,
+    pub(super) slopes: Deposit,
+    pub(super) sinks: Deposit,
 }
 
-/// Adds a gradient to those that are there.
-fn deposit(sum: &mut Option<Tensor>, gradient: Option<Tensor>) -> Result<()> {
-    *sum = match (sum.take(), gradient) {
-        (Some(sum), Some(gradient)) => Some((sum + gradient)?),
-        (sum, gradient) => sum.or(gradient),
-    };
-    Ok(())
+/// A parameter's gradients through the context and through the log-sum-exp. A new one takes the place of what a backward pass has left
+/// that failed before its end.
+#[derive(Default)]
+pub(super) struct Deposit([Option<Tensor>; 2]);
+
+impl Deposit {
+    fn put(&mut self, through_logsumexp: bool, gradient: Option<Tensor>) {
+        self.0[usize::from(through_logsumexp)] = gradient;
+    }
+
+    /// The sum, if there is one. Nothing is left.
+    pub(super) fn take(&mut self) -> Result<Option<Tensor>> {
+        match std::mem::take(&mut self.0) {
+            [Some(a), Some(b)] => Ok(Some((a + b)?)),
+            [a, b] => Ok(a.or(b)),
+        }
+    }
 }
 
 impl Call {
@@ -117,11 +127,16 @@ impl Call {
             let gradients = cuda::backward(self.machine.as_ref(), call, self.saved()?, incoming, self.wanted);
             Ok(gradients.map_err(AttentionError::from)?)
         })?;
-        self.hand_out(args, gradients)
+        self.hand_out(args, gradients, logsumexp.is_some())
     }
 
     /// The gradients as tensors.
-    fn hand_out(&self, args: [&Tensor; 3], gradients: Gradients) -> Result<[Option<Tensor>; 3]> {
+    fn hand_out(
+        &self,
+        args: [&Tensor; 3],
+        gradients: Gradients,
+        through_logsumexp: bool,
+    ) -> Result<[Option<Tensor>; 3]> {
         let device = args[0].device();
         let of = |memory, x: &Tensor| Ok::<_, candle_core::Error>(Some(tensor(memory, x.dtype(), x.shape(), device)?));
         let Gradients { q, k, v, bias, slope_rows, sink_rows } = gradients;
@@ -134,9 +149,9 @@ impl Call {
             _ => None,
         };
         let mut deposits = self.deposits();
-        deposit(&mut deposits.bias, bias)?;
-        deposit(&mut deposits.slopes, rows(slope_rows)?)?;
-        deposit(&mut deposits.sinks, rows(sink_rows)?)?;
+        deposits.bias.put(through_logsumexp, bias);
+        deposits.slopes.put(through_logsumexp, rows(slope_rows)?);
+        deposits.sinks.put(through_logsumexp, rows(sink_rows)?);
         Ok([of(q, args[0])?, of(k, args[1])?, of(v, args[2])?])
     }
 }

@@ -174,10 +174,10 @@ impl Carrier {
     fn gradient(&self, of: Option<Parameter>, parameter: &Tensor) -> Result<Option<Tensor>> {
         let mut deposits = self.call.deposits();
         let gradient = match of {
-            Some(Parameter::Bias) => deposits.bias.take(),
+            Some(Parameter::Bias) => deposits.bias.take()?,
             // Each row has its part.
-            Some(Parameter::Slopes) => deposits.slopes.take().map(|rows| of_heads(&rows, parameter)).transpose()?,
-            Some(Parameter::Sinks) => deposits.sinks.take().map(|rows| of_heads(&rows, parameter)).transpose()?,
+            Some(Parameter::Slopes) => deposits.slopes.take()?.map(|rows| of_heads(&rows, parameter)).transpose()?,
+            Some(Parameter::Sinks) => deposits.sinks.take()?.map(|rows| of_heads(&rows, parameter)).transpose()?,
             None => None,
         };
         gradient.map(|gradient| gradient.reshape(parameter.shape())?.to_dtype(parameter.dtype())).transpose()

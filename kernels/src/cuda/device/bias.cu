@@ -22,8 +22,7 @@ DEVICE bool store_sums(const Problem &p, const Result &result, float *to, int qu
                 float sum = 0;
 #pragma unroll
                 for (int i = 0; i < NUMBERS / 2; i++) sum += acc[m][i / 2 * 4 + 2 * half + i % 2];
-                sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-                acc[m][2 * half] = sum + __shfl_xor_sync(ALL_LANES, sum, 2);
+                acc[m][2 * half] = sum_of_row(sum);
             }
     if (!over_queries) {
 #pragma unroll

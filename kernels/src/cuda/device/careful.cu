@@ -54,7 +54,7 @@ DEVICE Score score_of(const Scores &scores, int query, int key, int kv_head, dou
     const Problem &p = scores.p;
     Score s{0, 0, 0, scores.visible(query, key), true};
     if (!s.visible) return s;
-    const double lse = load_global(p.lse + (int64_t(scores.batch) * p.heads + scores.head) * p.q_len + query);
+    const double lse = load_global(p.lse + first_row(p, scores.batch, scores.head) + query);
     const double product = dot(row_of(p.q, scores.batch, scores.head, query), row_of(p.k, scores.batch, kv_head, key), p.head_dim);
     s.weight = exp(scores.modified(product, query, key) - lse);
     if (s.weight < SMALLEST) s.weight = SMALLEST;
@@ -65,7 +65,7 @@ DEVICE Score score_of(const Scores &scores, int query, int key, int kv_head, dou
     return s;
 }
 DEVICE double delta_of(const Problem &p, int batch, int head, int query) {
-    const double d_lse = p.d_lse ? load_global(p.d_lse + (int64_t(batch) * p.heads + head) * p.q_len + query) : 0.0f;
+    const double d_lse = p.d_lse ? load_global(p.d_lse + first_row(p, batch, head) + query) : 0.0f;
     return (p.d_o.data ? dot(row_of(p.o, batch, head, query), row_of(p.d_o, batch, head, query), p.value_dim) : 0) - d_lse;
 }
 
@@ -82,7 +82,7 @@ DEVICE void forward_row(const Scores &scores, int query, int kv_head) {
     const Problem &p = scores.p;
     const int lane = threadIdx.x % 32;
     const Element *o = row_of(p.o, scores.batch, scores.head, query), *q = row_of(p.q, scores.batch, scores.head, query);
-    const int64_t row = (int64_t(scores.batch) * p.heads + scores.head) * p.q_len + query;
+    const int64_t row = first_row(p, scores.batch, scores.head) + query;
     const float base = load_global(p.largest + row);
     const bool bad_statistics = !is_finite(base) || !is_finite(load_global(p.log_total + row));
     __syncwarp();
@@ -117,12 +117,12 @@ DEVICE void forward_row(const Scores &scores, int query, int kv_head) {
     replace(o, p.value_dim, sums, bad_statistics);
     __syncwarp();
     if (!bad_statistics || lane != 0) return;
-    const double unit = PLAIN ? 0.6931471805599453 : 1.0, lse = total.largest + log(total.sum);
+    const double unit = PLAIN ? LN2 : 1.0, lse = total.largest + log(total.sum);
     const float largest = float(total.largest / unit);
     store_global(p.lse + row, lse);
     // NaN makes the backward pass compute the row carefully, too.
     store_global(p.largest + row, is_finite(largest) ? largest : NAN);
-    store_global(p.log_total + row, is_finite(largest) ? float((lse - largest * unit) / 0.6931471805599453) : 0.0f);
+    store_global(p.log_total + row, is_finite(largest) ? float((lse - largest * unit) / LN2) : 0.0f);
 }
 
 KERNEL(careful_forward, 128) {
@@ -137,7 +137,7 @@ DEVICE void gradients_of_query(const Scores &scores, int query, int kv_head) {
     const Problem &p = scores.p;
     const int lane = threadIdx.x % 32;
     const Element *dq = row_of(p.dq, scores.batch, scores.head, query);
-    const int64_t row = (int64_t(scores.batch) * p.heads + scores.head) * p.q_len + query;
+    const int64_t row = first_row(p, scores.batch, scores.head) + query;
     const bool bad_slope = p.slope_rows && !is_finite(load_global(p.slope_rows + row));
     const bool bad_sink = p.sink_rows && !is_finite(load_global(p.sink_rows + row));
     __syncwarp();

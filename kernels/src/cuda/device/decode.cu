@@ -100,9 +100,7 @@ KERNEL(decode_split, THREADS) {
     for (int m = 0; m < TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float sum = softmax.sum[m][half];
-            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            const float sum = sum_of_row(softmax.sum[m][half]);
             const int row = first_row + own + m * 16 + half * 8 + lane / 4;
             if (row >= rows.count()) continue;
             float *to = p.partial + (((int64_t(split) * p.batch + batch) * p.heads + rows.head(row)) * p.q_len + rows.query(row)) * (VALUE_DIM + 2);
@@ -119,7 +117,7 @@ KERNEL(decode_merge, 128) {
     const float unit = PLAIN ? 1.0f : LOG2E;
     bool careful = false;
     for (int query = 0; query < p.q_len; query++) {
-        const int64_t row = (int64_t(batch) * p.heads + head) * p.q_len + query, stride = int64_t(p.batch) * p.heads * p.q_len * (VALUE_DIM + 2);
+        const int64_t row = first_row(p, batch, head) + query, stride = int64_t(p.batch) * p.heads * p.q_len * (VALUE_DIM + 2);
         const float *from = p.partial + row * (VALUE_DIM + 2);
         const float sink = !PLAIN && p.sinks ? load_global(p.sinks + head) : -INFINITY;
         float largest = sink;
@@ -142,12 +140,7 @@ KERNEL(decode_merge, 128) {
             careful |= !is_finite(widen(rounded));
         }
         careful |= empty || !is_finite(largest);
-        if (threadIdx.x == 0) {
-            const double base = PLAIN ? double(largest) * 0.6931471805599453 : double(largest);
-            store_global(p.largest + row, empty ? INFINITY : largest);
-            store_global(p.log_total + row, empty ? 0.0f : log2f(total));
-            store_global(p.lse + row, empty ? -double(INFINITY) : base + double(log2f(total)) * 0.6931471805599453);
-        }
+        if (threadIdx.x == 0) store_statistics(p, row, largest, total);
     }
     careful = __syncthreads_or(careful);
     if (threadIdx.x == 0) store_global(p.careful + blockIdx.x, uint8_t(careful));

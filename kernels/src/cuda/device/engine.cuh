@@ -33,6 +33,10 @@ static_assert(TILES == 1 && WARPS % 4 == 0 && !IS_F32, "a group of 4 warps has 6
 constexpr bool IS_ASYNC = false;
 #endif
 
+// Arguments of a step that is compiled twice: with a mask and without.
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+
 // A tile is one panel of PANEL_COLUMNS after another, with rows of 128 bytes. The 16-byte chunks of a row are permuted, so that no two of
 // 8 rows have a chunk in the same banks.
 template <int LEN, int N> struct Tile {

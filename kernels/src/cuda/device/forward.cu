@@ -8,8 +8,6 @@
 using Queries = Tile<ROWS, HEAD_DIM>;
 using Keys = Tile<KEYS, HEAD_DIM>;
 using Values = Tile<KEYS, VALUE_DIM>;
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
 
 // Softcap, bias, ALiBi and mask.
 DEVICE void modify(const Scores &scores, float (&s)[TILES][NUMBERS], int first_query, int first_key) {
@@ -46,9 +44,7 @@ template <int M> DEVICE bool store(const Problem &p, const Place &place, int fir
     for (int m = 0; m < TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float total = softmax.sum[m][half];
-            total += __shfl_xor_sync(ALL_LANES, total, 1);
-            total += __shfl_xor_sync(ALL_LANES, total, 2);
+            const float total = sum_of_row(softmax.sum[m][half]);
             const int query = first_query + m * 16 + half * 8 + lane / 4;
             if (query >= p.q_len) continue;
             const float largest = softmax.largest[m][half];
@@ -65,14 +61,7 @@ template <int M> DEVICE bool store(const Problem &p, const Place &place, int fir
             }
             // Without visible keys the row is empty; but scores that all overflowed look the same.
             careful |= empty || !is_finite(largest);
-            if (lane % 4 == 0) {
-                const int64_t row = (int64_t(place.batch) * p.heads + place.head) * p.q_len + query;
-                const float log_total = log2f(total);
-                store_global(p.largest + row, empty ? INFINITY : largest);
-                store_global(p.log_total + row, empty ? 0.0f : log_total);
-                const double base = PLAIN ? double(largest) * 0.6931471805599453 : double(largest);
-                store_global(p.lse + row, empty ? -double(INFINITY) : base + double(log_total) * 0.6931471805599453);
-            }
+            if (lane % 4 == 0) store_statistics(p, first_row(p, place.batch, place.head) + query, largest, total);
         }
     return careful;
 }

@@ -9,8 +9,6 @@ using Other = Tile<OTHERS, HEAD_DIM>;
 using OtherValues = Tile<OTHERS, VALUE_DIM>;
 constexpr int NUMBERS = OTHERS / 2;      // of a lane, for each of its row tiles
 constexpr float TINY = 1.1754944e-38f;   // above zero, so that what a visible key holds shows
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
 
 // What the forward pass has left of a query. Behind the last query, and without visible keys, the weights become zero.
 struct Row {
@@ -26,7 +24,6 @@ struct Row {
         if (ALL || query < p.q_len) largest = load_global(p.largest + first + query), log_total = load_global(p.log_total + first + query), delta = load_global(p.delta + first + query);
     }
 };
-DEVICE int64_t first_row(const Problem &p, int batch, int head) { return (int64_t(batch) * p.heads + head) * p.q_len; }
 
 // Weights and gradients of a tile of scores, of which a lane has rows `first_row` + 0 and 8 and so on. The gradients are those of the
 // products q · k, or those of the scores behind the softcap, which are those of a bias.

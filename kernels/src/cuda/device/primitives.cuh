@@ -43,7 +43,8 @@ using Element = uint16_t;
 constexpr bool IS_F32 = ELEMENT == 0, IS_BF16 = ELEMENT == 1;
 // Elements in 16 bytes, in a row of 128 bytes, and along the sum of one matrix instruction.
 constexpr int CHUNK = 16 / sizeof(Element), PANEL_COLUMNS = 8 * CHUNK, K_STEP = 2 * CHUNK;
-constexpr float LOWEST = -3.4028234663852886e38f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float LOWEST = -3.4028234663852886e38f, LOG2E = 1.4426950408889634f;
+constexpr double LN2 = 0.6931471805599453;
 constexpr uint32_t ALL_LANES = 0xFFFFFFFF;
 
 // ---- Global memory
@@ -197,6 +198,11 @@ DEVICE float widen(uint16_t x) {
 DEVICE Element narrow(float x) {
     if constexpr (IS_F32) return x;
     else return Element(pack(x, 0));
+}
+// The sum of the four lanes that have the same row of a product. All four get it.
+DEVICE float sum_of_row(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 // False for NaN, too.
 DEVICE bool is_finite(float x) { return fabsf(x) <= -LOWEST; }

@@ -13,6 +13,18 @@ struct Place {
     }
 };
 
+// The first query of a head, where a number for each query is kept: (batch, heads, q_len).
+DEVICE int64_t first_row(const Problem &p, int batch, int head) { return (int64_t(batch) * p.heads + head) * p.q_len; }
+
+// What the backward pass needs of a row: its greatest score, minus infinity without visible keys, and the sum of the exponentials.
+DEVICE void store_statistics(const Problem &p, int64_t row, float largest, float total) {
+    const bool empty = largest == -INFINITY;
+    const float log_total = empty ? 0.0f : log2f(total);
+    store_global(p.largest + row, empty ? INFINITY : largest);
+    store_global(p.log_total + row, log_total);
+    store_global(p.lse + row, empty ? -double(INFINITY) : largest * (PLAIN ? LN2 : 1.0) + log_total * LN2);
+}
+
 // The scores that a block of threads sums up for a tile of a result (dims), each of whose axes is that of the scores or has length 1: of each
 // axis the first index, and behind the last.
 struct Part {
