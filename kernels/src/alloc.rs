@@ -64,6 +64,37 @@ pub fn collected<T>(what: &'static str, items: impl ExactSizeIterator<Item = T>)
     Ok(vector)
 }
 
+/// Lets the process keep memory that is freed, for its next allocations, and returns whether the allocator can do that.
+///
+/// A step of training allocates and frees large tensors again and again. glibc gives much of that memory back to the system each
+/// time, which then clears every page anew: up to a fifth of a step. After this call the process holds as much memory as it
+/// ever needed. It takes effect with glibc's allocator (Linux); another one, such as a `#[global_allocator]`, has a policy of its
+/// own.
+///
+/// # Examples
+///
+/// ```
+/// let is_glibc = cfg!(all(target_os = "linux", target_env = "gnu"));
+/// assert_eq!(attention_kernels::keep_freed_memory(), is_glibc);
+/// ```
+pub fn keep_freed_memory() -> bool {
+    #[cfg(all(target_os = "linux", target_env = "gnu", not(miri)))]
+    {
+        use std::ffi::c_int;
+        // The numbers of malloc.h.
+        const M_TRIM_THRESHOLD: c_int = -1;
+        const M_MMAP_MAX: c_int = -4;
+        unsafe extern "C" {
+            fn mallopt(parameter: c_int, value: c_int) -> c_int;
+        }
+        // SAFETY: mallopt checks its arguments and takes the allocator's lock. Minus one switches trimming off; no mappings means that
+        // large blocks come from the heap, too.
+        unsafe { mallopt(M_TRIM_THRESHOLD, -1) == 1 && mallopt(M_MMAP_MAX, 0) == 1 }
+    }
+    #[cfg(not(all(target_os = "linux", target_env = "gnu", not(miri))))]
+    false
+}
+
 /// A copy of a slice.
 pub(crate) fn copy_of<T: Clone>(what: &'static str, slice: &[T]) -> Result<Vec<T>, Error> {
     collected(what, slice.iter().cloned())

@@ -62,7 +62,11 @@ impl Dropout {
 /// The four numbers at the counters (first, second + lane, third, fourth) of as many lanes as a vector has: number n of a lane is
 /// at \[n\]\[lane\].
 #[inline(always)]
-fn philox_lanes<S: Simd>(simd: S, seed: u64, [first, second, third, fourth]: [u32; 4]) -> [[u32; MAX_LANES]; 4] {
+pub(crate) fn philox_lanes<S: Simd>(
+    simd: S,
+    seed: u64,
+    [first, second, third, fourth]: [u32; 4],
+) -> [[u32; MAX_LANES]; 4] {
     const { assert!(S::U32_LANES <= MAX_LANES) };
     let mut lanes = [0u32; MAX_LANES];
     lanes.iter_mut().enumerate().for_each(|(lane, x)| *x = second.wrapping_add(lane as u32));

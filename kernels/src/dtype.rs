@@ -3,6 +3,7 @@
 //! The kernels are compiled once for each type to compute in, f32 and f64. They read tensors through [`Source`] and write them
 //! through [`Sink`], which convert whole rows.
 
+use std::alloc::Layout;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -181,6 +182,18 @@ pub(crate) fn widen_rows<'m, E: Number>(from: Matrix<E>, to: &'m mut [E::Float])
     Matrix::new(to, rows, columns, columns)
 }
 
+/// A slice widened to the start of another.
+pub(crate) fn widen<E: Number>(from: &[E], to: &mut [E::Float]) {
+    widen_rows(Matrix::new(from, 1, from.len(), from.len()), &mut to[..from.len()]);
+}
+
+/// A slice narrowed to another of the same length.
+pub(crate) fn narrow<E: Number>(from: &[E::Float], to: &mut [MaybeUninit<E>]) {
+    let len = to.len();
+    let (from, to) = (Matrix::new(from, 1, len, len), MatrixMut::new(to, 1, len, len));
+    instruction_set().dispatch(Narrow { from, to });
+}
+
 struct Narrow<'a, 'b, E: Number> {
     from: Matrix<'a, E::Float>,
     to: MatrixMut<'b, MaybeUninit<E>>,
@@ -210,6 +223,40 @@ impl<E: Number> Sink<E::Float> for MatrixMut<'_, MaybeUninit<E>> {
     }
 }
 
+/// Narrows as many numbers as both slices have.
+#[inline(always)]
+pub(crate) fn narrow_into<E: Number>(from: &[E::Float], to: &mut [E]) {
+    let count = to.len();
+    // SAFETY: `Number` is sealed, and each `narrow_all` writes initialised numbers alone.
+    let mut to = unsafe { MatrixMut::new(to, 1, count, count).into_uninit() };
+    E::narrow_all(from, to.row(0));
+}
+
+/// As [`narrow_into`], for code that isn't compiled for an instruction set.
+pub(crate) fn narrow_over<E: Number>(from: &[E::Float], to: &mut [E]) {
+    let count = to.len();
+    // SAFETY: `Number` is sealed, and `narrow` writes initialised numbers alone.
+    let mut to = unsafe { MatrixMut::new(to, 1, count, count).into_uninit() };
+    narrow(from, to.row(0));
+}
+
+/// A vector of zeros whose pages the system makes when they are first touched: what nobody writes or reads costs no time.
+pub(crate) fn zeroed<E: Number>(what: &'static str, count: usize) -> Result<Vec<E>, Error> {
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let memory = || Error::Memory { what, bytes: count.saturating_mul(size_of::<E>()) };
+    let layout = Layout::array::<E>(count).map_err(|_| memory())?;
+    // SAFETY: `count` and the size of a number are above zero.
+    let start = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<E>();
+    if start.is_null() {
+        return Err(memory());
+    }
+    // SAFETY: the global allocator has given memory for `count` numbers, aligned for them, and all bits zero are the number 0
+    // in each of the types that implement the sealed `Number`.
+    Ok(unsafe { Vec::from_raw_parts(start, count, count) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,6 +282,15 @@ mod tests {
         check::<bf16>();
         check::<f32>();
         check::<f64>();
+    }
+
+    #[test]
+    fn zeroed_memory_holds_zeros_or_is_an_error() {
+        assert_eq!(zeroed::<bf16>("test", 100).unwrap(), [bf16::ZERO; 100]);
+        assert!(zeroed::<f64>("test", 0).unwrap().is_empty());
+        for count in [usize::MAX, isize::MAX as usize / 8] {
+            assert!(matches!(zeroed::<f64>("test", count), Err(Error::Memory { .. })));
+        }
     }
 
     #[test]

@@ -52,6 +52,18 @@ pub enum Error {
         /// The length it has.
         got: usize,
     },
+    /// A token or a label that isn't below the number of them.
+    #[error("the {what}: expected numbers below {limit}, got {got} at position {position}")]
+    Id {
+        /// Which list.
+        what: &'static str,
+        /// How many there are.
+        limit: usize,
+        /// The number.
+        got: u32,
+        /// Its place in the list.
+        position: usize,
+    },
     /// An option is out of its range.
     #[error("{what}: expected {expected}, got {got}")]
     Option {

@@ -43,12 +43,20 @@
 //! | 6 | `decode` | a task of a few queries and many keys |
 //! | 5 | `gemm` | the matrix products: which kernel computes them |
 //! | 5 | `score_mods` | softcap, bias, ALiBi and mask |
+//! | 4 | `loss` | cross-entropy of logits, and of a linear layer without all logits at once, and their gradients |
+//! | 4 | `activation` | activation functions, plain and gated |
+//! | 4 | `norm` | RMS norm and layer norm of rows |
+//! | 4 | `residual` | dropout of a branch, and its sum with the residual |
 //! | 4 | `operands` | a problem without the type of its tensors |
+//! | 3 | `pointwise` | functions of numbers at the same place |
 //! | 3 | `problem` | one call, checked |
+//! | 3 | `matmul` | matrix products of linear layers, with an epilogue |
 //! | 3 | `gemm/pack` | operands of products, in the order in which the kernels read them |
 //! | 2 | `gemm/bf16_dot`, `gemm/nan_safe` | products of bf16 in pairs; sums to which a weight of zero adds nothing |
+//! | 3 | `embedding`, `optimizer` | rows of a table, and their gradient; steps of AdamW, and norms |
 //! | 2 | `softmax` | every softmax: online, of splits, and backward; a row's maximum (plain scores: inside `gemm`) |
 //! | 2 | `dtype` | the types that tensors hold, and tensors as the kernels read and write them |
+//! | 3 | `rotary` | rotary position embedding, in place |
 //! | 2 | `dropout` | which weights are dropped |
 //! | 2 | `decode/microkernel` | products of a few rows, key by key |
 //! | 1 | `gemm/microkernel`, `gemm/transpose` | small blocks of products in registers; rows to lanes and back |
@@ -67,6 +75,7 @@
 //! `unsafe fn` hands out the rows of a task, and each caller says why no two tasks have a row in common.
 #![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+pub mod activation;
 mod alloc;
 mod attention;
 mod careful;
@@ -74,16 +83,24 @@ pub mod cuda;
 mod decode;
 pub mod dropout;
 mod dtype;
+pub mod embedding;
 mod error;
 mod gemm;
 mod layout;
+pub mod loss;
 pub mod mask;
 mod math;
+pub mod matmul;
 mod matrix;
+pub mod norm;
 mod operands;
+pub mod optimizer;
 pub mod philox;
+mod pointwise;
 mod prefill;
 mod problem;
+pub mod residual;
+pub mod rotary;
 mod schedule;
 mod score_mods;
 mod scratch;
@@ -91,7 +108,7 @@ mod simd;
 mod softmax;
 mod tiles;
 
-pub use alloc::{collected, filled, reserve};
+pub use alloc::{collected, filled, keep_freed_memory, reserve};
 pub use attention::{BackwardOptions, Element, Gradients, Incoming, Output, Saved, backward, forward};
 pub use dropout::Dropout;
 pub use dtype::Number;

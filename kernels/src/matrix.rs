@@ -7,6 +7,7 @@
 use std::any::TypeId;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use pulp::bytemuck::Pod;
 
@@ -25,6 +26,9 @@ pub(crate) struct Matrix<'a, T> {
     stride: usize,
     memory: PhantomData<&'a [T]>,
 }
+
+// SAFETY: the invariant: no code writes what the matrix reads, so it is as good as a shared slice.
+unsafe impl<T: Sync> Sync for Matrix<'_, T> {}
 
 impl<'a, T> Matrix<'a, T> {
     /// Row r is `data[r * stride..][..columns]`.
@@ -75,6 +79,16 @@ impl<'a, T> Matrix<'a, T> {
     pub(crate) fn take(self, count: usize) -> Self {
         assert!(count <= self.rows, "no more rows than there are");
         Self { rows: count, ..self }
+    }
+
+    /// The rows `rows` of the columns `columns`.
+    #[inline(always)]
+    pub(crate) fn block(self, rows: Range<usize>, columns: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows of the matrix");
+        assert!(columns.start <= columns.end && columns.end <= self.columns, "columns of the matrix");
+        // With no rows the address is never used.
+        let start = self.start.wrapping_add(rows.start * self.stride + columns.start);
+        Self { start, rows: rows.len(), columns: columns.len(), ..self }
     }
 
     /// The same bits as numbers of another type of the same size.
@@ -158,6 +172,14 @@ impl<'a, T> MatrixMut<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.columns) }
     }
 
+    /// As [`MatrixMut::row`], for as long as the matrix lives.
+    #[inline(always)]
+    pub(crate) fn into_row(self, row: usize) -> &'a mut [T] {
+        assert!(row < self.rows, "a row of the matrix");
+        // SAFETY: the assertion and the type's invariant: row `row` has `columns` elements, and no one else has the matrix.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.columns) }
+    }
+
     /// The same matrix, to read.
     #[inline(always)]
     pub(crate) fn as_ref(&self) -> Matrix<'_, T> {
@@ -179,6 +201,16 @@ impl<'a, T> MatrixMut<'a, T> {
     pub(crate) fn into_part(self, count: usize) -> Self {
         assert!(count <= self.rows, "no more rows than there are");
         Self { rows: count, ..self }
+    }
+
+    /// The rows `rows` of the columns `columns`.
+    #[inline(always)]
+    pub(crate) fn into_block(self, rows: Range<usize>, columns: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows of the matrix");
+        assert!(columns.start <= columns.end && columns.end <= self.columns, "columns of the matrix");
+        // With no rows the address is never used.
+        let start = self.start.wrapping_add(rows.start * self.stride + columns.start);
+        Self { start, rows: rows.len(), columns: columns.len(), ..self }
     }
 
     /// The same matrix for a shorter time.
@@ -209,6 +241,16 @@ impl<'a, T> MatrixMut<'a, T> {
         is_same.then(|| MatrixMut { start: start.cast(), rows, columns, stride, memory: PhantomData })
     }
 
+    /// As [`MatrixMut::downcast`], for as long as the matrix lives.
+    pub(crate) fn into_downcast<U: 'static>(self) -> Option<MatrixMut<'a, U>>
+    where
+        T: 'static,
+    {
+        let Self { start, rows, columns, stride, .. } = self;
+        let is_same = TypeId::of::<T>() == TypeId::of::<U>();
+        is_same.then(|| MatrixMut { start: start.cast(), rows, columns, stride, memory: PhantomData })
+    }
+
     #[inline(always)]
     pub(crate) fn raw(&mut self) -> Raw<*mut T> {
         Raw { start: self.start, stride: self.stride }
@@ -223,6 +265,19 @@ impl<'a, T> MatrixMut<'a, T> {
     pub(crate) unsafe fn into_uninit(self) -> MatrixMut<'a, MaybeUninit<T>> {
         let Self { start, rows, columns, stride, .. } = self;
         MatrixMut { start: start.cast(), rows, columns, stride, memory: PhantomData }
+    }
+}
+
+impl<'a, T> MatrixMut<'a, MaybeUninit<T>> {
+    /// The same matrix, to read.
+    ///
+    /// # Safety
+    ///
+    /// All elements of its rows are initialised.
+    #[inline(always)]
+    pub(crate) unsafe fn into_init(self) -> Matrix<'a, T> {
+        let Self { start, rows, columns, stride, .. } = self;
+        Matrix { start: start.cast_const().cast(), rows, columns, stride, memory: PhantomData }
     }
 }
 

@@ -86,6 +86,7 @@ pub trait SimdFloat:
     fn vsub<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn vmul<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn vdiv<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn vsqrt<S: Simd>(simd: S, x: Self::Vector<S>) -> Self::Vector<S>;
     /// a · b + c
     fn mul_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
     /// The greater number; `a` where `b` is NaN.
@@ -110,7 +111,7 @@ pub trait SimdFloat:
 
 macro_rules! simd_float {
     ($float:ident, $mantissa_bits:expr, $min_exponent:expr,
-     $vector:ident, $splat:ident, $splat_bits:ident, $add:ident, $sub:ident, $mul:ident, $div:ident, $mul_add:ident,
+     $vector:ident, $splat:ident, $splat_bits:ident, $add:ident, $sub:ident, $mul:ident, $div:ident, $sqrt:ident, $mul_add:ident,
      $less:ident, $equal:ident, $select:ident, $reduce_add:ident, $reduce_max:ident, $to_bits:ident, $from_bits:ident, $shift:ident by $shift_by:expr, $add_bits:ident) => {
         impl SimdFloat for $float {
             type Vector<S: Simd> = S::$vector;
@@ -153,6 +154,10 @@ macro_rules! simd_float {
                 simd.$div(a, b)
             }
             #[inline(always)]
+            fn vsqrt<S: Simd>(simd: S, x: S::$vector) -> S::$vector {
+                simd.$sqrt(x)
+            }
+            #[inline(always)]
             fn mul_add<S: Simd>(simd: S, a: S::$vector, b: S::$vector, c: S::$vector) -> S::$vector {
                 simd.$mul_add(a, b, c)
             }
@@ -186,11 +191,11 @@ macro_rules! simd_float {
 }
 
 simd_float!(
-    f32, 23, -126.0, f32s, splat_f32s, splat_u32s, add_f32s, sub_f32s, mul_f32s, div_f32s, mul_add_e_f32s,
+    f32, 23, -126.0, f32s, splat_f32s, splat_u32s, add_f32s, sub_f32s, mul_f32s, div_f32s, sqrt_f32s, mul_add_e_f32s,
     less_than_f32s, equal_f32s, select_f32s, reduce_sum_f32s, reduce_max_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s by 23, add_u32s
 );
 simd_float!(
-    f64, 52, -1022.0, f64s, splat_f64s, splat_u64s, add_f64s, sub_f64s, mul_f64s, div_f64s, mul_add_e_f64s,
+    f64, 52, -1022.0, f64s, splat_f64s, splat_u64s, add_f64s, sub_f64s, mul_f64s, div_f64s, sqrt_f64s, mul_add_e_f64s,
     less_than_f64s, equal_f64s, select_f64s, reduce_sum_f64s, reduce_max_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s by 1 << 52, add_u64s
 );
 
@@ -233,6 +238,30 @@ pub(crate) fn store_up_to<R: SimdFloat, S: Simd>(numbers: &mut [R], x: R::Vector
     as_vectors_mut::<R, S>(&mut all)[0] = x;
     let count = numbers.len();
     numbers.copy_from_slice(&all[..count]);
+}
+
+/// Asks for the memory at an address, which need not be anybody's.
+#[inline(always)]
+pub(crate) fn prefetch<R>(address: *const R) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: a hint reads nothing, and SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = address;
+}
+
+/// As [`prefetch`], but only as far as the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch_to_second_level<R>(address: *const R) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: a hint reads nothing, and SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = address;
 }
 
 /// Runs a piece of test code with every instruction set that this processor has.

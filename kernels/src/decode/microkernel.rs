@@ -4,25 +4,13 @@ use pulp::Simd;
 
 use crate::gemm::microkernel::{in_blocks, load_at, store_at};
 use crate::matrix::{Matrix, MatrixMut, Raw};
-use crate::simd::{SimdFloat, load_up_to};
+use crate::simd::{SimdFloat, load_up_to, prefetch};
 
 /// How far ahead memory is asked for, in numbers. Half and twice as many are slower.
 const AHEAD: usize = 1024;
 
 /// How many products scalar code adds up before it begins again at zero: a sum of 64 in one run errs twice as much as vectors do.
 const SCALAR_RUN: usize = 16;
-
-/// Asks for the memory at an address, which need not be anybody's.
-#[inline(always)]
-fn prefetch<R>(address: *const R) {
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: a hint reads nothing, and SSE is part of x86-64.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
-    }
-    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    let _ = address;
-}
 
 /// A vector, or if there are only `count` numbers, these and zeros.
 ///

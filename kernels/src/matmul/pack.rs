@@ -1,0 +1,207 @@
+//! Operands in the order in which the kernel reads them.
+
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use crate::dtype::{Number, widen_rows};
+use crate::gemm::transpose::transpose;
+use crate::matmul::Operand;
+use crate::matmul::microkernel::{Blocks, Left, panel_width};
+use crate::matrix::{Matrix, MatrixMut};
+use crate::simd::SimdFloat;
+
+/// How many rows ahead memory is asked for while rows are packed.
+const ROWS_AHEAD: usize = 8;
+
+/// The most rows of a tile for which the right operand is read where it is. It takes about as long to pack a number as to multiply
+/// it with 16 rows.
+const MAX_ROWS_OF_DIRECT: usize = 64;
+
+/// Columns of the left operand that lie so many bytes or more apart are packed: they lie in many pages, and many of them in one
+/// set of a first-level cache. With a limit of 4096, products whose columns lie 3072 bytes apart take 9% longer.
+const MIN_STRIDE_TO_PACK: usize = 1024;
+
+/// The columns of a right operand, of a tile of `rows` rows, that the kernel reads where they are.
+pub(super) fn direct_right<'a, E: Number>(
+    b: &Operand<'a, E>,
+    k: Range<usize>,
+    columns: Range<usize>,
+    rows: usize,
+) -> Option<Matrix<'a, E::Float>> {
+    let [row_stride, column_stride] = b.strides();
+    if column_stride != 1 || rows > MAX_ROWS_OF_DIRECT {
+        return None;
+    }
+    Matrix::new(b.from(k.start, columns.start), k.len(), columns.len(), row_stride).downcast()
+}
+
+/// Packs the rows `k` of the right operand's columns as panels \[k\]\[W\], zeros in the lanes behind the last column.
+pub(super) struct PackRight<'a, E: Number> {
+    pub(super) b: &'a Operand<'a, E>,
+    pub(super) k: Range<usize>,
+    pub(super) columns: Range<usize>,
+    pub(super) panels: &'a mut [E::Float],
+    /// Room for W rows of `k`, and for a row.
+    pub(super) wide: &'a mut [E::Float],
+}
+
+impl<E: Number> WithSimd for PackRight<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { b, k, columns, panels, wide } = self;
+        let (width, len, count) = (panel_width::<E::Float, S>(), k.len(), columns.len());
+        if !count.is_multiple_of(width) {
+            panels[count / width * len * width..].fill(E::Float::ZERO);
+        }
+        let [row_stride, column_stride] = b.strides();
+        if column_stride == 1 {
+            let rows = Matrix::new(b.from(k.start, columns.start), len, count, row_stride);
+            for i in 0..len {
+                let ahead = k.start + i + ROWS_AHEAD;
+                b.lines(ahead..ahead + 1, columns.clone()).prefetch();
+                scatter::<E>(rows.row(i), &mut panels[i * width..], width, len * width, wide);
+            }
+            return;
+        }
+        for (first, panel) in columns.clone().step_by(width).zip(panels.chunks_exact_mut(len * width)) {
+            let ahead = first + width;
+            b.lines(k.clone(), ahead.min(columns.end)..(ahead + width).min(columns.end)).prefetch();
+            let count = width.min(columns.end - first);
+            let from = b.from(k.start, first);
+            if row_stride == 1 {
+                pack_columns::<E, S>(simd, Matrix::new(from, count, len, column_stride), panel, wide);
+            } else {
+                for (i, to) in panel.chunks_exact_mut(width).enumerate() {
+                    for (c, to) in to[..count].iter_mut().enumerate() {
+                        *to = from[i * row_stride + c * column_stride].widen();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A row, `width` numbers at a time, to places that lie `stride` apart. `wide` has room for the row.
+#[inline(always)]
+fn scatter<E: Number>(row: &[E], to: &mut [E::Float], width: usize, stride: usize, wide: &mut [E::Float]) {
+    let row = match E::as_floats(row) {
+        Some(row) => row,
+        None => {
+            let wide = &mut wide[..row.len()];
+            E::widen_all(row, wide);
+            wide
+        }
+    };
+    // With the width known a part is copied by a few instructions: it is that of a block or a panel.
+    match width {
+        6 => scatter_parts::<_, 6>(row, to, stride),
+        8 => scatter_parts::<_, 8>(row, to, stride),
+        12 => scatter_parts::<_, 12>(row, to, stride),
+        16 => scatter_parts::<_, 16>(row, to, stride),
+        32 => scatter_parts::<_, 32>(row, to, stride),
+        _ => row.chunks(width).zip(to.chunks_mut(stride)).for_each(|(from, to)| to[..from.len()].copy_from_slice(from)),
+    }
+}
+
+#[inline(always)]
+fn scatter_parts<R: Copy, const WIDTH: usize>(row: &[R], to: &mut [R], stride: usize) {
+    let (parts, rest) = row.as_chunks::<WIDTH>();
+    for (part, from) in parts.iter().enumerate() {
+        to[part * stride..][..WIDTH].copy_from_slice(from);
+    }
+    if !rest.is_empty() {
+        to[parts.len() * stride..][..rest.len()].copy_from_slice(rest);
+    }
+}
+
+/// Columns, which are the rows of `from`, as a panel. `wide` has room for them.
+#[inline(always)]
+fn pack_columns<E: Number, S: Simd>(simd: S, from: Matrix<E>, panel: &mut [E::Float], wide: &mut [E::Float]) {
+    let (count, len) = (from.rows(), from.columns());
+    let from = match from.downcast::<E::Float>() {
+        Some(from) => from,
+        None => {
+            for (c, to) in wide.chunks_exact_mut(len).take(count).enumerate() {
+                E::widen_all(from.row(c), to);
+            }
+            Matrix::new(wide, count, len, len)
+        }
+    };
+    let to = MatrixMut::new(panel, len, count, panel_width::<E::Float, S>());
+    // SAFETY: the transposed numbers are initialised.
+    transpose(simd, E::Float::ONE, from, unsafe { to.into_uninit() });
+}
+
+/// Whether a tile's rows of the left operand are packed all at once.
+pub(super) fn packs_left<E: Number>(a: &Operand<E>) -> bool {
+    let is_wide = E::as_floats(&[]).is_none();
+    matches!(a.strides(), [1, stride] if stride != 1 && (is_wide || stride * size_of::<E>() >= MIN_STRIDE_TO_PACK))
+}
+
+/// Packs rows of the left operand, whose columns stand in one piece each: each block as \[k\]\[its rows\].
+pub(super) struct PackLeft<'a, E: Number> {
+    pub(super) a: &'a Operand<'a, E>,
+    pub(super) first_row: usize,
+    pub(super) k: Range<usize>,
+    pub(super) blocks: Blocks,
+    pub(super) packed: &'a mut [E::Float],
+    /// Room for a column.
+    pub(super) wide: &'a mut [E::Float],
+}
+
+impl<E: Number> WithSimd for PackLeft<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { a, first_row, k, blocks, packed, wide } = self;
+        let (count, len) = (blocks.rows, k.len());
+        let columns = Matrix::new(a.from(first_row, k.start), len, count, a.strides()[1]);
+        // All blocks but the last two are of the same size.
+        let (equal, max) = (blocks.count.saturating_sub(2), blocks.max);
+        for i in 0..len {
+            let ahead = k.start + i + ROWS_AHEAD;
+            a.lines(first_row..first_row + count, ahead..ahead + 1).prefetch();
+            let column = columns.row(i);
+            if equal > 0 {
+                scatter::<E>(&column[..equal * max], &mut packed[i * max..], max, len * max, wide);
+            }
+            for block in equal..blocks.count {
+                let block = blocks.rows_of(block);
+                let to = &mut packed[block.start * len + i * block.len()..][..block.len()];
+                E::widen_all(&column[block], to);
+            }
+        }
+    }
+}
+
+/// A block of the left operand: where it is, if the kernel can read it there, else widened to `scratch`, which has room for it.
+pub(super) fn left_block<'m, E: Number>(
+    a: &Operand<'m, E>,
+    rows: Range<usize>,
+    k: Range<usize>,
+    scratch: &'m mut [E::Float],
+) -> Left<'m, E::Float> {
+    let [row_stride, column_stride] = a.strides();
+    let (count, len) = (rows.len(), k.len());
+    let from = a.from(rows.start, k.start);
+    if column_stride == 1 {
+        let matrix = Matrix::new(from, count, len, row_stride);
+        let matrix = matrix.downcast().unwrap_or_else(|| widen_rows(matrix, scratch));
+        return Left { matrix, by_column: false };
+    }
+    if row_stride == 1 {
+        let matrix = Matrix::new(from, len, count, column_stride);
+        let matrix = matrix.downcast().unwrap_or_else(|| widen_rows(matrix, scratch));
+        return Left { matrix, by_column: true };
+    }
+    for (row, to) in scratch.chunks_exact_mut(len).enumerate().take(count) {
+        for (i, to) in to.iter_mut().enumerate() {
+            *to = from[row * row_stride + i * column_stride].widen();
+        }
+    }
+    Left { matrix: Matrix::new(scratch, count, len, len), by_column: false }
+}
