@@ -103,6 +103,38 @@ pub enum AttentionError {
         /// The number that was given.
         got: f64,
     },
+    /// A token or a label that isn't one of those that there are.
+    #[error("{tensor}: expected {expected}, got {got} at position {position}")]
+    Id {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The range it should be in, and the size from which that follows.
+        expected: String,
+        /// The number that was given.
+        got: i64,
+        /// Its place in the tensor, in row-major order.
+        position: usize,
+    },
+    /// A parameter that can't be trained.
+    #[error("parameter {name}: expected {expected}, got {got}")]
+    Parameter {
+        /// The parameter's name.
+        name: String,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
+    /// A gradient that can't be used for a step.
+    #[error("gradient of {name}: expected {expected}, got {got}")]
+    Gradient {
+        /// The parameter's name.
+        name: String,
+        /// What the gradient should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
     /// A position that a rotary embedding can't use.
     #[error("position: expected {expected}, got {got}")]
     Position {
@@ -183,6 +215,14 @@ pub enum AttentionError {
         /// Every tensor that is missing or unexpected, or has a wrong shape, dtype or number, one line each.
         problems: Vec<String>,
     },
+    /// The state of an optimizer of other parameters.
+    #[error("{}: state that doesn't fit the parameters: {}", name_of(path), .problems.join("; "))]
+    OptimizerState {
+        /// The file; `None` if the state was given as bytes.
+        path: Option<PathBuf>,
+        /// Every tensor that is missing or unexpected, or has a wrong shape, dtype or number, one line each.
+        problems: Vec<String>,
+    },
 }
 
 impl AttentionError {
@@ -192,6 +232,7 @@ impl AttentionError {
         match self {
             Self::Checkpoint { expected, got, .. } => Self::Checkpoint { path, expected, got },
             Self::CheckpointTensors { problems, .. } => Self::CheckpointTensors { path, problems },
+            Self::OptimizerState { problems, .. } => Self::OptimizerState { path, problems },
             other => other,
         }
     }

@@ -26,23 +26,47 @@
 //!
 //! | floor | file | what |
 //! |---|---|---|
+//! | 14 | `block` | the parts of a transformer block, and the block |
+//! | 13 | `block/files` | blocks in files: this crate's own, and those of other programs |
+//! | 12 | `block/transformer` | the block: attention and an MLP, with norms, dropout and residuals |
+//! | 9 | `train` | training: AdamW, clipping, learning rates, gradients of several batches |
+//! | 8 | `train/adamw` | AdamW, and its state in files |
+//! | 8 | `train/clipping`, `train/accumulation` | clipping by norm; the mean of the gradients of several batches |
+//! | 7 | `train/adamw/moments`, `train/adamw/config` | what AdamW keeps of each parameter; its settings |
+//! | 7 | `train/gradients` | the gradients of named parameters, checked |
+//! | 6 | `train/in_place`, `train/schedule` | writes to several tensors at once; the learning rate of each step |
 //! | 11 | `layer` | the layers, with their configs, options and caches |
 //! | 10 | `layer/self_attention`, `layer/cross_attention` | the two layers |
+//! | 10 | `block/layouts` | how other programs name and arrange the parameters of whole blocks |
+//! | 9 | `block/config` | the config of a block, its checks and its parameters |
 //! | 9 | `layer/shared` | the methods that both layers share: parameters and files |
 //! | 9 | `layer/cached` | attention over keys and values that were computed earlier |
+//! | 8 | `block/linear` | x·Wᵀ + b with a gradient |
+//! | 8 | `block/mlp` | the MLP of a block |
 //! | 8 | `layer/core` | projections, heads, attention, output |
 //! | 8 | `layer/kv_cache` | keys and values of the tokens so far |
+//! | 7 | `layer/fused` | self-attention as one operation |
 //! | 7 | `layer/init` | a layer's parameters: checked, created, initialised |
 //! | 7 | `layer/options` | the options and the output of one call of a layer |
 //! | 7 | `layer/projection` | x·Wᵀ + b as one operation |
 //! | 7 | `layer/bias_kv` | keys and values that a layer appends to the given ones |
+//! | 7 | `block/mlp_op` | an MLP as one operation |
 //! | 6 | `checkpoint` | safetensors files with their config, and the layouts of other programs |
 //! | 6 | `sdpa` | `scaled_dot_product_attention`: checks its input, then chooses the backend |
-//! | 6 | `block` | the parts of a transformer block around attention |
 //! | 5 | `sdpa/reference` | attention with every score in memory: read this first |
 //! | 5 | `sdpa/fused` | attention without a q_len x kv_len matrix: the interface to the kernels; sinks are added after them |
 //! | 5 | `sdpa/cuda` | fused attention by the CUDA kernels |
+//! | 6 | `block/branch` | what stands around attention or an MLP: norm, dropout, residual |
+//! | 5 | `block/norm_layer` | a norm with its parameters |
+//! | 4 | `block/operand` | parameters and results as the kernels take and give them |
+//! | 3 | `block/epilogue` | what a product does to its rows: bias and residual |
+//! | 2 | `block/relay` | gradients of many parameters from one operation |
+//! | 3 | `block/op` | an operation on the CPU as candle wants it: numbers in, numbers and gradients out |
+//! | 4 | `block/activation` | activation functions, plain and gated |
+//! | 4 | `block/dropout` | dropout, alone and with the sum of a residual and its branch |
 //! | 4 | `block/norm` | RMS norm and layer norm |
+//! | 4 | `block/embedding` | rows of a trained table |
+//! | 5 | `block/loss` | cross-entropy of logits, and of a linear layer without all logits at once |
 //! | 4 | `layer/config` | the config of a layer, and its checks |
 //! | 5 | `sdpa/score_memory` | the memory of the reference, asked for before |
 //! | 4 | `sdpa/checks` | the inputs of one call, checked once |
@@ -78,6 +102,7 @@ mod memory;
 pub mod rotary;
 mod sdpa;
 pub mod simplified;
+pub mod train;
 mod unique_map;
 
 pub use attention_files::FileError;

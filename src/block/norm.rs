@@ -2,10 +2,13 @@
 //!
 //! candle's `LayerNorm::forward` and `RmsNorm::forward` have no gradient on contiguous input. Its differentiable forms,
 //! `layer_norm_slow` and `RmsNorm::forward_diff`, sum the gradients of the parameters in the dtype of the input, and in a
-//! half type such a sum stops growing after some hundred tokens.
+//! half type such a sum stops growing after some hundred tokens. On the CPU the kernels compute the norms; this file has
+//! candle's operations for other devices.
 
+use attention_kernels::norm::{Norm, NormKind};
 use candle_core::{D, DType, Tensor};
 
+use crate::block::op::{self, Dtype, Function, Gradient};
 use crate::check::{check_device, check_dtype, check_number, compute_dtype, widened};
 use crate::empty::connected;
 use crate::error::{AttentionError, Result};
@@ -40,12 +43,7 @@ use crate::sdpa::overflow::{finite_or_zero, largest_on_cpu};
 ///
 /// Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (NeurIPS 2019), section 3.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    check(x, weight, None, eps)?;
-    if x.elem_count() == 0 {
-        return Ok(connected(x.clone(), weight)?);
-    }
-    let wide = divided_by_rms(&widened(x)?, eps, false)?;
-    Ok(wide.broadcast_mul(&weight.to_dtype(wide.dtype())?)?.to_dtype(x.dtype())?)
+    NormRule { kind: NormKind::Rms, eps, unit_offset: false }.apply(x, weight, None)
 }
 
 /// Layer norm: (x - mean(x)) / sqrt(var(x) + eps) · weight + bias, over the last axis.
@@ -75,17 +73,108 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 ///
 /// Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), section 3.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-    check(x, weight, bias, eps)?;
-    if x.elem_count() == 0 {
-        let y = connected(x.clone(), weight)?;
-        return Ok(bias.map_or(Ok(y.clone()), |bias| connected(y, bias))?);
+    NormRule { kind: NormKind::Layer, eps, unit_offset: false }.apply(x, weight, bias)
+}
+
+/// A norm without its parameters.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NormRule {
+    pub(crate) kind: NormKind,
+    pub(crate) eps: f64,
+    /// Whether a row is multiplied by 1 + weight. The sum is taken in the dtype to compute in.
+    pub(crate) unit_offset: bool,
+}
+
+impl NormRule {
+    /// The normalised rows of x, with the errors of [`rms_norm`].
+    pub(crate) fn apply(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        check(x, weight, bias, self.eps)?;
+        if x.elem_count() == 0 {
+            let y = connected(x.clone(), weight)?;
+            return Ok(bias.map_or(Ok(y.clone()), |bias| connected(y, bias))?);
+        }
+        if x.device().is_cpu() {
+            return Ok(self.on_cpu(x, weight, bias)?);
+        }
+        let wide = divided_by_rms(&widened(x)?, self.eps, self.kind == NormKind::Layer)?;
+        let weight = weight.to_dtype(wide.dtype())?;
+        let mut y = wide.broadcast_mul(&if self.unit_offset { (weight + 1.0)? } else { weight })?;
+        if let Some(bias) = bias {
+            y = y.broadcast_add(&bias.to_dtype(wide.dtype())?)?;
+        }
+        Ok(y.to_dtype(x.dtype())?)
     }
-    let wide = divided_by_rms(&widened(x)?, eps, true)?;
-    let mut y = wide.broadcast_mul(&weight.to_dtype(wide.dtype())?)?;
-    if let Some(bias) = bias {
-        y = y.broadcast_add(&bias.to_dtype(wide.dtype())?)?;
+
+    /// A norm by the kernels. Parameters of another dtype than x are used as they are, in the dtype to compute in.
+    fn on_cpu(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+        let apply = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>| match bias {
+            Some(bias) => op::apply(CpuNorm(self), [x, weight, bias]),
+            None => op::apply(CpuNorm(self), [x, weight]),
+        };
+        let dtype = x.dtype();
+        if weight.dtype() == dtype && bias.is_none_or(|bias| bias.dtype() == dtype) {
+            return apply(x, weight, bias);
+        }
+        let compute = compute_dtype(dtype);
+        // Widened, normalised, and rounded.
+        memory::ask_for("normalised rows", 3, x, compute)?;
+        let bias = bias.map(|bias| bias.to_dtype(compute)).transpose()?;
+        apply(&x.to_dtype(compute)?, &weight.to_dtype(compute)?, bias.as_ref())?.to_dtype(dtype)
     }
-    Ok(y.to_dtype(x.dtype())?)
+}
+
+/// A norm of x by a weight, or by a weight and a bias.
+struct CpuNorm(NormRule);
+
+impl CpuNorm {
+    fn norm<'a, E: Dtype>(&self, weight: &'a [E], bias: Option<&'a [E]>) -> Norm<'a, E> {
+        let NormRule { kind, eps, unit_offset } = self.0;
+        Norm { kind, weight, bias, eps, unit_offset }
+    }
+}
+
+/// The gradient of a parameter, rounded once.
+fn rounded<E: Dtype>(gradient: Vec<E::Float>) -> Result<Gradient<E>, AttentionError> {
+    Ok(Gradient::Numbers(E::from_floats("gradient of a norm's parameter", gradient)?))
+}
+
+impl Function<2> for CpuNorm {
+    const NAME: &'static str = "norm";
+
+    fn forward<E: Dtype>(&self, [x, weight]: [&[E]; 2], _: [&[usize]; 2]) -> candle_core::Result<Vec<E>> {
+        Ok(self.norm(weight, None).forward(x).map_err(AttentionError::from)?)
+    }
+
+    fn backward<E: Dtype>(
+        &self,
+        [x, weight]: [&[E]; 2],
+        _: [&[usize]; 2],
+        grad: &[E],
+        _: [bool; 2],
+    ) -> candle_core::Result<[Option<Gradient<E>>; 2]> {
+        let gradients = self.norm(weight, None).backward(x, grad, None).map_err(AttentionError::from)?;
+        Ok([Some(Gradient::Numbers(gradients.x)), Some(rounded(gradients.weight)?)])
+    }
+}
+
+impl Function<3> for CpuNorm {
+    const NAME: &'static str = "norm-with-bias";
+
+    fn forward<E: Dtype>(&self, [x, weight, bias]: [&[E]; 3], _: [&[usize]; 3]) -> candle_core::Result<Vec<E>> {
+        Ok(self.norm(weight, Some(bias)).forward(x).map_err(AttentionError::from)?)
+    }
+
+    fn backward<E: Dtype>(
+        &self,
+        [x, weight, bias]: [&[E]; 3],
+        _: [&[usize]; 3],
+        grad: &[E],
+        _: [bool; 3],
+    ) -> candle_core::Result<[Option<Gradient<E>>; 3]> {
+        let gradients = self.norm(weight, Some(bias)).backward(x, grad, None).map_err(AttentionError::from)?;
+        let bias = gradients.bias.map(rounded).transpose()?;
+        Ok([Some(Gradient::Numbers(gradients.x)), Some(rounded(gradients.weight)?), bias])
+    }
 }
 
 /// x / sqrt(mean(x²) + eps), where the mean of each row has been subtracted from it before if `is_centred`.
@@ -138,8 +227,7 @@ fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result
     }
     check_eps("eps", Some(eps), x.dtype())?;
     memory::check_countable("x", x)?;
-    // Widened, centred, its square, divided, times the weight, with the bias, and rounded.
-    memory::ask_for("normalised rows", 7, x, compute_dtype(x.dtype()))
+    Ok(())
 }
 
 /// Checks the epsilon of a norm. A row of zeros is divided by its square root.

@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 
 use crate::checkpoint::Layout;
 
-/// A layer in another program's checkpoint: the [`Layout`], the files, and the layer's name in the model.
+/// A layer in another program's checkpoint, or a whole block: the [`Layout`], the files, and the layer's name in the model.
 ///
 /// # Examples
 ///

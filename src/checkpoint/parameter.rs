@@ -92,7 +92,8 @@ fn wider(dtype: DType) -> Option<DType> {
     (dtype == DType::F16 || dtype == DType::BF16).then_some(DType::F32)
 }
 
-fn is_finite(tensor: &Tensor) -> CandleResult<bool> {
+/// Whether no number is NaN or infinite.
+pub(crate) fn is_finite(tensor: &Tensor) -> CandleResult<bool> {
     memory::ask_for(PARAMETERS, 1, tensor, tensor.dtype())?;
     // Zero times a finite number is zero. Zero times infinity or NaN is NaN.
     Ok((tensor.detach() * 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)

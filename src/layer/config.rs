@@ -1,5 +1,7 @@
 //! [`SelfAttentionConfig`]: the config of a layer, and its checks.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use crate::check::check_number;
@@ -123,10 +125,13 @@ pub(crate) enum Init {
     Ones,
 }
 
+/// The name of a parameter in a layer, or of a tensor in a checkpoint. Those of a layer's part are made from the part's.
+pub(crate) type Name = Cow<'static, str>;
+
 /// A parameter of a layer.
 #[derive(Clone, Debug)]
 pub(crate) struct Parameter {
-    pub(crate) name: &'static str,
+    pub(crate) name: Name,
     pub(crate) shape: Vec<usize>,
     pub(crate) init: Init,
 }
@@ -306,9 +311,9 @@ impl SelfAttentionConfig {
         let v_dim = self.num_kv_heads() * self.value_dim();
         let merged = self.num_heads * self.value_dim();
         let mut parameters = Vec::new();
-        let mut add = |wanted: bool, name, shape: &[usize], init| {
+        let mut add = |wanted: bool, name: &'static str, shape: &[usize], init| {
             if wanted {
-                parameters.push(Parameter { name, shape: shape.to_vec(), init });
+                parameters.push(Parameter { name: name.into(), shape: shape.to_vec(), init });
             }
         };
         add(true, "q_proj.weight", &[q_dim, self.embed_dim], Init::XavierUniform);

@@ -4,16 +4,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use attention_kernels::mask::ScoreShape;
-use attention_kernels::philox;
-use candle_core::{Result as CandleResult, Tensor, Var};
+use attention_kernels::{Dropout, philox};
+use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::{Linear, VarBuilder};
 
+use crate::block::branch::Branch;
 use crate::block::norm::rms_norm;
-use crate::check::check_device;
+use crate::check::{check_device, compute_dtype};
 use crate::checkpoint::{Header, LayerKind, Parameters};
 use crate::error::{AttentionError, Result};
 use crate::layer::bias_kv::BiasKv;
 use crate::layer::config::SelfAttentionConfig;
+use crate::layer::fused::{FusedLayer, HeadSizes};
 use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::projection::project;
@@ -21,7 +23,7 @@ use crate::memory;
 use crate::rotary::{Positions, RotaryEmbedding};
 use crate::sdpa::broadcast::{InputAxes, align_bias, align_mask, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
-use crate::sdpa::{AttentionOptions, AttentionOutput, attention};
+use crate::sdpa::{AttentionOptions, AttentionOutput, Backend, attention};
 
 /// The parameters of a layer, and the computation with them.
 #[derive(Clone, Debug)]
@@ -82,18 +84,14 @@ impl Core {
 
     /// A copy of the layer in which every parameter is a new variable.
     pub(super) fn trainable(&self) -> Result<Self> {
-        memory::ask(
-            "trainable parameters",
-            self.q_proj.weight().device(),
-            memory::sum(self.parameters().iter().map(|(_, x)| memory::bytes(x.dims(), x.dtype()))),
-        )?;
-        let variable =
-            |(name, tensor): (&'static str, &Tensor)| Ok((name, Var::from_tensor(&tensor.detach())?.into_inner()));
-        let parameters = self.parameters().into_iter().map(variable).collect::<CandleResult<_>>()?;
-        let trainable = Self::from_parameters(self.kind, &self.config, parameters, "")?;
+        let parameters = init::new_variables(self.parameters())?;
+        Ok(self.with_parameters_of(Self::from_parameters(self.kind, &self.config, parameters, "")?))
+    }
+
+    /// A copy of the layer with the parameters of another one of the same config.
+    pub(super) fn with_parameters_of(&self, other: Self) -> Self {
         let calls = Arc::new(AtomicU64::new(self.dropout_calls.load(Ordering::Relaxed)));
-        let rotary = self.rotary.clone();
-        Ok(Self { rotary, dropout_seed: self.dropout_seed, dropout_calls: calls, ..trainable })
+        Self { rotary: self.rotary.clone(), dropout_seed: self.dropout_seed, dropout_calls: calls, ..other }
     }
 
     /// This layer with another rotary embedding. The config describes it, unless it was made from tables.
@@ -107,46 +105,121 @@ impl Core {
         Ok(Self { rotary: Some(rotary), config, ..self })
     }
 
-    /// The description of the layer in a file. A layer whose rotary embedding has no config is refused, since the file
-    /// would give a layer without it.
-    pub(super) fn header(&self) -> Result<Header, AttentionError> {
+    /// The description of the layer in a file.
+    pub(super) fn header(&self) -> Result<Header<&SelfAttentionConfig>, AttentionError> {
+        self.check_described()?;
+        Ok(Header { layer: self.kind, config: &self.config })
+    }
+
+    /// Refuses a layer whose rotary embedding has no config, since a file would give a layer without it.
+    pub(super) fn check_described(&self) -> Result<(), AttentionError> {
         if self.rotary.is_some() && self.config.rotary.is_none() {
             let expected = "one with a RotaryConfig, since a file holds no tables (save_layout saves the parameters)";
             return Err(AttentionError::Config { field: "rotary", expected: expected.into(), got: "tables".into() });
         }
-        Ok(Header { layer: self.kind, config: self.config.clone() })
+        Ok(())
     }
 
-    /// Every parameter with its name, always in the same order.
+    /// Every parameter with its name, always in the same order, which is that of the config's.
     pub(super) fn parameters(&self) -> Vec<(&'static str, &Tensor)> {
-        let tensor_of = |name: &str| match name {
-            "q_proj.weight" => Some(self.q_proj.weight()),
-            "k_proj.weight" => Some(self.k_proj.weight()),
-            "v_proj.weight" => Some(self.v_proj.weight()),
-            "o_proj.weight" => self.o_proj.as_ref().map(Linear::weight),
-            "q_proj.bias" => self.q_proj.bias(),
-            "k_proj.bias" => self.k_proj.bias(),
-            "v_proj.bias" => self.v_proj.bias(),
-            "o_proj.bias" => self.o_proj.as_ref().and_then(Linear::bias),
-            "q_norm.weight" => self.qk_norm.as_ref().map(|(q_norm, _)| q_norm),
-            "k_norm.weight" => self.qk_norm.as_ref().map(|(_, k_norm)| k_norm),
-            "sinks" => self.sinks.as_ref(),
-            "bias_k" => self.bias_kv.learned.as_ref().map(|(bias_k, _)| bias_k),
-            "bias_v" => self.bias_kv.learned.as_ref().map(|(_, bias_v)| bias_v),
-            _ => None,
-        };
-        let names = self.config.parameters();
-        names.iter().filter_map(|parameter| Some((parameter.name, tensor_of(parameter.name)?))).collect()
+        let o_proj = self.o_proj.as_ref();
+        let (q_norm, k_norm) = self.qk_norm.as_ref().map(|(q, k)| (q, k)).unzip();
+        let (bias_k, bias_v) = self.bias_kv.learned.as_ref().map(|(k, v)| (k, v)).unzip();
+        let all = [
+            ("q_proj.weight", Some(self.q_proj.weight())),
+            ("k_proj.weight", Some(self.k_proj.weight())),
+            ("v_proj.weight", Some(self.v_proj.weight())),
+            ("o_proj.weight", o_proj.map(Linear::weight)),
+            ("q_proj.bias", self.q_proj.bias()),
+            ("k_proj.bias", self.k_proj.bias()),
+            ("v_proj.bias", self.v_proj.bias()),
+            ("o_proj.bias", o_proj.and_then(Linear::bias)),
+            ("q_norm.weight", q_norm),
+            ("k_norm.weight", k_norm),
+            ("sinks", self.sinks.as_ref()),
+            ("bias_k", bias_k),
+            ("bias_v", bias_v),
+        ];
+        all.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect()
     }
 
-    /// Self-attention over `x` (batch, len, embed_dim) or (len, embed_dim).
-    pub(super) fn attend_to_itself(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
+    /// Self-attention over `x` (batch, len, embed_dim) or (len, embed_dim), with what stands around it in a block.
+    pub(super) fn attend_to_itself(
+        &self,
+        x: &Tensor,
+        options: &ForwardOptions,
+        branch: Branch,
+    ) -> Result<ForwardOutput> {
         self.check_input("input", x, self.config.embed_dim)?;
         if x.rank() == 3 {
-            return self.attend(x, [x, x], options);
+            return self.attend_in_branch(x, options, branch);
         }
-        let x = x.unsqueeze(0)?;
-        self.attend(&x, [&x, &x], options)?.map(|tensor| tensor.squeeze(0))
+        self.attend_in_branch(&x.unsqueeze(0)?, options, branch)?.map(|tensor| tensor.squeeze(0))
+    }
+
+    fn attend_in_branch(&self, x: &Tensor, options: &ForwardOptions, branch: Branch) -> Result<ForwardOutput> {
+        let positions = options.positions(x, &[options.position_offset])?;
+        let (batch, len, _) = x.dims3()?;
+        let shape = ScoreShape { batch, num_heads: self.config.num_heads, q_len: len, kv_len: len };
+        let attention = self.attention_options(options, &shape)?;
+        if let Some(output) = self.attend_at_once(x, &attention, &positions, &shape, branch)? {
+            return Ok(ForwardOutput { output, weights: None, scores: None, logsumexp: None });
+        }
+        let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
+        let query = self.queries(&normed, &positions)?;
+        let (key, value) = self.keys_and_values([&normed, &normed], &positions)?;
+        let attended = self.attend_heads(&query, key, value, attention)?;
+        Ok(ForwardOutput { output: branch.finish(x, attended.output)?, ..attended })
+    }
+
+    /// The output by one operation, if it serves this layer and this call.
+    fn attend_at_once(
+        &self,
+        x: &Tensor,
+        options: &AttentionOptions,
+        positions: &Positions,
+        shape: &ScoreShape,
+        branch: Branch,
+    ) -> Result<Option<Tensor>> {
+        let config = &self.config;
+        let is_served = x.device().is_cpu()
+            && x.elem_count() > 0
+            && options.backend != Backend::Reference
+            && !(options.return_weights || options.return_logsumexp || options.return_scores.is_some())
+            && options.attn_bias.is_none()
+            && options.alibi_slopes.is_none()
+            && options.sinks.is_none()
+            && config.qk_norm_eps.is_none()
+            && config.extra_keys() == 0;
+        if !is_served {
+            return Ok(None);
+        }
+        let angles = match &self.rotary {
+            None => None,
+            Some(rotary) => match rotary.kernel_angles(shape.q_len, compute_dtype(x.dtype()), positions)? {
+                Some(angles) => Some(angles),
+                None => return Ok(None),
+            },
+        };
+        options.attn_mask.rule().check(shape).map_err(AttentionError::from)?;
+        let heads = HeadSizes {
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads(),
+            head_dim: config.head_dim(),
+            value_dim: config.value_dim(),
+        };
+        let layer = FusedLayer {
+            heads,
+            qkv: [&self.q_proj, &self.k_proj, &self.v_proj].map(Linear::clone),
+            out: self.o_proj.clone(),
+            branch: branch.to_owned(),
+            scale: options.scale.unwrap_or(1.0 / (heads.head_dim as f64).sqrt()),
+            softcap: options.softcap(),
+            mask: options.attn_mask.clone(),
+            dropout: (options.dropout_p > 0.0).then_some(Dropout { p: options.dropout_p, seed: options.dropout_seed }),
+            angles,
+        };
+        Ok(layer.forward(x)?)
     }
 
     /// Cross-attention: queries from `x` (batch, q_len, embed_dim), keys from `key` (batch, kv_len, kv_dim), values

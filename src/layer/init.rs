@@ -8,17 +8,27 @@ use crate::block::norm::check_eps;
 use crate::check::{check_dtype, compute_dtype};
 use crate::checkpoint::{LayerKind, Parameters, check_all, check_built, prefixed};
 use crate::error::{AttentionError, Result};
-use crate::layer::config::{Init, Parameter, SelfAttentionConfig};
+use crate::layer::config::{Init, Name, Parameter, SelfAttentionConfig};
 use crate::memory;
 use crate::sdpa::checks::check_scale_and_softcap;
 
 /// Every parameter from the `VarBuilder`. Parameters that it has only just created are initialised from the config's
 /// seed.
 pub(crate) fn create(config: &SelfAttentionConfig, vb: &VarBuilder) -> Result<Parameters> {
-    let parameters = config.parameters();
+    create_parameters(config.parameters(), |_| config.seed, vb)
+}
+
+/// Every parameter of this list from the `VarBuilder`. New ones are initialised from their names and the seed that belongs to the
+/// name.
+pub(crate) fn create_parameters(
+    parameters: Vec<Parameter>,
+    seed_of: impl Fn(&str) -> u64,
+    vb: &VarBuilder,
+) -> Result<Parameters> {
     ask_for_memory(&parameters, vb)?;
-    let (old, new): (Vec<_>, Vec<_>) = parameters.into_iter().partition(|x| vb.contains_tensor(x.name));
-    let create = |parameter: &Parameter| Ok((parameter.name, create_one(parameter, config.seed, vb)?));
+    let (old, new): (Vec<_>, Vec<_>) = parameters.into_iter().partition(|x| vb.contains_tensor(&x.name));
+    let create =
+        |parameter: &Parameter| Ok((parameter.name.clone(), create_one(parameter, seed_of(&parameter.name), vb)?));
     // What is there is checked before anything is created, since a `VarMap` keeps the parameters of a refused layer.
     let mut parameters = old.iter().map(create).collect::<CandleResult<Parameters>>()?;
     let prefix = vb.prefix();
@@ -34,7 +44,7 @@ pub(crate) fn create(config: &SelfAttentionConfig, vb: &VarBuilder) -> Result<Pa
 fn ask_for_memory(parameters: &[Parameter], vb: &VarBuilder) -> Result<(), AttentionError> {
     let sizes = parameters.iter().map(|parameter| memory::bytes(&parameter.shape, vb.dtype()));
     // Initial numbers are drawn in f64, and then cast.
-    let new = parameters.iter().filter(|parameter| !vb.contains_tensor(parameter.name));
+    let new = parameters.iter().filter(|parameter| !vb.contains_tensor(&parameter.name));
     let drawn = new.map(|parameter| memory::bytes(&parameter.shape, DType::F64).saturating_mul(2));
     memory::ask("parameters", vb.device(), memory::sum(sizes.chain(drawn.max())))
 }
@@ -64,6 +74,16 @@ fn create_one(parameter: &Parameter, seed: u64, vb: &VarBuilder) -> CandleResult
     Ok(tensor)
 }
 
+/// Copies of these parameters as new variables.
+pub(crate) fn new_variables<N: Into<Name>>(parameters: Vec<(N, &Tensor)>) -> Result<Parameters> {
+    if let Some((_, first)) = parameters.first() {
+        let bytes = memory::sum(parameters.iter().map(|(_, x)| memory::bytes(x.dims(), x.dtype())));
+        memory::ask("trainable parameters", first.device(), bytes)?;
+    }
+    let variable = |(name, x): (N, &Tensor)| Ok((name.into(), Var::from_tensor(&x.detach())?.into_inner()));
+    Ok(parameters.into_iter().map(variable).collect::<CandleResult<_>>()?)
+}
+
 /// The name of a parameter in the model.
 pub(crate) fn full_name(prefix: &str, name: &str) -> String {
     format!("{prefix}.{name}")
@@ -86,7 +106,7 @@ fn check_numbers(config: &SelfAttentionConfig, dtype: DType) -> Result<(), Atten
 }
 
 /// Refuses a config that only the other kind of layer can have.
-fn check_kind(kind: LayerKind, config: &SelfAttentionConfig) -> Result<(), AttentionError> {
+pub(crate) fn check_kind(kind: LayerKind, config: &SelfAttentionConfig) -> Result<(), AttentionError> {
     let refused = |field, expected, got| Err(AttentionError::Config { field, expected, got });
     let same_tokens = || format!("embed_dim {}, since keys and values come from the same tokens", config.embed_dim);
     match kind {

@@ -5,10 +5,11 @@ mod cached;
 pub(crate) mod config;
 mod core;
 mod cross_attention;
+mod fused;
 pub(crate) mod init;
 mod kv_cache;
 mod options;
-mod projection;
+pub(crate) mod projection;
 mod self_attention;
 mod shared;
 

@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Linear, ModuleT, VarBuilder};
 
-use crate::checkpoint::{self, LayerKind, Layout, LayoutFile};
-use crate::error::Result;
+use crate::block::branch::Branch;
+use crate::checkpoint::{self, LayerKind, Layout, LayoutFile, Parameters};
+use crate::error::{AttentionError, Result};
 use crate::layer::config::SelfAttentionConfig;
 use crate::layer::core::Core;
 use crate::layer::init;
@@ -120,6 +121,26 @@ impl SelfAttention {
         Ok(Self(Core::new(Self::KIND, config, &vb)?))
     }
 
+    /// A layer with these parameters, which are exactly those of its config. `prefix` is its name in the model.
+    pub(crate) fn from_parameters(config: &SelfAttentionConfig, parameters: Parameters, prefix: &str) -> Result<Self> {
+        Ok(Self(Core::from_parameters(Self::KIND, config, parameters, prefix)?))
+    }
+
+    /// A copy of the layer with the parameters of another one of the same config.
+    pub(crate) fn with_parameters_of(&self, other: Self) -> Self {
+        Self(self.0.with_parameters_of(other.0))
+    }
+
+    /// Checks an input before anything is computed of it.
+    pub(crate) fn check_input(&self, x: &Tensor) -> Result<(), AttentionError> {
+        self.0.check_input("input", x, self.0.config.embed_dim)
+    }
+
+    /// Refuses a layer that no file can describe: one with a rotary embedding from tables.
+    pub(crate) fn check_described(&self) -> Result<(), AttentionError> {
+        self.0.check_described()
+    }
+
     /// This layer with another rotary embedding, such as one from the
     /// [tables](RotaryEmbedding::from_tables) of another program.
     ///
@@ -188,7 +209,17 @@ impl SelfAttention {
     ///
     /// See [`SelfAttention`].
     pub fn forward_with(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
-        self.0.attend_to_itself(x, options)
+        self.forward_in_branch(x, options, Branch::default())
+    }
+
+    /// As [`forward_with`](Self::forward_with), with what stands around the attention in a block.
+    pub(crate) fn forward_in_branch(
+        &self,
+        x: &Tensor,
+        options: &ForwardOptions,
+        branch: Branch,
+    ) -> Result<ForwardOutput> {
+        self.0.attend_to_itself(x, options, branch)
     }
 
     /// An empty cache for decoding a batch of this size.

@@ -48,7 +48,7 @@ macro_rules! shared_methods {
             /// [`checkpoint::var_builder`] know every dtype.
             pub fn from_layout(layout: Layout, config: &SelfAttentionConfig, vb: VarBuilder) -> Result<Self> {
                 init::check(Self::KIND, config, vb.dtype())?;
-                let parameters = checkpoint::from_var_builder(layout, config, &vb)?;
+                let parameters = checkpoint::from_var_builder(checkpoint::Plan::of_attention(layout, config)?, &vb)?;
                 Ok(Self(Core::from_parameters(Self::KIND, config, parameters, &vb.prefix())?))
             }
 
@@ -62,7 +62,7 @@ macro_rules! shared_methods {
             /// names all wrong tensors.
             pub fn load_layout(config: &SelfAttentionConfig, file: &LayoutFile) -> Result<Self> {
                 init::check(Self::KIND, config, file.dtype.unwrap_or(DType::F32))?;
-                let parameters = checkpoint::from_file(file, config)?;
+                let parameters = checkpoint::from_file(file, checkpoint::Plan::of_attention(file.layout, config)?)?;
                 Ok(Self(Core::from_parameters(Self::KIND, config, parameters, &file.prefix)?))
             }
 
@@ -143,7 +143,7 @@ macro_rules! shared_methods {
             /// Parameters that can't be copied from their device, or that are NaN or infinite; a rotary embedding from
             /// tables, which a file doesn't hold.
             pub fn to_bytes(&self) -> Result<Vec<u8>> {
-                checkpoint::to_bytes(&self.0.header()?, &self.0.parameters())
+                checkpoint::to_bytes(&self.0.header()?, self.0.parameters())
             }
 
             /// The parameters as another program names and arranges them, without a prefix, in the layer's dtype. They
@@ -153,7 +153,7 @@ macro_rules! shared_methods {
             ///
             /// A layer with parameters that the layout has no name for.
             pub fn to_layout(&self, layout: Layout) -> Result<Vec<(String, Tensor)>> {
-                checkpoint::to_tensors(layout, &self.0.config, &self.0.parameters())
+                checkpoint::to_tensors(&checkpoint::Plan::of_attention(layout, &self.0.config)?, &self.0.parameters())
             }
 
             /// Saves the tensors of [`to_layout`](Self::to_layout) as a safetensors file. Each name is preceded by

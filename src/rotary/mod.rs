@@ -1,18 +1,21 @@
 //! Rotary position embedding, with its gradient.
 
 mod json;
+mod op;
 mod positions;
 mod scaling;
 mod tables;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{D, DType, Device, DeviceLocation, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::check::{check_dtype, check_held, check_number, compute_dtype};
 use crate::error::{AttentionError, Result};
 use crate::memory;
+pub(crate) use op::KernelAngles;
+use op::Rotate;
 pub(crate) use positions::Positions;
 pub use scaling::{RotaryScaling, Yarn};
 use scaling::{frequency, has_angles};
@@ -27,6 +30,15 @@ pub enum Pairing {
     HalfSplit,
     /// Entry `2i` with entry `2i + 1`: the paper, GPT-J.
     Interleaved,
+}
+
+impl Pairing {
+    fn of_kernels(self) -> attention_kernels::rotary::Pairing {
+        match self {
+            Self::HalfSplit => attention_kernels::rotary::Pairing::HalfSplit,
+            Self::Interleaved => attention_kernels::rotary::Pairing::Interleaved,
+        }
+    }
 }
 
 /// How positions are turned into angles.
@@ -232,11 +244,14 @@ impl RotaryEmbedding {
             return Ok(x.clone());
         }
         let dtype = x.dtype();
+        if x.device().is_cpu() {
+            return self.rotate_on_cpu(x, positions);
+        }
         // Half types are rotated in f32. Each of the products and their sums is half as large as x.
         let wide = compute_dtype(dtype);
         memory::ask_for("rotated heads", 6, x, wide)?;
         let x = x.to_dtype(wide)?;
-        let Angles { cos, sin, .. } = self.angles(&x, positions)?;
+        let Angles { cos, sin, .. } = self.angles(x.dim(2)?, wide, x.device(), positions)?;
         let rotated = x.narrow(D::Minus1, 0, self.dim)?;
         let rotated = match self.pairing {
             Pairing::HalfSplit => {
@@ -258,6 +273,19 @@ impl RotaryEmbedding {
         Ok(x.to_dtype(dtype)?)
     }
 
+    /// One operation. Where the tokens of x lie one after the other, as a projection gives them, so do those of the result.
+    fn rotate_on_cpu(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
+        memory::ask_for("rotated heads", 2, x, x.dtype())?;
+        let Angles { cos, sin, .. } = self.angles(x.dim(2)?, compute_dtype(x.dtype()), x.device(), positions)?;
+        let angles = KernelAngles { pairing: self.pairing.of_kernels(), dim: self.dim, len: x.dim(2)?, cos, sin };
+        let op = |tokens_first| Rotate { angles, tokens_first, inverse: false };
+        let by_tokens = x.transpose(1, 2)?;
+        if by_tokens.is_contiguous() {
+            return Ok(by_tokens.apply_op1(op(true))?.transpose(1, 2)?);
+        }
+        Ok(memory::contiguous("heads to rotate", x)?.apply_op1(op(false))?)
+    }
+
     fn check(&self, x: &Tensor) -> Result<(), AttentionError> {
         let shape = x.dims().to_vec();
         let tensor = "rotary input";
@@ -277,15 +305,29 @@ impl RotaryEmbedding {
         }
     }
 
-    fn angles(&self, x: &Tensor, positions: &Positions) -> Result<Angles> {
-        let len = x.dim(2)?;
+    /// The angles of `len` tokens at these positions for the kernels, whose numbers are computed in `dtype`. `None` for an
+    /// embedding from tables.
+    pub(crate) fn kernel_angles(
+        &self,
+        len: usize,
+        dtype: DType,
+        positions: &Positions,
+    ) -> Result<Option<KernelAngles>> {
+        if self.config().is_none() {
+            return Ok(None);
+        }
+        let Angles { cos, sin, .. } = self.angles(len, dtype, &Device::Cpu, positions)?;
+        Ok(Some(KernelAngles { pairing: self.pairing.of_kernels(), dim: self.dim, len, cos, sin }))
+    }
+
+    fn angles(&self, len: usize, dtype: DType, device: &Device, positions: &Positions) -> Result<Angles> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(angles) = last.as_ref().filter(|angles| angles.fit(x, positions, len)) {
+        if let Some(angles) = last.as_ref().filter(|angles| angles.fit(len, dtype, device, positions)) {
             return Ok(angles.clone());
         }
         let [cos, sin] = match &self.source {
-            Source::Config(config) => config.cos_sin(self.dim, positions, x)?,
-            Source::Tables(tables) => tables.rows(positions, len, x.dtype())?,
+            Source::Config(config) => config.cos_sin(self.dim, positions, len, dtype, device)?,
+            Source::Tables(tables) => tables.rows(positions, len, dtype)?,
         };
         let angles = Angles { positions: positions.clone(), cos, sin };
         *last = Some(angles.clone());
@@ -294,13 +336,12 @@ impl RotaryEmbedding {
 }
 
 impl Angles {
-    /// Whether these are the angles of `len` tokens at these positions, in the dtype and on the device of `x`.
-    fn fit(&self, x: &Tensor, positions: &Positions, len: usize) -> bool {
-        let location = |tensor: &Tensor| -> DeviceLocation { tensor.device().location() };
+    /// Whether these are the angles of `len` tokens at these positions, in this dtype and on this device.
+    fn fit(&self, len: usize, dtype: DType, device: &Device, positions: &Positions) -> bool {
         self.positions == *positions
             && self.cos.dims()[2] == len
-            && self.cos.dtype() == x.dtype()
-            && location(&self.cos) == location(x)
+            && self.cos.dtype() == dtype
+            && self.cos.device().location() == device.location()
     }
 }
 
@@ -334,10 +375,17 @@ impl RotaryConfig {
         frequencies
     }
 
-    /// Cosines and sines at the positions of x (batch, num_heads, len, head_dim), as in [`Angles`].
-    fn cos_sin(&self, dim: usize, positions: &Positions, x: &Tensor) -> Result<[Tensor; 2]> {
+    /// Cosines and sines of `len` tokens at these positions, as in [`Angles`].
+    fn cos_sin(
+        &self,
+        dim: usize,
+        positions: &Positions,
+        len: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<[Tensor; 2]> {
         // The angles are computed in f64 for every dtype: at position 100,000 an f32 angle is off by 0.004.
-        let (len, frequencies) = (x.dim(2)?, self.frequencies(dim));
+        let frequencies = self.frequencies(dim);
         let dims = [positions.lists(), 1, len, dim / 2];
         // The angles, and the numbers and the table of one function.
         let bytes = memory::bytes(&dims, DType::F64).saturating_mul(3);
@@ -351,7 +399,7 @@ impl RotaryConfig {
         let table = |f: fn(f64) -> f64| -> candle_core::Result<Tensor> {
             let values = radians.iter().map(|&x| attention_factor * f(x)).collect::<Vec<_>>();
             let table = Tensor::from_vec(values, &dims, &Device::Cpu)?;
-            table.to_dtype(x.dtype())?.to_device(x.device())
+            table.to_dtype(dtype)?.to_device(device)
         };
         Ok([table(f64::cos)?, table(f64::sin)?])
     }

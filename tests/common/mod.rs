@@ -173,6 +173,12 @@ impl Golden {
         self.tensors.get(&format!("{case}.{}.{name}", dtype.as_str()))
     }
 
+    /// The tensor of this whole name.
+    #[track_caller]
+    pub fn raw(&self, name: &str) -> &Tensor {
+        self.tensors.get(name).unwrap_or_else(|| panic!("no tensor {name}"))
+    }
+
     /// The names of a case's tensors that begin with `start`, in order.
     pub fn names(&self, case: &str, dtype: DType, start: &str) -> Vec<&str> {
         let prefix = format!("{case}.{}.", dtype.as_str());

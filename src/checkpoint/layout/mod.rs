@@ -1,4 +1,5 @@
-//! [`Layout`]: how other programs name and arrange the parameters of attention.
+//! [`Layout`]: how other programs name and arrange the parameters of attention, and the [`Plan`]s by which the tensors of any layer
+//! are converted.
 //!
 //! Each layout has a file with its [`Table`]: the names of the tensors, and which of this crate's parameters each of
 //! them holds. `plan` combines a table with a config, `transfer` converts the tensors.
@@ -23,10 +24,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::AttentionError;
 use crate::layer::config::SelfAttentionConfig;
-use plan::Table;
+pub(crate) use plan::{Entry, Plan, Table, Wanted};
 pub(crate) use transfer::{from_file, from_var_builder, prefixed, to_file, to_tensors};
 
 /// How a checkpoint names and arranges the parameters of attention.
+///
+/// `Own`, `Bert`, `Gpt2`, `Llama` and `QkvProj` have whole blocks, too: see
+/// [`TransformerBlock::from_layout`](crate::block::TransformerBlock::from_layout).
 ///
 /// As text, in JSON and on command lines, a layout is its name in small letters: `torch`, `out_proj`, `modern_bert`.
 ///

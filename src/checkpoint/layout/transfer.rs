@@ -6,32 +6,31 @@ use candle_core::{DType, Tensor, Var};
 use candle_nn::VarBuilder;
 
 use crate::check::{SUPPORTED, is_supported};
-use crate::checkpoint::layout::Layout;
 use crate::checkpoint::layout::plan::{Form, Piece, Plan};
 use crate::checkpoint::parameter::{PARAMETERS, Refused, cast, check_built};
 use crate::checkpoint::weights::Weights;
 use crate::checkpoint::{LayoutFile, Parameters, serialise};
 use crate::error::{AttentionError, Result};
-use crate::layer::config::{Parameter, SelfAttentionConfig};
+use crate::layer::config::Parameter;
 use crate::memory;
 
 /// The parameters that a `VarBuilder` holds in this layout, in its dtype. They are new variables if the `VarBuilder`
 /// holds variables, otherwise constants.
-pub(crate) fn from_var_builder(layout: Layout, config: &SelfAttentionConfig, vb: &VarBuilder) -> Result<Parameters> {
-    let plan = Plan::new(layout, config)?;
+pub(crate) fn from_var_builder(plan: Plan, vb: &VarBuilder) -> Result<Parameters> {
+    let plan = plan.named_as_in(|name| vb.contains_tensor(name));
     let prefix = vb.prefix();
     let fetch = |piece: &Piece| {
-        if !vb.contains_tensor(piece.name) {
+        if !vb.contains_tensor(&piece.name) {
             return Ok(None);
         }
         // The tensor, in another dtype or not, and the parameters that it is split into.
         let bytes = memory::bytes(&piece.shape(), vb.dtype()).saturating_mul(4);
         memory::ask(PARAMETERS, vb.device(), bytes)?;
         // A `VarMap` needs a shape, so a failed read without one is repeated with the expected shape.
-        let unchecked = vb.get_unchecked_dtype(piece.name, vb.dtype());
-        let tensor = unchecked.or_else(|_| vb.get(piece.shape(), piece.name))?;
+        let unchecked = vb.get_unchecked_dtype(&piece.name, vb.dtype());
+        let tensor = unchecked.or_else(|_| vb.get(piece.shape(), &piece.name))?;
         if tensor.dims() == piece.shape() {
-            check_built(vb, piece.name, &tensor)?;
+            check_built(vb, &piece.name, &tensor)?;
         }
         Ok(Some(tensor))
     };
@@ -41,13 +40,13 @@ pub(crate) fn from_var_builder(layout: Layout, config: &SelfAttentionConfig, vb:
 }
 
 /// As [`from_var_builder`], from a checkpoint on disk, as variables. No other tensors may be under the file's prefix.
-pub(crate) fn from_file(file: &LayoutFile, config: &SelfAttentionConfig) -> Result<Parameters> {
-    let LayoutFile { layout, path, prefix, dtype, device } = file;
-    let plan = Plan::new(*layout, config)?;
+pub(crate) fn from_file(file: &LayoutFile, plan: Plan) -> Result<Parameters> {
+    let LayoutFile { path, prefix, dtype, device, .. } = file;
     let weights = Weights::open(path)?;
+    let plan = plan.named_as_in(|name| weights.info(&prefixed(prefix, name)).is_some());
     let mut common = None;
     let fetch = |piece: &Piece| -> Result<Option<Tensor>, Refused> {
-        let name = prefixed(prefix, piece.name);
+        let name = prefixed(prefix, &piece.name);
         let Some(info) = weights.info(&name) else { return Ok(None) };
         if info.shape != piece.shape() {
             return Err(format!("expected shape {:?}, got {:?}", piece.shape(), info.shape).into());
@@ -63,8 +62,9 @@ pub(crate) fn from_file(file: &LayoutFile, config: &SelfAttentionConfig) -> Resu
     };
     let prefix_and_dot = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
     let known = |name: &str| {
-        name.strip_prefix(&prefix_and_dot)
-            .is_none_or(|name| plan.ignored.contains(&name) || plan.pieces.iter().any(|piece| piece.name == name))
+        name.strip_prefix(&prefix_and_dot).is_none_or(|name| {
+            plan.ignored.iter().any(|x| x == name) || plan.pieces.iter().any(|piece| piece.name == name)
+        })
     };
     let unexpected = weights.names().filter(|name| !known(name)).map(str::to_string).collect();
     let parameters = collect(&plan, prefix, unexpected, fetch).map_err(|error| error.at(path))?;
@@ -81,7 +81,7 @@ fn collect(
     let mut parameters = Vec::new();
     let mut problems = Vec::new();
     for piece in &plan.pieces {
-        let (name, shape) = (prefixed(prefix, piece.name), piece.shape());
+        let (name, shape) = (prefixed(prefix, &piece.name), piece.shape());
         match fetch(piece) {
             Ok(Some(tensor)) if tensor.dims() == shape => parameters.extend(split(piece, &tensor)?),
             Ok(Some(tensor)) => problems.push(format!("`{name}`: expected shape {shape:?}, got {:?}", tensor.dims())),
@@ -115,30 +115,26 @@ fn split(piece: &Piece, tensor: &Tensor) -> Result<Parameters> {
         let rows = groups.iter().map(|group| group.narrow(0, start, count));
         let rows = Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
         start += count;
-        Ok((part.name, if trains { Var::from_tensor(&rows)?.into_inner() } else { rows.contiguous()? }))
+        Ok((part.name.clone(), if trains { Var::from_tensor(&rows)?.into_inner() } else { rows.contiguous()? }))
     };
     piece.parts.iter().map(part).collect()
 }
 
-/// The tensors of a checkpoint of this layout that holds these parameters.
-pub(crate) fn to_tensors(
-    layout: Layout,
-    config: &SelfAttentionConfig,
-    parameters: &[(&'static str, &Tensor)],
-) -> Result<Vec<(String, Tensor)>> {
+/// The tensors of a checkpoint with this plan that holds these parameters.
+pub(crate) fn to_tensors<N: AsRef<str>>(plan: &Plan, parameters: &[(N, &Tensor)]) -> Result<Vec<(String, Tensor)>> {
     let all = parameters.iter().map(|(_, x)| memory::bytes(x.dims(), x.dtype()).saturating_mul(3));
     if let Some((_, first)) = parameters.first() {
         // The rows of all tensors, and a contiguous copy.
         memory::ask(PARAMETERS, first.device(), memory::sum(all))?;
     }
     let tensor_of = |name: &str| {
-        let found = parameters.iter().find(|(other, _)| *other == name);
+        let found = parameters.iter().find(|(other, _)| other.as_ref() == name);
         found
             .map(|(_, tensor)| tensor.detach())
             .ok_or_else(|| candle_core::Error::msg(format!("no parameter {name}")).into())
     };
     let join = |piece: &Piece| {
-        let parts = piece.parts.iter().map(|part| tensor_of(part.name)).collect::<Result<Vec<_>>>()?;
+        let parts = piece.parts.iter().map(|part| tensor_of(&part.name)).collect::<Result<Vec<_>>>()?;
         let groups = parts.iter().map(|part| part.chunk(piece.groups, 0)).collect::<candle_core::Result<Vec<_>>>()?;
         let rows = (0..piece.groups).flat_map(|group| groups.iter().map(move |chunks| &chunks[group]));
         let rows = Tensor::cat(&rows.collect::<Vec<_>>(), 0)?;
@@ -148,7 +144,7 @@ pub(crate) fn to_tensors(
         };
         Ok((piece.name.to_string(), tensor.force_contiguous()?))
     };
-    Plan::new(layout, config)?.pieces.iter().map(join).collect()
+    plan.pieces.iter().map(join).collect()
 }
 
 /// The bytes of a safetensors file with these tensors under `prefix`.

@@ -4,7 +4,7 @@
 mod bad_config;
 mod bad_files;
 mod bad_tensors;
-mod files;
+pub mod files;
 mod mutations;
 mod round_trip;
 mod saving;

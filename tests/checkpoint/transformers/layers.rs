@@ -10,7 +10,7 @@ use super::decoders::{ModelFile, RelativeBias, layer_config};
 /// The tolerance in f32. The attention factors of gpt-oss's YaRN and Phi-3's LongRoPE make scores, and with them their
 /// rounding errors, up to 2.7 times as large.
 fn tolerance(kind: &str) -> f64 {
-    if ["gpt_oss", "phi3_longrope"].contains(&kind) { 2e-5 } else { 1e-5 }
+    if ["gpt_oss", "llama", "phi3_longrope"].contains(&kind) { 2e-5 } else { 1e-5 }
 }
 
 enum Layer {

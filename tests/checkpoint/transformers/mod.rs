@@ -4,6 +4,6 @@
 //!
 //! tests/golden/make_transformers.py says where the numbers come from.
 
-mod decoders;
+pub mod decoders;
 mod greedy;
 mod layers;

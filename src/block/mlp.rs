@@ -1,0 +1,227 @@
+//! [`Mlp`]: the feed-forward part of a block.
+
+use candle_core::{DType, Result as CandleResult, Tensor};
+use candle_nn::{Linear, VarBuilder};
+use serde::{Deserialize, Serialize};
+
+use crate::block::activation::{Activation, gated};
+use crate::block::branch::Branch;
+use crate::block::mlp_op::FusedMlp;
+use crate::check::{check_device, check_dtype};
+use crate::checkpoint::Parameters;
+use crate::error::{AttentionError, Result};
+use crate::layer::config::{Init, Parameter};
+use crate::layer::init::create_parameters;
+use crate::layer::projection::project;
+use crate::memory;
+
+/// The config of an [`Mlp`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MlpConfig {
+    /// The size of a token.
+    pub embed_dim: usize,
+    /// The size between the products; 4 · embed_dim in the paper.
+    pub hidden_dim: usize,
+    /// f, between the products.
+    pub activation: Activation,
+    /// Whether f is taken of a product of its own, the gate, which multiplies the other: SwiGLU with SiLU, GEGLU with GELU.
+    #[serde(default)]
+    pub gated: bool,
+    /// Whether the products have biases.
+    #[serde(default)]
+    pub bias: bool,
+    /// The seed of the initial parameters. It is combined with their names.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+impl MlpConfig {
+    /// GELU between two products with biases, as in BERT and GPT-2.
+    pub fn new(embed_dim: usize, hidden_dim: usize) -> Self {
+        Self { embed_dim, hidden_dim, activation: Activation::Gelu, gated: false, bias: true, seed: 0 }
+    }
+
+    /// SwiGLU without biases, as in Llama. (Shazeer, "GLU Variants Improve Transformer", 2020.)
+    pub fn swiglu(embed_dim: usize, hidden_dim: usize) -> Self {
+        Self { activation: Activation::Silu, gated: true, bias: false, ..Self::new(embed_dim, hidden_dim) }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), AttentionError> {
+        for (field, size) in [("mlp.embed_dim", self.embed_dim), ("mlp.hidden_dim", self.hidden_dim)] {
+            if size == 0 {
+                return Err(AttentionError::Config { field, expected: "at least 1".into(), got: "0".into() });
+            }
+        }
+        match memory::bytes(&[self.embed_dim, self.hidden_dim, 2], DType::F64) {
+            usize::MAX => Err(AttentionError::Config {
+                field: "mlp.embed_dim and mlp.hidden_dim",
+                expected: "parameters that memory can address".into(),
+                got: format!("{} and {}", self.embed_dim, self.hidden_dim),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn parameters(&self) -> Vec<Parameter> {
+        let Self { embed_dim, hidden_dim, .. } = *self;
+        let gate = if self.gated { Some(("gate.weight", "gate.bias", hidden_dim, embed_dim)) } else { None };
+        let others =
+            [("up.weight", "up.bias", hidden_dim, embed_dim), ("down.weight", "down.bias", embed_dim, hidden_dim)];
+        let mut parameters = Vec::new();
+        for (weight, bias, outputs, inputs) in gate.into_iter().chain(others) {
+            parameters.push(Parameter { name: weight.into(), shape: vec![outputs, inputs], init: Init::XavierUniform });
+            if self.bias {
+                parameters.push(Parameter { name: bias.into(), shape: vec![outputs], init: Init::Zeros });
+            }
+        }
+        parameters
+    }
+}
+
+/// down(f(up(x))), or down(f(gate(x)) · up(x)): the feed-forward part of a transformer block, as one operation with a gradient for x and
+/// every parameter.
+///
+/// # Shapes
+///
+/// x (..., embed_dim); the result has the shape and dtype of x. Weights are (out, in).
+///
+/// # Errors
+///
+/// Input of another size, dtype or device than the parameters; too little memory.
+///
+/// # Examples
+///
+/// ```
+/// use candle_attention::block::{Mlp, MlpConfig};
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{Module, VarBuilder, VarMap};
+///
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let mlp = Mlp::new(&MlpConfig::swiglu(8, 32), vb.pp("mlp"))?;
+/// let x = Tensor::randn(0f32, 1.0, (2, 3, 8), &Device::Cpu)?;
+/// let y = mlp.forward(&x)?;
+/// assert_eq!(y.dims(), [2, 3, 8]);
+///
+/// let hidden = (mlp.gate().unwrap().forward(&x)?.silu()? * mlp.up().forward(&x)?)?;
+/// let difference = (y - mlp.down().forward(&hidden)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+/// assert!(difference < 1e-5);
+/// # Ok::<(), candle_attention::Error>(())
+/// ```
+///
+/// Source: Vaswani et al., "Attention Is All You Need" (NIPS 2017), section 3.3; Shazeer, "GLU Variants Improve Transformer" (2020),
+/// section 2.
+#[derive(Clone, Debug)]
+pub struct Mlp {
+    config: MlpConfig,
+    gate: Option<Linear>,
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    /// An MLP whose parameters are read from `vb` or created in it: `gate`, `up` and `down` (`.weight`, `.bias`), as far as the config has
+    /// them. New weights are initialised from the config's seed and their names.
+    ///
+    /// # Errors
+    ///
+    /// A size of 0; a dtype other than f16, bf16, f32 and f64; tensors that `vb` lacks or holds in another shape; too little memory.
+    pub fn new(config: &MlpConfig, vb: VarBuilder) -> Result<Self> {
+        config.check()?;
+        check_dtype("parameters", vb.dtype())?;
+        Self::from_parameters(config, create_parameters(config.parameters(), |_| config.seed, &vb)?)
+    }
+
+    /// An MLP with these parameters, which are exactly those of its config.
+    pub(crate) fn from_parameters(config: &MlpConfig, parameters: Parameters) -> Result<Self> {
+        let find = |name: &str| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
+        let linear = |weight, bias| find(weight).map(|weight| Linear::new(weight, find(bias)));
+        let required = |weight, bias| {
+            linear(weight, bias).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {weight}")))
+        };
+        let (up, down) = (required("up.weight", "up.bias")?, required("down.weight", "down.bias")?);
+        Ok(Self { config: config.clone(), gate: linear("gate.weight", "gate.bias"), up, down })
+    }
+
+    /// The output.
+    ///
+    /// # Errors
+    ///
+    /// See [`Mlp`].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_in_branch(x, Branch::default())
+    }
+
+    /// The output with what stands around the MLP in a block.
+    pub(crate) fn forward_in_branch(&self, x: &Tensor, branch: Branch) -> Result<Tensor> {
+        self.check_input(x)?;
+        if x.device().is_cpu() && x.elem_count() > 0 {
+            let Self { config, gate, up, down } = self.clone();
+            let branch = branch.to_owned();
+            return Ok(FusedMlp { activation: config.activation.kernel(), gate, up, down, branch }.forward(x)?);
+        }
+        let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
+        let hidden =
+            |linear| project(linear, &normed, &[&x.dims()[..x.rank() - 1], &[self.config.hidden_dim]].concat());
+        let hidden = match &self.gate {
+            Some(gate) => gated(self.config.activation, &hidden(gate)?, &hidden(&self.up)?)?,
+            None => self.config.activation.forward(&hidden(&self.up)?)?,
+        };
+        branch.finish(x, project(&self.down, &hidden, x.dims())?)
+    }
+
+    fn check_input(&self, x: &Tensor) -> Result<(), AttentionError> {
+        let weight = self.up.weight();
+        if x.dims().last() != Some(&self.config.embed_dim) {
+            let expected = format!("(..., embed_dim) with embed_dim {}", self.config.embed_dim);
+            return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() });
+        }
+        if x.dtype() != weight.dtype() {
+            let expected = format!("{:?}, that of the MLP's parameters", weight.dtype());
+            return Err(AttentionError::DType { tensor: "input", expected, got: x.dtype() });
+        }
+        memory::check_countable("input", x)?;
+        check_device("input", x, weight)
+    }
+
+    /// The config.
+    pub fn config(&self) -> &MlpConfig {
+        &self.config
+    }
+
+    /// embed_dim -> hidden_dim, whose activation multiplies [`up`](Self::up).
+    pub fn gate(&self) -> Option<&Linear> {
+        self.gate.as_ref()
+    }
+
+    /// embed_dim -> hidden_dim.
+    pub fn up(&self) -> &Linear {
+        &self.up
+    }
+
+    /// hidden_dim -> embed_dim.
+    pub fn down(&self) -> &Linear {
+        &self.down
+    }
+
+    /// Every parameter with its name, always in the same order.
+    pub fn parameters(&self) -> Vec<(&'static str, &Tensor)> {
+        let linears = [("gate.weight", "gate.bias", self.gate.as_ref())];
+        let linears = linears
+            .into_iter()
+            .chain([("up.weight", "up.bias", Some(&self.up)), ("down.weight", "down.bias", Some(&self.down))]);
+        let mut parameters = Vec::new();
+        for (weight, bias, linear) in linears {
+            let Some(linear) = linear else { continue };
+            parameters.push((weight, linear.weight()));
+            parameters.extend(linear.bias().map(|tensor| (bias, tensor)));
+        }
+        parameters
+    }
+}
+
+impl candle_nn::Module for Mlp {
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+        Ok(Mlp::forward(self, x)?)
+    }
+}

@@ -1,0 +1,175 @@
+//! Gradients of many parameters from one operation.
+//!
+//! An operation of candle has at most three arguments, and a whole layer has more. Its parameters enter as one argument, a
+//! *relay*: a tensor of one number that a chain of operations makes of all parameters. In the backward pass the layer's
+//! operation computes the gradients of all parameters and leaves them here, and each operation of the chain, which candle visits
+//! later, hands its own to its parameters.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+
+/// Gradients on their way from an operation to its parameters, by the thread of the backward pass: several threads may go through
+/// one graph at the same time.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Gradients(Arc<Mutex<HashMap<ThreadId, Vec<Option<Tensor>>>>>);
+
+impl Gradients {
+    /// Leaves the gradients of a call's parameters, in their order: `None` for one that wants none.
+    pub(crate) fn leave(&self, gradients: Vec<Option<Tensor>>) {
+        self.lock().insert(thread::current().id(), gradients);
+    }
+
+    fn take(&self, parameter: usize) -> Result<Tensor> {
+        let gradient = self.lock().get_mut(&thread::current().id()).and_then(|all| all.get_mut(parameter)?.take());
+        match gradient {
+            Some(gradient) => Ok(gradient),
+            None => bail!("relay: expected a gradient of parameter {parameter}, got none"),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<ThreadId, Vec<Option<Tensor>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A relay of these parameters, and the place where their gradients are left. A parameter that wants no gradient is no part of the
+/// chain.
+pub(crate) fn relay(parameters: &[Tensor]) -> Result<(Tensor, Gradients)> {
+    let gradients = Gradients::default();
+    let mut relay = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
+    let wanted: Vec<_> = parameters.iter().enumerate().filter(|(_, parameter)| parameter.track_op()).collect();
+    for pair in wanted.chunks(2) {
+        let link = |numbers| Link { numbers, gradients: gradients.clone() };
+        relay = match *pair {
+            [(i, a), (j, b)] => a.apply_op3(b, &relay, link([i, j]))?,
+            [(i, a)] => a.apply_op2(&relay, link([i, i]))?,
+            _ => relay,
+        };
+    }
+    Ok((relay, gradients))
+}
+
+/// One or two parameters, and the relay of those before them.
+struct Link {
+    /// The numbers of its parameters.
+    numbers: [usize; 2],
+    gradients: Gradients,
+}
+
+const NAME: &str = "relay";
+
+fn one_number() -> Result<(CpuStorage, Shape)> {
+    Ok((CpuStorage::F32(vec![0.0]), Shape::from(1)))
+}
+
+/// The gradient of the relay before, on which nothing depends.
+fn of_relay(before: &Tensor) -> Result<Option<Tensor>> {
+    before.track_op().then(|| before.zeros_like()).transpose()
+}
+
+impl CustomOp2 for Link {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        one_number()
+    }
+
+    fn bwd(&self, _: &Tensor, before: &Tensor, _: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(self.gradients.take(self.numbers[0])?), of_relay(before)?))
+    }
+}
+
+impl CustomOp3 for Link {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        one_number()
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        before: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [first, second] = self.numbers;
+        Ok((Some(self.gradients.take(first)?), Some(self.gradients.take(second)?), of_relay(before)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{CustomOp1, Var};
+
+    use super::*;
+
+    /// The sum of many parameters, each times its number.
+    struct WeightedSum {
+        parameters: Vec<Tensor>,
+        gradients: Gradients,
+    }
+
+    impl CustomOp1 for WeightedSum {
+        fn name(&self) -> &'static str {
+            "weighted-sum"
+        }
+
+        fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+            let all = self.parameters.iter().zip(1..);
+            let sum = all.map(|(x, n)| Ok(x.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()? * f64::from(n)));
+            Ok((CpuStorage::F64(vec![sum.sum::<Result<f64>>()?]), Shape::from(1)))
+        }
+
+        fn bwd(&self, relay: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+            let grad = grad.detach().to_vec1::<f64>()?[0];
+            let of = |(n, x): (usize, &Tensor)| x.track_op().then(|| x.ones_like()?.affine((n + 1) as f64 * grad, 0.0));
+            self.gradients.leave(self.parameters.iter().enumerate().map(|x| of(x).transpose()).collect::<Result<_>>()?);
+            of_relay(relay)
+        }
+    }
+
+    #[test]
+    fn each_parameter_gets_its_own_gradient_in_every_backward_pass() -> Result<()> {
+        for count in 1..=5 {
+            let vars: Vec<_> =
+                (0..count).map(|n| Var::zeros((n + 1, 2), DType::F32, &Device::Cpu)).collect::<Result<_>>()?;
+            let mut parameters: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+            parameters.insert(count / 2, Tensor::ones(3, DType::F64, &Device::Cpu)?);
+            let (relay, gradients) = relay(&parameters)?;
+            let sum = relay.apply_op1(WeightedSum { parameters: parameters.clone(), gradients })?;
+            // Twice, since a graph may be gone through again; the second time with another gradient.
+            for factor in [1.0, 3.0] {
+                let grads = sum.affine(factor, 0.0)?.backward()?;
+                for (n, parameter) in parameters.iter().enumerate().filter(|(_, x)| x.track_op()) {
+                    let grad = grads.get(parameter).expect("a gradient").flatten_all()?.to_vec1::<f32>()?;
+                    assert_eq!(grad, vec![(n + 1) as f32 * factor as f32; parameter.elem_count()]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn relay_of_constants_is_a_constant() -> Result<()> {
+        let (relay, _) = relay(&[Tensor::ones(3, DType::F64, &Device::Cpu)?])?;
+        assert!(!relay.track_op());
+        Ok(())
+    }
+}
