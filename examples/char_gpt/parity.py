@@ -82,8 +82,8 @@ class Gpt:
         for layer in range(self.config["layers"]):
             block = f"blocks.{layer}"
             x = x + self.attention(f"{block}.attention", self.norm(f"{block}.attention_norm", x))
-            hidden = F.relu(self.linear(f"{block}.up", self.norm(f"{block}.mlp_norm", x))).square()
-            x = x + self.linear(f"{block}.down", hidden)
+            hidden = F.relu(self.linear(f"{block}.mlp.up", self.norm(f"{block}.mlp_norm", x))).square()
+            x = x + self.linear(f"{block}.mlp.down", hidden)
         return self.linear("head", self.norm("norm", x))
 
 

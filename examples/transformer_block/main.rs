@@ -31,7 +31,7 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use data::{Batch, Data, Task};
-use model::{ATTENTION, Transformer};
+use model::{BLOCKS, Transformer};
 
 /// Train a transformer block to reverse or copy digits, save it, load it, and check that nothing changed.
 #[derive(Parser)]
@@ -77,7 +77,7 @@ fn run(flags: &Flags) -> Result<()> {
 
     let varmap = VarMap::new();
     let model = Transformer::new(flags.seed, VarBuilder::from_varmap(&varmap, DType::F32, &device))?;
-    initialise(&varmap, flags.seed, ATTENTION)?;
+    initialise(&varmap, flags.seed, BLOCKS)?;
     let mut data = Data::new(flags.task, flags.seed);
     let held_out = data.held_out(&device)?;
     check_gradients(&model, &varmap, &held_out)?;

@@ -1,4 +1,4 @@
-//! A small GPT with candle-attention's `SelfAttention` in its blocks learns to write like Jane Austen, one character at a time.
+//! A small GPT of candle-attention's transformer blocks learns to write like Jane Austen, one character at a time.
 //!
 //! ```text
 //! cargo run --release --bin char_gpt
@@ -8,14 +8,12 @@
 //! ```
 //!
 //! A run is saved at regular intervals. A run that was killed at any moment and continued with `--resume` ends with the same
-//! weights, to the last bit, as an undisturbed run. `text.rs` is the data, `model.rs` the model, `adamw.rs` the optimiser,
+//! weights, to the last bit, as an undisturbed run. `text.rs` is the data, `model.rs` the model,
 //! `training.rs` the loop, `state.rs` the file, `sampling.rs` the writing. `parity.py` trains the same model with PyTorch and
 //! compares.
 
-mod adamw;
 mod arguments;
 mod model;
-mod ops;
 mod sampling;
 mod state;
 mod text;
@@ -26,6 +24,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use attention_examples::exit;
+use candle_attention::train::keep_freed_memory;
 use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
@@ -46,6 +45,8 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     // With --json, stdout is for the one line that a program reads.
     let mut screen: Box<dyn Write> = if arguments.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
+    // Each step allocates the same tensors again.
+    keep_freed_memory();
     let device = arguments.device.open()?;
     let corpus = Corpus::open(arguments.text.as_deref())?;
     let mut state = start(arguments, &corpus, &device)?;

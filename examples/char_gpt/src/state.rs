@@ -1,30 +1,34 @@
 //! A run as a file, with everything that is needed to continue it as if it had never stopped.
 //!
-//! The file is safetensors. Its tensors are the parameters under `model.` and AdamW's moments under `first_moment.` and
-//! `second_moment.`; the metadata entry `char_gpt` says in JSON what run they belong to. Batches and dropout are functions of
+//! The file is safetensors. Its tensors are the parameters under `model.` and AdamW's moments under `optimizer.`; the metadata entry `char_gpt` says in JSON what run they belong to. Batches and dropout are functions of
 //! seed and step, so no generator has a state to save.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
-use attention_examples::parameters::{initialise, named_vars};
+use anyhow::{Context, Result, bail, ensure};
+use attention_examples::parameters::initialise;
+use candle_attention::train::{AdamW, AdamWConfig, named_variables};
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
-use crate::adamw::AdamW;
-use crate::model::{ATTENTION, Gpt, ModelConfig};
+use crate::model::{Gpt, ModelConfig};
 use crate::text::{Corpus, TextId};
 
 /// The metadata entry that holds the [`Header`].
 const METADATA_KEY: &str = "char_gpt";
-/// Three tensors are saved for every parameter: itself, and AdamW's two moments.
-const PARTS: [&str; 3] = ["model", "first_moment", "second_moment"];
+/// What the names of the parameters begin with, and those of AdamW's moments.
+const MODEL: &str = "model.";
+const OPTIMIZER: &str = "optimizer.";
+/// The attention and the MLP of each block draw their own initial parameters.
+const BLOCKS: &str = "blocks";
+/// As in nanoGPT; the learning rate follows a schedule.
+const ADAMW: AdamWConfig = AdamWConfig { lr: 0.0, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
 
 /// What defines a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,17 +61,17 @@ impl State {
     pub fn new(run: RunConfig, device: &Device) -> Result<Self> {
         let varmap = VarMap::new();
         let model = Gpt::new(&run.model, VarBuilder::from_varmap(&varmap, DType::F32, device))?;
-        initialise(&varmap, run.model.seed, ATTENTION)?;
-        Ok(Self { model, optimizer: AdamW::new(named_vars(&varmap))?, run })
+        initialise(&varmap, run.model.seed, BLOCKS)?;
+        Ok(Self { model, optimizer: AdamW::new(&named_variables(&varmap), ADAMW)?, run })
     }
 
     /// The number of steps taken.
     pub fn step(&self) -> usize {
-        self.optimizer.steps
+        self.optimizer.steps()
     }
 
     pub fn parameter_count(&self) -> usize {
-        self.optimizer.parameters.iter().map(|parameter| parameter.var.elem_count()).sum()
+        self.optimizer.parameters().map(|(_, var)| var.elem_count()).sum()
     }
 
     /// Saves the run. The file is replaced as a whole or not at all, even if this process is killed.
@@ -79,13 +83,11 @@ impl State {
             vocabulary: corpus.vocabulary.characters(),
         };
         let metadata = HashMap::from([(METADATA_KEY.to_string(), serde_json::to_string(&header)?)]);
-        let mut tensors = Vec::new();
-        for parameter in &self.optimizer.parameters {
-            let parts = [parameter.var.as_tensor(), &parameter.first_moment, &parameter.second_moment];
-            for (part, tensor) in PARTS.iter().zip(parts) {
-                tensors.push((format!("{part}.{}", parameter.name), tensor.to_device(&Device::Cpu)?));
-            }
-        }
+        let parameters =
+            self.optimizer.parameters().map(|(name, var)| (format!("{MODEL}{name}"), var.as_tensor().clone()));
+        let moments = self.optimizer.state()?.into_iter().map(|(name, tensor)| (format!("{OPTIMIZER}{name}"), tensor));
+        let on_cpu = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?));
+        let tensors = parameters.chain(moments).map(on_cpu).collect::<candle_core::Result<BTreeMap<_, _>>>()?;
         let bytes = safetensors::serialize(tensors, Some(metadata))?;
         replace(file, &bytes).with_context(|| format!("{}: can't write the run", file.display()))
     }
@@ -128,24 +130,28 @@ impl Saved {
     pub fn into_state(self, run: RunConfig, device: &Device) -> Result<State> {
         let tensors = SafeTensors::deserialize(&self.bytes)?;
         let mut state = State::new(run, device)?;
-        let mut wanted = 0;
-        for parameter in &mut state.optimizer.parameters {
-            let load = |part: &str| -> Result<Tensor> {
-                let name = format!("{part}.{}", parameter.name);
-                let tensor = tensors.tensor(&name).with_context(|| format!("expected a tensor {name}"))?;
-                let (expected, got) = (parameter.var.dims(), tensor.shape());
-                ensure!(got == expected, "{name}: expected shape {expected:?}, got {got:?}");
-                let dtype = DType::try_from(tensor.dtype())?;
-                ensure!(dtype == DType::F32, "{name}: expected dtype F32, got {dtype:?}");
-                Ok(tensor.load(device)?)
+        let mut moments = HashMap::new();
+        let mut parameters = HashMap::new();
+        for (name, tensor) in tensors.iter() {
+            match (name.strip_prefix(MODEL), name.strip_prefix(OPTIMIZER)) {
+                (Some(name), _) => parameters.insert(name.to_string(), tensor.load(device)?),
+                (_, Some(name)) => moments.insert(name.to_string(), tensor.load(device)?),
+                _ => bail!("expected parameters and moments, got a tensor {name}"),
             };
-            let [weights, first_moment, second_moment] = PARTS.map(load);
-            parameter.var.set(&weights?)?;
-            (parameter.first_moment, parameter.second_moment) = (first_moment?, second_moment?);
-            wanted += PARTS.len();
         }
-        ensure!(tensors.len() == wanted, "expected {wanted} tensors, got {}", tensors.len());
-        state.optimizer.steps = self.header.step;
+        state.optimizer.set_state(&moments, self.header.step)?;
+        for (name, var) in state.optimizer.parameters() {
+            let saved = parameters.remove(name).with_context(|| format!("expected a tensor {MODEL}{name}"))?;
+            ensure!(
+                saved.dims() == var.dims(),
+                "{MODEL}{name}: expected shape {:?}, got {:?}",
+                var.dims(),
+                saved.dims()
+            );
+            ensure!(saved.dtype() == DType::F32, "{MODEL}{name}: expected dtype F32, got {:?}", saved.dtype());
+            var.set(&saved)?;
+        }
+        ensure!(parameters.is_empty(), "expected no other tensors than the model's, got {:?}", parameters.keys());
         Ok(state)
     }
 }

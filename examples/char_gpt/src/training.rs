@@ -1,19 +1,17 @@
 //! Training, with validation and a checkpoint at regular intervals.
 
-use std::f64::consts::PI;
 use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use candle_core::{Device, Tensor};
-use candle_nn::ParamsAdamW;
-use candle_nn::loss::cross_entropy;
+use candle_attention::train::Schedule;
+use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::model::Gpt;
 use crate::state::{RunConfig, State};
-use crate::text::{Batch, Corpus};
+use crate::text::Corpus;
 
 /// The learning rate rises for so many steps, but at most for a tenth of the run.
 const WARM_UP: usize = 100;
@@ -74,28 +72,18 @@ pub fn train(
 fn take_step(state: &mut State, corpus: &Corpus, device: &Device) -> Result<f32> {
     let (run, step) = (&state.run, state.step());
     let batch = corpus.batch(run.model.seed, step, (run.batch, run.model.len), device)?;
-    let loss = loss(&state.model.forward_step(&batch.inputs, step)?, &batch)?;
+    let loss = state.model.loss(&batch.inputs, &batch.targets, Some(step))?;
     let gradients = loss.backward()?;
     let value = loss.to_scalar::<f32>()?;
     ensure!(value.is_finite(), "the loss of step {step} is {value}: try a smaller --lr");
-    let settings = ParamsAdamW { lr: learning_rate(run, step), beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
-    state.optimizer.step(&gradients, &settings)?;
+    state.optimizer.set_learning_rate(schedule(run)?.learning_rate(step))?;
+    state.optimizer.step(&gradients)?;
     Ok(value)
 }
 
 /// Rises linearly, then falls along half a cosine.
-fn learning_rate(run: &RunConfig, step: usize) -> f64 {
-    let warm_up = WARM_UP.min(run.steps / 10);
-    if step < warm_up {
-        return run.lr * (step + 1) as f64 / warm_up as f64;
-    }
-    let done = (step - warm_up) as f64 / (run.steps - warm_up).max(1) as f64;
-    run.lr * (LAST_RATE + (1.0 - LAST_RATE) * 0.5 * (1.0 + (PI * done).cos()))
-}
-
-/// The mean of -ln p(next character).
-fn loss(logits: &Tensor, batch: &Batch) -> Result<Tensor> {
-    Ok(cross_entropy(&logits.flatten_to(1)?, &batch.targets.flatten_all()?)?)
+fn schedule(run: &RunConfig) -> Result<Schedule> {
+    Ok(Schedule::warm_up_cosine(run.lr, run.lr * LAST_RATE, WARM_UP.min(run.steps / 10), run.steps)?)
 }
 
 /// The loss on the held-out text, without dropout.
@@ -103,7 +91,7 @@ pub fn validate(model: &Gpt, run: &RunConfig, corpus: &Corpus, device: &Device) 
     let (mut sum, mut count) = (0.0, 0);
     for batch in corpus.held_out((run.batch, run.model.len), device)? {
         let characters = batch.inputs.elem_count();
-        let mean = loss(&model.forward(&batch.inputs)?, &batch)?.to_scalar::<f32>()?;
+        let mean = model.loss(&batch.inputs, &batch.targets, None)?.to_scalar::<f32>()?;
         sum += f64::from(mean) * characters as f64;
         count += characters;
     }

@@ -6,12 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use attention_examples::program;
-use candle_core::{Device, Tensor, Var};
-use candle_nn::{Optimizer, ParamsAdamW};
 use serde_json::Value;
-
-#[path = "../src/adamw.rs"]
-mod adamw;
 
 /// A model that learns in seconds, even if its program isn't optimised.
 const SMALL: &[&str] =
@@ -222,32 +217,4 @@ fn file_of_another_run_is_refused_and_kept() {
     }
     cut(b"not a run at all");
     cut(&std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../../weights/warm_attends_to_mat.safetensors")).unwrap());
-}
-
-#[test]
-fn adamw_takes_the_steps_of_candles() {
-    let start = Tensor::new(&[[0.5f32, -1.5, 2.0], [0.1, 0.0, -0.3]], &Device::Cpu).unwrap();
-    let (a, b) = (Var::from_tensor(&start).unwrap(), Var::from_tensor(&start).unwrap());
-    let settings = ParamsAdamW { lr: 0.05, beta1: 0.8, beta2: 0.95, eps: 1e-6, weight_decay: 0.2 };
-    let mut ours = adamw::AdamW::new(vec![("a".into(), a.clone())]).unwrap();
-    let mut candles = candle_nn::AdamW::new(vec![b.clone()], settings.clone()).unwrap();
-    // A loss whose gradient is neither constant nor linear.
-    let loss = |var: &Var| (var.as_tensor().sin()? * var.as_tensor().sqr()?)?.sum_all();
-    for step in 1..=30 {
-        ours.step(&loss(&a).unwrap().backward().unwrap(), &settings).unwrap();
-        candles.step(&loss(&b).unwrap().backward().unwrap()).unwrap();
-        let difference = (a.as_tensor() - b.as_tensor()).unwrap().abs().unwrap().max_all().unwrap();
-        assert!(difference.to_scalar::<f32>().unwrap() < 1e-5, "step {step}");
-    }
-}
-
-#[test]
-fn adamw_tells_of_a_missing_gradient() {
-    let (used, unused) =
-        (Var::ones(2, candle_core::DType::F32, &Device::Cpu), Var::from_slice(&[1f32], 1, &Device::Cpu));
-    let (used, unused) = (used.unwrap(), unused.unwrap());
-    let mut optimizer = adamw::AdamW::new(vec![("used".into(), used.clone()), ("unused".into(), unused)]).unwrap();
-    let gradients = used.as_tensor().sum_all().unwrap().backward().unwrap();
-    let error = optimizer.step(&gradients, &ParamsAdamW::default()).unwrap_err();
-    assert_eq!(error.to_string(), "no gradient reaches unused");
 }

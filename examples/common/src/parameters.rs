@@ -16,11 +16,11 @@ pub fn named_vars(varmap: &VarMap) -> Vec<(String, Var)> {
 /// Draws the initial embeddings and linear layers from a seed, uniform in ±1 / sqrt(inputs). candle's own generator on the
 /// CPU can't be seeded.
 ///
-/// Parameters with `attention` as a part of their name stay as they are: the attention layers drew them from
-/// `SelfAttentionConfig::seed`. So do vectors: norms start at one.
-pub fn initialise(varmap: &VarMap, seed: u64, attention: &str) -> Result<()> {
-    let in_attention = |name: &str| name.split('.').any(|part| part == attention);
-    for (name, var) in named_vars(varmap).into_iter().filter(|(name, var)| var.rank() == 2 && !in_attention(name)) {
+/// Parameters with `drawn` as a part of their name stay as they are: attention layers and blocks drew them from the seeds of their
+/// configs. So do vectors: norms start at one.
+pub fn initialise(varmap: &VarMap, seed: u64, drawn: &str) -> Result<()> {
+    let is_drawn = |name: &str| name.split('.').any(|part| part == drawn);
+    for (name, var) in named_vars(varmap).into_iter().filter(|(name, var)| var.rank() == 2 && !is_drawn(name)) {
         let mut random = Random::new(seed, &name, 0);
         let bound = 1.0 / (var.dim(D::Minus1)? as f64).sqrt();
         let numbers: Vec<_> = (0..var.elem_count()).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect();

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use candle_nn::Activation;
+use candle_attention::block::Activation;
 use serde::Deserialize;
 use serde_json::Value;
 

@@ -1,8 +1,9 @@
 //! The network: embeddings, then blocks of attention and feed-forward.
 
-use candle_attention::{ForwardOptions, ForwardOutput, Layout, Mask, SelfAttention, SelfAttentionConfig};
-use candle_core::{Result, Tensor};
-use candle_nn::{Activation, LayerNorm, Linear, Module, VarBuilder, layer_norm, linear};
+use candle_attention::block::{MlpConfig, Norm, NormConfig, NormPlacement, TransformerBlock, TransformerBlockConfig};
+use candle_attention::{ForwardOptions, Layout, Mask, Result, SelfAttentionConfig};
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
 
 use super::Config;
 
@@ -14,8 +15,8 @@ pub struct Encoder {
     positions: Tensor,
     /// (1, hidden_size): all tokens of a single sentence have the first type.
     token_type: Tensor,
-    norm: LayerNorm,
-    blocks: Vec<Block>,
+    norm: Norm,
+    blocks: Vec<TransformerBlock>,
 }
 
 impl Encoder {
@@ -23,13 +24,14 @@ impl Encoder {
     pub fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
         let width = config.hidden_size;
         let table = |rows, name: &str| vb.get((rows, width), &format!("embeddings.{name}_embeddings.weight"));
-        let blocks = (0..config.num_hidden_layers).map(|i| Block::new(config, vb.pp(format!("encoder.layer.{i}"))));
+        let block =
+            |i| TransformerBlock::from_layout(Layout::Bert, &block_config(config), vb.pp(format!("encoder.layer.{i}")));
         Ok(Self {
             words: table(config.vocab_size, "word")?,
             positions: table(config.max_position_embeddings, "position")?,
             token_type: table(config.type_vocab_size, "token_type")?.narrow(0, 0, 1)?,
-            norm: layer_norm(width, config.layer_norm_eps, vb.pp("embeddings.LayerNorm"))?,
-            blocks: blocks.collect::<Result<_>>()?,
+            norm: Norm::new(&NormConfig::layer(config.layer_norm_eps), width, vb.pp("embeddings.LayerNorm"))?,
+            blocks: (0..config.num_hidden_layers).map(block).collect::<Result<_>>()?,
         })
     }
 
@@ -38,7 +40,7 @@ impl Encoder {
         let options = ForwardOptions { attn_mask: Mask::key_lengths(lengths), ..Default::default() };
         let mut x = self.embed(ids)?;
         for block in &self.blocks {
-            x = block.forward(&x, &options)?.output;
+            x = block.forward_with(&x, &options)?.output;
         }
         Ok(x)
     }
@@ -50,7 +52,7 @@ impl Encoder {
         let mut x = self.embed(ids)?;
         let mut layers = Vec::new();
         for block in &self.blocks {
-            let out = block.forward(&x, &options)?;
+            let out = block.forward_with(&x, &options)?;
             x = out.output;
             layers.extend(out.weights);
         }
@@ -67,35 +69,15 @@ impl Encoder {
     }
 }
 
-/// x + attention(x), then x + feed-forward(x), with a norm after each. (Devlin et al., "BERT", NAACL 2019, section 3.)
-struct Block {
-    attention: SelfAttention,
-    attention_norm: LayerNorm,
-    up: Linear,
-    activation: Activation,
-    down: Linear,
-    norm: LayerNorm,
-}
-
-impl Block {
-    fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
-        let (width, wide, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
-        let attention = SelfAttentionConfig::new(width, config.num_attention_heads);
-        Ok(Self {
-            attention: SelfAttention::from_layout(Layout::Bert, &attention, vb.pp("attention"))?,
-            attention_norm: layer_norm(width, eps, vb.pp("attention.output.LayerNorm"))?,
-            up: linear(width, wide, vb.pp("intermediate.dense"))?,
-            activation: config.hidden_act,
-            down: linear(wide, width, vb.pp("output.dense"))?,
-            norm: layer_norm(width, eps, vb.pp("output.LayerNorm"))?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
-        let attended = self.attention.forward_with(x, options)?;
-        let x = self.attention_norm.forward(&(x + &attended.output)?)?;
-        let hidden = self.activation.forward(&self.up.forward(&x)?)?;
-        let x = self.norm.forward(&(&x + self.down.forward(&hidden)?)?)?;
-        Ok(ForwardOutput { output: x, ..attended })
+/// A block of BERT. (Devlin et al., "BERT", NAACL 2019, section 3.)
+fn block_config(config: &Config) -> TransformerBlockConfig {
+    let (width, wide) = (config.hidden_size, config.intermediate_size);
+    TransformerBlockConfig {
+        placement: NormPlacement::Post,
+        ..TransformerBlockConfig::new(
+            SelfAttentionConfig::new(width, config.num_attention_heads),
+            MlpConfig { activation: config.hidden_act, ..MlpConfig::new(width, wide) },
+            NormConfig::layer(config.layer_norm_eps),
+        )
     }
 }
