@@ -43,6 +43,7 @@
 //! | 9 | `layer/cached` | attention over keys and values that were computed earlier |
 //! | 8 | `block/linear` | x·Wᵀ + b with a gradient |
 //! | 8 | `block/mlp` | the MLP of a block |
+//! | 8 | `block/loss` | cross-entropy of logits, and of a linear layer without all logits at once |
 //! | 8 | `layer/core` | projections, heads, attention, output |
 //! | 8 | `layer/kv_cache` | keys and values of the tokens so far |
 //! | 7 | `layer/fused` | self-attention as one operation |
@@ -66,7 +67,6 @@
 //! | 4 | `block/dropout` | dropout, alone and with the sum of a residual and its branch |
 //! | 4 | `block/norm` | RMS norm and layer norm |
 //! | 4 | `block/embedding` | rows of a trained table |
-//! | 5 | `block/loss` | cross-entropy of logits, and of a linear layer without all logits at once |
 //! | 4 | `layer/config` | the config of a layer, and its checks |
 //! | 5 | `sdpa/score_memory` | the memory of the reference, asked for before |
 //! | 4 | `sdpa/checks` | the inputs of one call, checked once |

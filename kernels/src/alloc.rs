@@ -68,7 +68,7 @@ pub fn collected<T>(what: &'static str, items: impl ExactSizeIterator<Item = T>)
 ///
 /// A step of training allocates and frees large tensors again and again. glibc gives much of that memory back to the system each
 /// time, which then clears every page anew: up to a fifth of a step. After this call the process holds as much memory as it
-/// ever needed. It takes effect with glibc's allocator (Linux); another one, such as a `#[global_allocator]`, has a policy of its
+/// ever needed. Call it at the start of the program, before other threads allocate. It takes effect with glibc's allocator (Linux); another one, such as a `#[global_allocator]`, has a policy of its
 /// own.
 ///
 /// # Examples
@@ -87,8 +87,8 @@ pub fn keep_freed_memory() -> bool {
         unsafe extern "C" {
             fn mallopt(parameter: c_int, value: c_int) -> c_int;
         }
-        // SAFETY: mallopt checks its arguments and takes the allocator's lock. Minus one switches trimming off; no mappings means that
-        // large blocks come from the heap, too.
+        // SAFETY: mallopt checks its arguments and takes the allocator's lock; threads that allocate meanwhile read the old or the new
+        // number. Minus one switches trimming off; no mappings means that large blocks come from the heap, too.
         unsafe { mallopt(M_TRIM_THRESHOLD, -1) == 1 && mallopt(M_MMAP_MAX, 0) == 1 }
     }
     #[cfg(not(all(target_os = "linux", target_env = "gnu", not(miri))))]

@@ -48,6 +48,21 @@ pub struct AdamWParameter<'a, E: Number> {
     pub weight_decay: f64,
 }
 
+impl AdamWConstants {
+    /// Refuses what would divide by zero in the type that is computed in.
+    fn check<R: SimdFloat>(&self) -> Result<(), Error> {
+        for (what, beta) in [("beta1 of AdamW", self.beta1), ("beta2 of AdamW", self.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::Option { what, expected: "a number in [0, 1)", got: beta.to_string() });
+            }
+        }
+        if R::from_f64(self.eps) >= R::TINY {
+            return Ok(());
+        }
+        Err(Error::Option { what: "eps of AdamW", expected: "a normal number above 0", got: self.eps.to_string() })
+    }
+}
+
 impl<'a, E: Number> AdamWParameter<'a, E> {
     fn check(&self) -> Result<(), Error> {
         if self.step == 0 {
@@ -116,6 +131,7 @@ impl<'a, E: Number> AdamWParameter<'a, E> {
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
 pub fn adamw<E: Number>(constants: AdamWConstants, parameters: Vec<AdamWParameter<E>>) -> Result<(), Error> {
+    constants.check::<E::Float>()?;
     parameters.iter().try_for_each(AdamWParameter::check)?;
     let count = parameters.iter().map(|parameter| parameter.values.len()).sum::<usize>();
     let pieces = parameters.iter().map(|parameter| parameter.values.len().div_ceil(PIECE)).sum();

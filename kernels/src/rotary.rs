@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use crate::alloc::filled;
+use crate::alloc::{collected, filled, product};
 use crate::dtype::Number;
 use crate::error::Error;
 use crate::schedule::for_each_chunk;
@@ -84,8 +84,8 @@ impl<R: SimdFloat + Number<Float = R>> Rotation<'_, R> {
         // Allocated before the tasks, which can't fail.
         let tasks = rows.len().div_ceil(rows_per_task * heads.stride);
         let mut scratch = filled("head to rotate", tasks * heads.head_dim, R::ZERO)?;
-        let mut pieces: Vec<_> =
-            rows.chunks_mut(rows_per_task * heads.stride).zip(scratch.chunks_mut(heads.head_dim)).collect();
+        let pieces = rows.chunks_mut(rows_per_task * heads.stride).zip(scratch.chunks_mut(heads.head_dim));
+        let mut pieces = collected("pieces to rotate", pieces)?;
         for_each_chunk(&mut pieces, 1, |task, piece| {
             let (rows, head) = &mut piece[0];
             instruction_set().dispatch(Rotate {
@@ -118,10 +118,10 @@ impl<R: SimdFloat + Number<Float = R>> Rotation<'_, R> {
         if rows > 0 && (self.len == 0 || rows_per_sequence == 0 || !rows_per_sequence.is_multiple_of(self.len)) {
             return refuse("rows of a sequence", format!("a multiple of its {} tokens", self.len), rows_per_sequence);
         }
-        let list = self.len * (self.dim / 2);
+        let list = product("tables of a rotation", &[self.len, self.dim / 2])?;
         let lists = if rows == 0 { 0 } else { rows.div_ceil(rows_per_sequence) };
         for (what, table) in [("cosines", self.cos.len()), ("sines", self.sin.len())] {
-            if list > 0 && table != list && table != list * lists {
+            if list > 0 && table != list && table != list.saturating_mul(lists) {
                 return refuse(what, format!("{list} for one sequence, or for each of {lists}"), table);
             }
         }

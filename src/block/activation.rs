@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::block::op::{self, Dtype, Function, Gradient};
 use crate::check::{check_device, check_dtype, widened};
+use crate::empty::connected;
 use crate::error::{AttentionError, Result};
 use crate::memory;
 
@@ -205,7 +206,7 @@ pub fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tenso
         return Ok(op::apply(Gated(activation.kernel()), [gate, up])?);
     }
     if gate.elem_count() == 0 {
-        return Ok(gate.clone());
+        return Ok(connected(gate.clone(), up)?);
     }
     Ok((activation.elsewhere(&widened(gate)?)? * widened(up)?)?.to_dtype(gate.dtype())?)
 }

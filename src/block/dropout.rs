@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use crate::block::op::{self, Dtype, Function, Gradient};
 use crate::check::{check_device, check_dtype, check_number, widened};
+use crate::empty::connected;
 use crate::error::{AttentionError, Result};
 use crate::memory;
 
@@ -84,7 +85,7 @@ pub fn add_dropped(residual: &Tensor, branch: &Tensor, p: f64, seed: u64) -> Res
         return Ok(op::apply(Dropped((p > 0.0).then_some(Dropout { p, seed })), [residual, branch])?);
     }
     if residual.elem_count() == 0 {
-        return Ok(residual.clone());
+        return Ok(connected(residual.clone(), branch)?);
     }
     let branch = if p > 0.0 { elsewhere(&widened(branch)?, p, seed)? } else { widened(branch)? };
     Ok((widened(residual)? + branch)?.to_dtype(residual.dtype())?)

@@ -14,7 +14,9 @@ use candle_nn::Linear;
 use crate::block::branch::OwnBranch;
 use crate::block::epilogue::Add;
 use crate::block::op::{Dtype, with_dtype};
-use crate::block::operand::{Columns, ReadLinear, Reading, checked, linear_gradients, rows, tensor};
+use crate::block::operand::{
+    Columns, ReadLinear, Reading, checked, linear_gradients, rows, tensor, with_contiguous_bias,
+};
 use crate::block::relay::{Gradients, relay};
 use crate::memory;
 
@@ -29,8 +31,11 @@ pub(super) struct FusedMlp {
 
 impl FusedMlp {
     /// The output for x (..., dim).
-    pub(super) fn forward(self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(mut self, x: &Tensor) -> Result<Tensor> {
         let x = memory::contiguous("input of an MLP", x)?;
+        for linear in self.gate.iter_mut().chain([&mut self.up, &mut self.down]) {
+            *linear = with_contiguous_bias(linear)?;
+        }
         let parameters = self.parameters();
         let keeps = !self.branch.recompute && (x.track_op() || parameters.iter().any(Tensor::track_op));
         let (relay, gradients) = relay(&parameters)?;

@@ -11,6 +11,7 @@ use crate::block::operand::{Reading, checked, tensor};
 use crate::check::check_dtype;
 use crate::error::{AttentionError, Result};
 use crate::layer::config::Name;
+use crate::memory;
 
 /// Which norm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,8 +110,14 @@ impl Norm {
             let (expected, got) = (format!("bias: {}", config.bias), format!("bias: {}", bias.is_some()));
             return Err(AttentionError::Config { field: "norm", expected, got }.into());
         }
+        if let Some(bias) = bias.as_ref().filter(|bias| bias.dims() != weight.dims()) {
+            let (expected, shape) = (format!("{:?}, as the weight", weight.dims()), bias.dims().to_vec());
+            return Err(AttentionError::Shape { tensor: "bias", expected, shape }.into());
+        }
+        memory::check_countable("weight", &weight)?;
         // The kernels read rows of a contiguous tensor.
-        Ok(Self { config: *config, weight: weight.contiguous()?, bias: bias.map(|x| x.contiguous()).transpose()? })
+        let contiguous = |x: Tensor| memory::contiguous("parameter of a norm", &x);
+        Ok(Self { config: *config, weight: contiguous(weight)?, bias: bias.map(contiguous).transpose()? })
     }
 
     /// A norm with the parameters of these names, which are exactly those of its config.

@@ -9,6 +9,7 @@ use candle_nn::Linear;
 
 use crate::block::op::Dtype;
 use crate::error::AttentionError;
+use crate::memory;
 
 /// A tensor on the CPU, to read.
 pub(crate) struct Reading<'a> {
@@ -64,6 +65,12 @@ impl<'a> ReadLinear<'a> {
     pub(crate) fn bias<E: WithDType>(&self) -> Result<Option<&[E]>> {
         self.bias.as_ref().map(Reading::numbers).transpose()
     }
+}
+
+/// The same linear layer with a bias that the kernels can read. A copy passes its gradient on.
+pub(crate) fn with_contiguous_bias(linear: &Linear) -> Result<Linear> {
+    let bias = linear.bias().map(|bias| memory::contiguous("bias", bias)).transpose()?;
+    Ok(Linear::new(linear.weight().clone(), bias))
 }
 
 /// A result of the kernels with candle's error.

@@ -160,6 +160,7 @@ impl TransformerBlock {
     ///
     /// See [`TransformerBlock`].
     pub fn forward_with(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
+        self.attention.check_input(x)?;
         let seeds = self.dropout(options.train);
         self.forward_by(x, seeds, self.recompute, |x, branch| self.attention.forward_in_branch(x, options, branch))
     }
@@ -187,7 +188,7 @@ impl TransformerBlock {
     ///
     /// # Errors
     ///
-    /// As [`SelfAttention::forward_cached_with`].
+    /// As [`SelfAttention::forward_cached_with`]. If there is too little memory for the MLP, the tokens are in the cache all the same.
     pub fn forward_cached_with(
         &self,
         x: &Tensor,

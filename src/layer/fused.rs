@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use attention_kernels::matmul::{Operand, Plain, matmul, matmul_side_by_side, matmul_sum};
+use attention_kernels::residual::add_dropped;
 use attention_kernels::rotary::Heads;
 use attention_kernels::{
     self as kernels, BackwardOptions, Dropout, Incoming, LogSumExp, Problem, ProblemOptions, Saved, View,
@@ -22,7 +23,9 @@ use candle_nn::Linear;
 use crate::block::branch::OwnBranch;
 use crate::block::epilogue::Add;
 use crate::block::op::{Dtype, with_dtype};
-use crate::block::operand::{Columns, ReadLinear, Reading, checked, linear_gradients, rows, tensor};
+use crate::block::operand::{
+    Columns, ReadLinear, Reading, checked, linear_gradients, rows, tensor, with_contiguous_bias,
+};
 use crate::block::relay::{Gradients, relay};
 use crate::mask::Mask;
 use crate::memory;
@@ -57,8 +60,11 @@ pub(super) struct FusedLayer {
 impl FusedLayer {
     /// The output for x (batch, len, embed_dim), or `None` if a row's log-sum-exp isn't finite: then a query sees no key, scores
     /// overflow, or an input isn't finite, and what is to be done is decided elsewhere.
-    pub(super) fn forward(self, x: &Tensor) -> Result<Option<Tensor>> {
+    pub(super) fn forward(mut self, x: &Tensor) -> Result<Option<Tensor>> {
         let x = memory::contiguous("input of attention", x)?;
+        for linear in self.qkv.iter_mut().chain(&mut self.out) {
+            *linear = with_contiguous_bias(linear)?;
+        }
         let parameters = self.parameters();
         let keeps = !self.branch.recompute && (x.track_op() || parameters.iter().any(Tensor::track_op));
         let (relay, gradients) = relay(&parameters)?;
@@ -183,7 +189,7 @@ impl Op {
     fn project<E: Dtype>(&self, x: &[E], context: &[E]) -> Result<Vec<E>> {
         let branch = &self.layer.branch;
         let Some(out) = &self.layer.out else {
-            return branch.output(x, context.to_vec());
+            return checked(add_dropped(branch.residual.then_some(x), context, branch.dropout));
         };
         let (columns, inputs) = out.weight().dims2()?;
         let read = ReadLinear::new(out);

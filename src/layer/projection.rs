@@ -24,8 +24,9 @@ use crate::memory;
 pub(crate) fn project(linear: &Linear, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
     let (outputs, inputs) = linear.weight().dims2()?;
     let x = memory::contiguous("input of a projection", x)?;
-    let rows = x.elem_count() / inputs.max(1);
-    if !x.device().is_cpu() || rows * outputs == 0 {
+    let rows =
+        shape.iter().fold(1, |product: usize, &dim| product.saturating_mul(dim)).checked_div(outputs).unwrap_or(0);
+    if !x.device().is_cpu() || rows == 0 || inputs == 0 {
         let dims = [[rows, outputs], [rows, inputs], [outputs, inputs]];
         memory::ask(
             "result of a projection",

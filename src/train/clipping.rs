@@ -7,8 +7,8 @@ use candle_core::{Tensor, Var};
 use crate::check::check_number;
 use crate::error::Result;
 use crate::memory;
-use crate::train::gradients::{finite_squares, of, with_number};
-use crate::train::in_place::write_all;
+use crate::train::gradients::{error, finite_squares, of, with_number};
+use crate::train::in_place::write;
 
 /// What PyTorch adds to the norm, so that nothing is divided by zero.
 const PYTORCH_EPS: f64 = 1e-6;
@@ -50,6 +50,9 @@ pub fn clip_grad_norm(gradients: &mut GradStore, parameters: &[(String, Var)], m
     }
     let named: Vec<_> = found.iter().map(|(name, _, gradient)| (*name, gradient)).collect();
     let norm = finite_squares(&named)?.iter().sum::<f64>().sqrt();
+    if !norm.is_finite() {
+        return Err(error("all parameters", "a norm that f64 can hold", "one that overflows").into());
+    }
     let factor = (max_norm / (norm + PYTORCH_EPS)).min(1.0);
     if factor < 1.0 {
         let scaled = found.iter().map(|(_, var, gradient)| Ok((*var, scaled(gradient, factor)?)));
@@ -68,8 +71,8 @@ pub(super) fn scaled(gradient: &Tensor, factor: f64) -> Result<Tensor> {
         return Ok(wide.affine(factor, 0.0)?.to_dtype(gradient.dtype())?);
     }
     let copy = gradient.copy()?.detach();
-    with_number!(gradient.dtype(), E => write_all::<E>(&[&copy], &mut |slices| {
-        Ok(scale(slices, factor).map_err(crate::error::AttentionError::from)?)
+    with_number!(gradient.dtype(), E => write::<E>(&copy, &mut |numbers| {
+        Ok(scale(vec![numbers], factor).map_err(crate::error::AttentionError::from)?)
     }))?;
     Ok(copy)
 }

@@ -2,7 +2,7 @@
 
 use candle_attention::Result;
 use candle_attention::block::{Activation, gated, gated_halves, geglu, gelu, gelu_tanh, silu, squared_relu, swiglu};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 
 use crate::common::{assert_finite, assert_same_bits, check_gradients, gradients, numbers, randn, var};
 use crate::layers::assert_error_says;
@@ -142,6 +142,21 @@ fn halves_of_an_odd_axis_or_of_no_axis_are_refused() -> Result<()> {
     for dims in [&[2, 5][..], &[]] {
         let x = randn(1, dims, DType::F32)?;
         assert_error_says(gated_halves(Activation::Silu, &x), &["gate_up", "(..., 2 * n)"]);
+    }
+    Ok(())
+}
+
+/// Infinity times zero would be NaN.
+#[test]
+fn no_activation_gives_nan_out_of_a_finite_number_and_zero() -> Result<()> {
+    for activation in ALL {
+        for dtype in [DType::BF16, DType::F32, DType::F64] {
+            let largest = if dtype == DType::F64 { f64::MAX } else { 3e38 };
+            let x = Var::from_tensor(&Tensor::new(&[largest, -largest, 1e20], &Device::Cpu)?.to_dtype(dtype)?)?;
+            assert_finite(&gated(activation, &x, &x.zeros_like()?)?, "gated by zero");
+            let nothing = (activation.forward(&x)?.clamp(-1.0, 1.0)? * 0.0)?.sum_all()?;
+            assert_finite(&gradients(&nothing, &[&x])?[0], "gradient of nothing");
+        }
     }
     Ok(())
 }

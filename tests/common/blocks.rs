@@ -112,6 +112,8 @@ pub fn grid() -> Vec<(String, TransformerBlockConfig)> {
                         qkv_bias: bias,
                         out_bias: bias,
                         is_causal: true,
+                        // Some blocks have no W_O.
+                        out_proj: norm_name != "layer norm without bias",
                         dropout_p: dropout_p / 2.0,
                         ..SelfAttentionConfig::new(6, 2)
                     };

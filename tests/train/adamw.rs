@@ -218,14 +218,24 @@ fn parameters_and_settings_that_can_not_be_used_are_refused() {
     let whole = Var::zeros(3, DType::U32, &Device::Cpu).unwrap();
     assert_eq!(new(&[("n", &whole)], default), "parameter n: expected dtype F16, BF16, F32 or F64, got U32");
     for (config, text) in [
-        (AdamWConfig { lr: f64::NAN, ..default }, "config, lr: expected a finite number, at least 0, got NaN"),
-        (AdamWConfig { lr: -1.0, ..default }, "config, lr: expected a finite number, at least 0, got -1"),
+        (
+            AdamWConfig { lr: f64::NAN, ..default },
+            "config, lr: expected a number of at least 0 whose steps f32 can hold, got NaN",
+        ),
+        (
+            AdamWConfig { lr: -1.0, ..default },
+            "config, lr: expected a number of at least 0 whose steps f32 can hold, got -1",
+        ),
+        (
+            AdamWConfig { lr: 1e38, weight_decay: 0.0, ..default },
+            "config, lr: expected a number of at least 0 whose steps f32 can hold, got 100000000000000000000000000000000000000",
+        ),
         (AdamWConfig { beta1: 1.0, ..default }, "config, beta1: expected a number in [0, 1), got 1"),
         (AdamWConfig { beta2: -0.1, ..default }, "config, beta2: expected a number in [0, 1), got -0.1"),
         (AdamWConfig { eps: 0.0, ..default }, "config, eps: expected a finite number above 0, also in f32, got 0"),
         (
             AdamWConfig { weight_decay: f64::INFINITY, ..default },
-            "config, weight_decay: expected a finite number, at least 0, got inf",
+            "config, weight_decay: expected a number of at least 0 whose product with lr f32 can hold, got inf",
         ),
     ] {
         assert_eq!(new(&[("x", &x)], config), text);
@@ -233,6 +243,31 @@ fn parameters_and_settings_that_can_not_be_used_are_refused() {
     let mut optimizer = AdamW::new(&[("x".into(), x)], default).unwrap();
     assert!(optimizer.set_learning_rate(f64::INFINITY).is_err());
     assert_eq!(optimizer.config(), &default);
+}
+
+/// The root of a negative number would be NaN.
+#[test]
+fn state_that_no_optimizer_has_is_refused_and_changes_nothing() {
+    let x = var(1, 2, DType::F32).unwrap();
+    let parameters = [("x".to_string(), x.clone()), ("y".to_string(), var(2, 2, DType::F32).unwrap())];
+    let mut optimizer = AdamW::new(&parameters, AdamWConfig::default()).unwrap();
+    let (ones, minus) =
+        (Tensor::new(&[1f32, 1.0], &Device::Cpu).unwrap(), Tensor::new(&[-1f32, 1.0], &Device::Cpu).unwrap());
+    let state = |second: &Tensor| {
+        let both = ["x", "y"].map(|name| {
+            [(format!("{name}.first_moment"), minus.clone()), (format!("{name}.second_moment"), second.clone())]
+        });
+        std::collections::HashMap::from_iter(both.concat())
+    };
+    let text = error(optimizer.set_state(&state(&minus), 3)).to_string();
+    for name in ["x", "y"] {
+        assert!(text.contains(&format!("`{name}.second_moment`: expected numbers of at least 0, got less")), "{text}");
+    }
+    let text = error(optimizer.set_state(&state(&ones), usize::MAX)).to_string();
+    assert!(text.contains("steps, got 18446744073709551615"), "{text}");
+    assert_eq!(optimizer.steps(), 0);
+    optimizer.set_state(&state(&ones), 3).unwrap();
+    assert_eq!(optimizer.steps(), 3);
 }
 
 #[test]

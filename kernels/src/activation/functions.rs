@@ -48,11 +48,20 @@ impl<R: SimdFloat> Function<R> for Relu {
     }
 }
 
+/// `y`, but the largest finite number where `y` has overflowed and `x` has not: infinity times zero would be NaN.
+#[inline(always)]
+fn at_most_largest<R: SimdFloat, S: Simd>(simd: S, y: R::Vector<S>, x: R::Vector<S>) -> R::Vector<S> {
+    let (largest, infinity) = (R::splat(simd, -R::LOWEST), R::splat(simd, R::INFINITY));
+    let bounded = R::select_less(simd, largest, y, largest, y);
+    R::select_less(simd, x, infinity, bounded, y)
+}
+
 impl<R: SimdFloat> Function<R> for SquaredRelu {
     #[inline(always)]
     fn both<S: Simd>(self, simd: S, x: R::Vector<S>) -> (R::Vector<S>, R::Vector<S>) {
         let positive = R::max(simd, x, splat!(simd, 0.0));
-        (R::vmul(simd, positive, positive), R::vadd(simd, positive, positive))
+        let (value, derivative) = (R::vmul(simd, positive, positive), R::vadd(simd, positive, positive));
+        (at_most_largest::<R, S>(simd, value, positive), at_most_largest::<R, S>(simd, derivative, positive))
     }
 }
 

@@ -39,6 +39,9 @@ pub fn column_sums<E: Number>(x: &[E], rows: usize, n: usize) -> Result<Vec<E::F
     if x.len() != elements {
         return Err(Error::Length { what: "matrix to sum", expected: format!("{rows} rows of {n}"), got: x.len() });
     }
+    if n == 0 {
+        return Ok(Vec::new());
+    }
     let tasks = rows.div_ceil(ROWS_OF_TASK).max(1);
     let mut parts = filled("column sums", product("column sums", &[tasks, n])?, E::Float::ZERO)?;
     let shared = Shared::new(&mut parts);

@@ -130,7 +130,8 @@ impl<E: Number> Product<'_, E> {
             let fewest = self.dims[axis].div_ceil(largest[axis]);
             self.dims[axis].div_ceil(UNITS[axis]).div_ceil(fewest * multiple) * UNITS[axis]
         };
-        let mut best = (usize::MAX, [0, 0]);
+        // A cost that can't be counted is no reason to choose others.
+        let mut best = (usize::MAX, [size(0, 1), size(1, 1)]);
         for rows in MULTIPLES.map(|multiple| size(0, multiple)) {
             for columns in MULTIPLES.map(|multiple| size(1, multiple)) {
                 let of_columns: usize = self.groups.iter().map(|group| group.columns().div_ceil(columns)).sum();

@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use attention_kernels::loss::{self as kernels, Head, HeadLoss, Wanted};
 use candle_core::{Result as CandleResult, Shape, Tensor};
+use candle_nn::Linear;
 
 use super::labels::{self, Labels};
 use super::logits::{incoming, rounded};
@@ -12,6 +13,7 @@ use super::{CrossEntropyOptions, cross_entropy};
 use crate::block::op::{Dtype, Function, Gradient, apply};
 use crate::check::{check_device, check_dtype};
 use crate::error::{AttentionError, Result};
+use crate::layer::projection::project;
 use crate::memory;
 
 /// The cross-entropy of logits = hidden · weightᵀ + bias, as [`cross_entropy`] computes it, without ever holding all logits.
@@ -59,10 +61,8 @@ pub fn linear_cross_entropy(
     check_device("targets", targets, hidden)?;
     let labels = labels::read(targets, rows, vocabulary, options.ignore_index)?;
     if !hidden.device().is_cpu() {
-        let dim = weight.dim(1)?;
-        let logits = hidden.reshape(((), dim))?.matmul(&weight.t()?)?;
-        let logits = bias.map_or(Ok(logits.clone()), |bias| logits.broadcast_add(bias))?;
-        return cross_entropy(&logits, &targets.flatten_all()?, options);
+        let logits = project(&Linear::new(weight.clone(), bias.cloned()), hidden, &[rows, &[vocabulary]].concat())?;
+        return cross_entropy(&logits, targets, options);
     }
     let wanted =
         Wanted { hidden: hidden.track_op(), weight: weight.track_op(), bias: bias.is_some_and(Tensor::track_op) };

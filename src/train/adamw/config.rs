@@ -40,12 +40,19 @@ impl AdamWConfig {
     pub(super) fn check(&self) -> Result<(), AttentionError> {
         let at_least_zero = |x: f64| x.is_finite() && x >= 0.0;
         let share = |x: f64| (0.0..1.0).contains(&x);
+        // The first step is the longest: lr / (1 - beta1) times a number of at most one.
+        let fits = |lr: f64| ((lr / (1.0 - self.beta1)) as f32).is_finite() || !share(self.beta1);
         let checks = [
-            ("lr", self.lr, at_least_zero(self.lr), "a finite number, at least 0"),
+            ("lr", self.lr, at_least_zero(self.lr) && fits(self.lr), "a number of at least 0 whose steps f32 can hold"),
             ("beta1", self.beta1, share(self.beta1), "a number in [0, 1)"),
             ("beta2", self.beta2, share(self.beta2), "a number in [0, 1)"),
             ("eps", self.eps, self.eps > 0.0 && (self.eps as f32).is_normal(), "a finite number above 0, also in f32"),
-            ("weight_decay", self.weight_decay, at_least_zero(self.weight_decay), "a finite number, at least 0"),
+            (
+                "weight_decay",
+                self.weight_decay,
+                at_least_zero(self.weight_decay) && ((self.lr * self.weight_decay) as f32).is_finite(),
+                "a number of at least 0 whose product with lr f32 can hold",
+            ),
         ];
         match checks.into_iter().find(|(_, _, is_right, _)| !is_right) {
             Some((field, got, _, expected)) => {

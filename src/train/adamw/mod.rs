@@ -170,7 +170,8 @@ impl AdamW {
     ///
     /// A parameter without a gradient, unless [`MissingGradients::Skip`] is set; a gradient of another shape, dtype or device than its
     /// parameter; NaN or infinity in a gradient, or one whose square is too large for the second moment, with the name of the
-    /// parameter; too little memory. Then nothing has changed.
+    /// parameter. Then nothing has changed. Too little memory of another device is an error, too, after which some parameters may have
+    /// taken the step: continue from a saved state.
     pub fn step(&mut self, gradients: &GradStore) -> Result<()> {
         let gradients = self.checked(gradients)?;
         self.update(&gradients)?;

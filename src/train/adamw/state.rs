@@ -20,6 +20,9 @@ const METADATA_KEY: &str = "candle_attention_adamw";
 /// The two tensors of a parameter follow its name.
 const PARTS: [&str; 2] = ["first_moment", "second_moment"];
 
+/// So many steps nobody takes, and the count of a 32-bit machine has room for one more.
+const MOST_STEPS: usize = u32::MAX as usize / 2;
+
 /// The metadata of a saved state.
 #[derive(Serialize, Deserialize)]
 struct Header {
@@ -113,7 +116,16 @@ impl AdamW {
         })?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| not_safetensors(bytes, &error))?;
         self.check_tensors(&tensors, &header)?;
-        let loaded = self.parameters.iter().map(|parameter| parameter.load(&tensors)).collect::<Result<Vec<_>>>()?;
+        let (mut loaded, mut problems) = (Vec::new(), Vec::new());
+        for parameter in &self.parameters {
+            match parameter.load(&tensors)? {
+                Ok(moments) => loaded.push(moments),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        if !problems.is_empty() {
+            return Err(AttentionError::OptimizerState { path: None, problems }.into());
+        }
         for (parameter, moments) in self.parameters.iter_mut().zip(loaded) {
             parameter.steps = header.parameter_steps.get(&parameter.name).copied().unwrap_or(header.steps);
             parameter.moments = moments;
@@ -145,6 +157,10 @@ impl AdamW {
         let is_known = |name: &String| self.parameters.iter().any(|parameter| parameter.name == *name);
         let unknown = header.parameter_steps.keys().filter(|name| !is_known(name));
         problems.extend(unknown.map(|name| format!("the steps of `{name}` are unexpected")));
+        let counts = header.parameter_steps.values().chain([&header.steps]);
+        if let Some(steps) = counts.copied().find(|&steps| steps > MOST_STEPS) {
+            problems.push(format!("expected at most {MOST_STEPS} steps, got {steps}"));
+        }
         if problems.is_empty() { Ok(()) } else { Err(AttentionError::OptimizerState { path: None, problems }) }
     }
 }
@@ -155,17 +171,25 @@ impl Trained {
         format!("{}.{part}", self.name)
     }
 
-    fn load(&self, tensors: &SafeTensors) -> Result<Moments> {
+    /// The parameter's moments, or what is wrong with them.
+    fn load(&self, tensors: &SafeTensors) -> Result<std::result::Result<Moments, String>> {
         memory::ask_for("state of AdamW", 4, &self.var, compute_dtype(self.var.dtype()))?;
-        let [first, second] = PARTS.map(|part| -> Result<Tensor> {
+        let load = |part: &str| -> Result<std::result::Result<Tensor, String>> {
             let name = self.tensor(part);
             let tensor = tensors.tensor(&name).map_err(candle_core::Error::from)?.load(&Device::Cpu)?;
             if !is_finite(&tensor)? {
-                let problems = vec![format!("`{name}`: expected finite numbers, got NaN or infinity")];
-                return Err(AttentionError::OptimizerState { path: None, problems }.into());
+                return Ok(Err(format!("`{name}`: expected finite numbers, got NaN or infinity")));
             }
-            Ok(tensor)
-        });
-        Ok(Moments::from_tensors([first?, second?], &self.var)?)
+            // A second moment is a mean of squares, and the step takes its root.
+            let is_root = part == PARTS[1] && tensor.elem_count() > 0;
+            if is_root && tensor.min_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? < 0.0 {
+                return Ok(Err(format!("`{name}`: expected numbers of at least 0, got less")));
+            }
+            Ok(Ok(tensor))
+        };
+        Ok(match (load(PARTS[0])?, load(PARTS[1])?) {
+            (Ok(first), Ok(second)) => Ok(Moments::from_tensors([first, second], &self.var)?),
+            (Err(problem), _) | (_, Err(problem)) => Err(problem),
+        })
     }
 }

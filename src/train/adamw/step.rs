@@ -2,65 +2,49 @@
 
 use attention_kernels::optimizer::{AdamWConstants, AdamWParameter, adamw};
 use candle_core::Tensor;
-use half::{bf16, f16};
 
 use crate::check::compute_dtype;
 use crate::error::{AttentionError, Result};
 use crate::memory;
 use crate::train::adamw::moments::{Moments, Stepped};
 use crate::train::adamw::{AdamW, AdamWConfig, Trained};
-use crate::train::gradients::numbers;
-use crate::train::in_place::write_all;
-
-/// How many parameters are stepped at once. Each takes a frame of the stack, and so many take a small part of it.
-const AT_ONCE: usize = 64;
+use crate::train::gradients::{numbers, with_number};
+use crate::train::in_place::write;
 
 impl AdamW {
     /// Steps every parameter that has a gradient.
     pub(super) fn update(&mut self, gradients: &[Option<Tensor>]) -> Result<()> {
         let config = self.config;
-        let mut on_cpu = Vec::new();
         for (parameter, gradient) in self.parameters.iter_mut().zip(gradients) {
             let Some(gradient) = gradient else { continue };
             if matches!(parameter.moments, Moments::Tensors(_)) {
                 step_with_tensors(parameter, gradient, &config)?;
             } else {
-                on_cpu.push((parameter, gradient));
+                with_number!(parameter.var.dtype(), E => step_on_cpu::<E>(parameter, gradient, &config))?;
             }
         }
-        step_on_cpu::<f16>(&mut on_cpu, &config)?;
-        step_on_cpu::<bf16>(&mut on_cpu, &config)?;
-        step_on_cpu::<f32>(&mut on_cpu, &config)?;
-        step_on_cpu::<f64>(&mut on_cpu, &config)
+        Ok(())
     }
 }
 
-/// Steps the parameters of type `E`.
-fn step_on_cpu<E: Stepped>(all: &mut [(&mut Trained, &Tensor)], config: &AdamWConfig) -> Result<()> {
-    let mut of_type: Vec<_> = all.iter_mut().filter(|(parameter, _)| parameter.var.dtype() == E::DTYPE).collect();
+/// Steps a parameter of type `E`.
+fn step_on_cpu<E: Stepped>(parameter: &mut Trained, gradient: &Tensor, config: &AdamWConfig) -> Result<()> {
     let constants = AdamWConstants { beta1: config.beta1, beta2: config.beta2, eps: config.eps };
-    for some in of_type.chunks_mut(AT_ONCE) {
-        let vars: Vec<_> = some.iter().map(|(parameter, _)| parameter.var.clone()).collect();
-        let gradients: Vec<_> = some.iter().map(|(_, gradient)| *gradient).collect();
-        let guards: Vec<_> = gradients.iter().map(|gradient| (*gradient, gradient.storage_and_layout().0)).collect();
-        write_all::<E>(&vars.iter().map(|var| var.as_tensor()).collect::<Vec<_>>(), &mut |slices| {
-            let mut parameters = Vec::with_capacity(some.len());
-            for (((parameter, _), values), (gradient, storage)) in some.iter_mut().zip(slices).zip(&guards) {
-                let Some([first_moment, second_moment]) = E::moments(&mut parameter.moments) else { continue };
-                parameters.push(AdamWParameter {
-                    values,
-                    gradient: numbers::<E>(storage, gradient)?,
-                    first_moment,
-                    second_moment,
-                    step: parameter.steps as u64 + 1,
-                    learning_rate: config.lr,
-                    weight_decay: if parameter.decays { config.weight_decay } else { 0.0 },
-                });
-            }
-            Ok(adamw(constants, parameters).map_err(AttentionError::from)?)
-        })?;
-    }
-    Ok(())
+    let Trained { var, decays, steps, moments, .. } = parameter;
+    let (storage, _) = gradient.storage_and_layout();
+    Ok(write::<E>(var, &mut |values| {
+        let Some([first_moment, second_moment]) = E::moments(moments) else { return Ok(()) };
+        let parameter = AdamWParameter {
+            values,
+            gradient: numbers::<E>(&storage, gradient)?,
+            first_moment,
+            second_moment,
+            step: *steps as u64 + 1,
+            learning_rate: config.lr,
+            weight_decay: if *decays { config.weight_decay } else { 0.0 },
+        };
+        Ok(adamw(constants, vec![parameter]).map_err(AttentionError::from)?)
+    })?)
 }
 
 /// The same step by candle's operations, in the same order.

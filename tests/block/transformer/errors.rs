@@ -49,6 +49,32 @@ fn attention_without_w_o_must_give_tokens_of_the_same_size() -> Result<()> {
 }
 
 #[test]
+fn refused_call_draws_no_dropout() -> Result<()> {
+    let block = block(&TransformerBlockConfig { dropout_p: 0.1, ..llama() }, DType::F32)?;
+    assert_error_says(block.forward_t(&randn(1, (2, 4, 5), DType::F32)?, true), &["input"]);
+    assert_eq!(block.dropout_calls(), [0, 0]);
+    block.forward_t(&randn(1, (2, 4, 6), DType::F32)?, true)?;
+    assert_eq!(block.dropout_calls()[0], 1);
+    Ok(())
+}
+
+/// A `VarBuilder` may hand out a view.
+#[test]
+fn biases_may_be_views() -> Result<()> {
+    let whole = block(&bert(), DType::F64)?;
+    let view = |x: &Tensor| match x.rank() {
+        1 => Tensor::stack(&[x, x], 1)?.narrow(1, 0, 1)?.squeeze(1),
+        _ => Ok(x.clone()),
+    };
+    let tensors = whole.parameters().into_iter().map(|(name, x)| Ok((name, view(&x.detach())?)));
+    let vb = VarBuilder::from_tensors(tensors.collect::<Result<_>>()?, DType::F64, &Device::Cpu);
+    let views = TransformerBlock::new(&bert(), vb)?;
+    let x = randn(1, (2, 4, 6), DType::F64)?;
+    crate::common::assert_same_bits(&views.forward(&x)?, &whole.forward(&x)?, "with views");
+    Ok(())
+}
+
+#[test]
 fn config_that_this_dtype_or_layer_cannot_have_creates_no_parameter() {
     let refused = |config: &TransformerBlockConfig, dtype, parts: &[&str]| {
         let varmap = VarMap::new();
