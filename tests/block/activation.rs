@@ -154,7 +154,7 @@ fn no_activation_gives_nan_out_of_a_finite_number_and_zero() -> Result<()> {
             let largest = if dtype == DType::F64 { f64::MAX } else { 3e38 };
             let x = Var::from_tensor(&Tensor::new(&[largest, -largest, 1e20], &Device::Cpu)?.to_dtype(dtype)?)?;
             assert_finite(&gated(activation, &x, &x.zeros_like()?)?, "gated by zero");
-            let nothing = (activation.forward(&x)?.clamp(-1.0, 1.0)? * 0.0)?.sum_all()?;
+            let nothing = (activation.forward(&x)? * x.zeros_like()?)?.sum_all()?;
             assert_finite(&gradients(&nothing, &[&x])?[0], "gradient of nothing");
         }
     }
