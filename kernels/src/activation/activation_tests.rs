@@ -24,7 +24,8 @@ fn expected(activation: Activation, x: f64) -> (f64, f64) {
         }
         Activation::Gelu => {
             let density = (-x * x / 2.0).exp() / std::f64::consts::TAU.sqrt();
-            let share = if -0.5 < x && x < 2.5 { 0.5 + density * series(x) } else { tail(x, density) };
+            // Near zero the rounding errors of the fraction add up.
+            let share = if -1.0 < x && x < 2.5 { 0.5 + density * series(x) } else { tail(x, density) };
             (x * share, share + x * density)
         }
     }
