@@ -7,7 +7,7 @@ use pulp::bytemuck::{cast_slice, cast_slice_mut};
 use pulp::{Scalar, Simd, WithSimd};
 
 use crate::matrix::{Matrix, MatrixMut};
-use crate::norm::statistics::{Row, normalised};
+use crate::norm::statistics::{PIECE, Row, normalised};
 use crate::pointwise::write;
 use crate::simd::{SimdFloat, as_vectors, as_vectors_mut, instruction_set};
 
@@ -229,6 +229,13 @@ impl<'a, R: SimdFloat> RowGradient<'a, R> {
         Self { row: row.from(first), grad: &grad[first..], weight: &weight[first..], add: add.map(|add| &add[first..]) }
     }
 
+    /// The same of the first `count` numbers.
+    #[inline(always)]
+    fn first(self, count: usize) -> Self {
+        let row = Row { x: &self.row.x[..count], ..self.row };
+        Self { row, ..self }
+    }
+
     /// Adds the row's part to the gradients of weight and bias, and writes the gradient of x:
     /// (g · w - mean(g · w) - x̂ · mean(g · w · x̂)) · inverse, where x̂ is the normalised x; without the mean for RMS norm.
     #[inline(always)]
@@ -240,19 +247,25 @@ impl<'a, R: SimdFloat> RowGradient<'a, R> {
         x_grad: &mut [MaybeUninit<R>],
     ) {
         let whole = self.row.x.len() / R::lanes::<S>() * R::lanes::<S>();
-        let of_vectors = self.sums::<S, CENTRED>(simd, weight_grad);
-        let of_rest = self.from(whole).sums::<_, CENTRED>(Scalar, &mut weight_grad[whole..]);
+        let [of_rest, products_of_rest] = self.from(whole).sums::<_, CENTRED>(Scalar, &mut weight_grad[whole..]);
+        let (mut sum, mut product) = (of_rest.to_f64(), products_of_rest.to_f64());
+        for first in (0..whole).step_by(PIECE) {
+            let piece = self.from(first).first(PIECE.min(whole - first));
+            let [of_piece, products_of_piece] = piece.sums::<S, CENTRED>(simd, &mut weight_grad[first..]);
+            sum += of_piece.to_f64();
+            product += products_of_piece.to_f64();
+        }
         if let Some(bias_grad) = bias_grad {
             add_to(simd, self.grad, bias_grad);
             add_to(Scalar, &self.grad[whole..], &mut bias_grad[whole..]);
         }
-        let count = R::from_f64(self.row.x.len() as f64);
-        let means = [(of_vectors[0] + of_rest[0]) / count, (of_vectors[1] + of_rest[1]) / count];
+        let count = self.row.x.len() as f64;
+        let means = [R::from_f64(sum / count), R::from_f64(product / count)];
         self.write_vectors::<S, CENTRED>(simd, means, x_grad);
         self.from(whole).write_vectors::<_, CENTRED>(Scalar, means, &mut x_grad[whole..]);
     }
 
-    /// The sums of g · w and g · w · x̂ over the whole vectors. The first is wanted for centred rows alone.
+    /// The sums of g · w and g · w · x̂ over the whole vectors of a piece of a row. The first is wanted for centred rows alone.
     #[inline(always)]
     fn sums<S: Simd, const CENTRED: bool>(self, simd: S, weight_grad: &mut [R]) -> [R; 2] {
         let x = as_vectors::<R, S>(self.row.x);

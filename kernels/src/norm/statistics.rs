@@ -4,6 +4,10 @@ use pulp::Simd;
 
 use crate::simd::{SimdFloat, as_vectors};
 
+/// So many numbers of a row are summed in their own type, and such sums in f64: a longer sum of f32 would lose more to rounding. It is
+/// a multiple of the four vectors that are summed side by side.
+pub(super) const PIECE: usize = 1024;
+
 /// What a row is normalised by: (x - mean - correction) · inverse.
 #[derive(Clone, Copy)]
 pub(super) struct Statistics<R> {
@@ -21,8 +25,19 @@ impl<R: SimdFloat> Statistics<R> {
     #[inline(always)]
     pub(super) fn of<S: Simd, const CENTRED: bool>(simd: S, x: &[R], eps: R) -> Self {
         let count = R::from_f64(x.len() as f64);
-        let mean = if CENTRED { sum(simd, x) / count } else { R::ZERO };
-        let [rest, squares] = moments::<R, S, CENTRED>(simd, x, mean);
+        let (mut total, mut rest, mut squares) = (0.0, 0.0, 0.0);
+        if CENTRED {
+            for piece in x.chunks(PIECE) {
+                total += sum(simd, piece).to_f64();
+            }
+        }
+        let mean = R::from_f64(total) / count;
+        for piece in x.chunks(PIECE) {
+            let [of_rest, of_squares] = moments::<R, S, CENTRED>(simd, piece, mean);
+            rest += of_rest.to_f64();
+            squares += of_squares.to_f64();
+        }
+        let (rest, squares) = (R::from_f64(rest), R::from_f64(squares));
         let correction = rest / count;
         let variance = squares / count - correction * correction;
         // Rounding can make the difference negative. NaN stays.
@@ -74,7 +89,7 @@ fn split<R: SimdFloat, S: Simd>(x: &[R]) -> (&[R::Vector<S>], &[R]) {
     (vectors, &x[vectors.len() * R::lanes::<S>()..])
 }
 
-/// The sum of a row.
+/// The sum of a piece of a row.
 #[inline(always)]
 fn sum<R: SimdFloat, S: Simd>(simd: S, x: &[R]) -> R {
     let (vectors, rest) = split::<R, S>(x);
@@ -101,7 +116,7 @@ fn reduce<R: SimdFloat, S: Simd>(simd: S, [a, b, c, d]: [R::Vector<S>; 4]) -> R 
     R::reduce_add(simd, R::vadd(simd, R::vadd(simd, a, b), R::vadd(simd, c, d)))
 }
 
-/// The sums of x - mean and of its squares; of x² alone for RMS norm.
+/// The sums of x - mean and of its squares over a piece of a row; of x² alone for RMS norm.
 #[inline(always)]
 fn moments<R: SimdFloat, S: Simd, const CENTRED: bool>(simd: S, x: &[R], mean: R) -> [R; 2] {
     let (vectors, rest) = split::<R, S>(x);
