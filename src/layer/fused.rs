@@ -17,7 +17,7 @@ use attention_kernels::{
     self as kernels, BackwardOptions, Dropout, Incoming, LogSumExp, Problem, ProblemOptions, Saved, View,
 };
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use candle_nn::Linear;
 
 use crate::block::branch::OwnBranch;
@@ -58,8 +58,8 @@ pub(super) struct FusedLayer {
 }
 
 impl FusedLayer {
-    /// The output for x (batch, len, embed_dim), or `None` if a row's log-sum-exp isn't finite: then a query sees no key, scores
-    /// overflow, or an input isn't finite, and what is to be done is decided elsewhere.
+    /// The output for x (batch, len, embed_dim), or `None` if scores may have overflowed: what is to be done then is decided elsewhere.
+    /// (A row whose log-sum-exp is not finite otherwise sees no key, or an input that isn't finite itself.)
     pub(super) fn forward(mut self, x: &Tensor) -> Result<Option<Tensor>> {
         let x = memory::contiguous("input of attention", x)?;
         for linear in self.qkv.iter_mut().chain(&mut self.out) {
@@ -68,10 +68,10 @@ impl FusedLayer {
         let parameters = self.parameters();
         let keeps = !self.branch.recompute && (x.track_op() || parameters.iter().any(Tensor::track_op));
         let (relay, gradients) = relay(&parameters)?;
-        let not_finite = Arc::new(AtomicBool::new(false));
-        let op = Op { layer: self, keeps, kept: OnceLock::new(), gradients, not_finite: not_finite.clone() };
+        let overflows = Arc::new(AtomicBool::new(false));
+        let op = Op { layer: self, keeps, kept: OnceLock::new(), gradients, overflows: overflows.clone() };
         let output = x.apply_op2(&relay, op)?;
-        Ok((!not_finite.load(Ordering::Relaxed)).then_some(output))
+        Ok((!overflows.load(Ordering::Relaxed)).then_some(output))
     }
 
     /// Every parameter, in the order of [`Op::backward`].
@@ -99,7 +99,7 @@ struct Op {
     /// The [`Kept`] of the call's type.
     kept: OnceLock<Box<dyn Any + Send + Sync>>,
     gradients: Gradients,
-    not_finite: Arc<AtomicBool>,
+    overflows: Arc<AtomicBool>,
 }
 
 impl Op {
@@ -201,8 +201,9 @@ impl Op {
     fn forward<E: Dtype>(&self, x: (&CpuStorage, &Layout)) -> Result<(CpuStorage, Shape)> {
         let (numbers, dims) = input::<E>(x)?;
         let kept = self.attend(numbers, dims)?;
-        if kept.logsumexp.iter().any(|x| !kernels::SimdFloat::is_finite(x.value())) {
-            self.not_finite.store(true, Ordering::Relaxed);
+        let has_non_finite = kept.logsumexp.iter().any(|x| !kernels::SimdFloat::is_finite(x.value()));
+        if has_non_finite && self.scores_may_overflow(&kept.qkv) {
+            self.overflows.store(true, Ordering::Relaxed);
         }
         let output = self.project(numbers, &kept.context)?;
         let columns = output.len() / (dims[0] * dims[1]);
@@ -211,6 +212,16 @@ impl Op {
             let _ = self.kept.set(Box::new(kept));
         }
         Ok((E::to_cpu_storage_owned(output), Shape::from((dims[0], dims[1], columns))))
+    }
+
+    /// Whether a score of finite numbers might be larger than the largest number of the type that is computed in.
+    fn scores_may_overflow<E: Dtype>(&self, qkv: &[E]) -> bool {
+        let magnitudes = qkv.iter().map(|x| kernels::SimdFloat::to_f64(x.widen()).abs()).filter(|x| x.is_finite());
+        let largest = magnitudes.fold(0.0, f64::max);
+        let limit = if E::DTYPE == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
+        // In logarithms, which don't overflow. A margin of 1 covers the rounding of the sum.
+        let FusedLayer { heads, scale, .. } = &self.layer;
+        2.0 * largest.ln() + (heads.head_dim as f64).ln() + scale.abs().max(1.0).ln() > limit.ln() - 1.0
     }
 
     /// The gradient of x. The parameters' gradients are left to the relay.
