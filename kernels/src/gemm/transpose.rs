@@ -8,8 +8,8 @@ use pulp::Simd;
 use crate::matrix::{Matrix, MatrixMut, Raw};
 use crate::simd::SimdFloat;
 
-/// Rows and columns of the square that registers transpose.
-const SQUARE: usize = 8;
+/// Rows and columns of the block that registers transpose.
+const BLOCK: [usize; 2] = [4, 8];
 
 /// to\[c\]\[r\] = factor · from\[r\]\[c\]. With a factor of 1 the bits stay what they are, whether they are a number or not.
 #[inline(always)]
@@ -31,14 +31,14 @@ pub(crate) fn add_transposed<R: SimdFloat, S: Simd>(simd: S, from: Matrix<R>, mu
     unsafe { transpose_raw::<R, S, true>(simd, rows, columns, R::ONE, from.raw(), to.raw()) }
 }
 
-/// Whether vectors hold a square's row, and this processor can transpose it. AVX's instructions are the only ones used.
+/// Whether vectors hold a block's row, and this processor can transpose it. AVX's instructions are the only ones used.
 #[inline(always)]
-fn has_squares<R: SimdFloat, S: Simd>() -> bool {
+fn has_blocks<R: SimdFloat, S: Simd>() -> bool {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     let can = is_x86_feature_detected!("avx");
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let can = false;
-    can && R::lanes::<S>() >= SQUARE && TypeId::of::<R>() == TypeId::of::<f32>()
+    can && R::lanes::<S>() >= BLOCK[1] && TypeId::of::<R>() == TypeId::of::<f32>()
 }
 
 /// # Safety
@@ -54,19 +54,19 @@ unsafe fn transpose_raw<R: SimdFloat, S: Simd, const ADD: bool>(
     from: Raw<*const R>,
     to: Raw<*mut R>,
 ) {
-    let square = if has_squares::<R, S>() { SQUARE } else { 1 };
-    let (whole_rows, whole_columns) = (rows / square * square, columns / square * square);
-    // SAFETY: the parts lie inside `rows` rows of `columns`; R is f32 and the processor has AVX where there are squares.
+    let block = if has_blocks::<R, S>() { BLOCK } else { [1, 1] };
+    let (whole_rows, whole_columns) = (rows / block[0] * block[0], columns / block[1] * block[1]);
+    // SAFETY: the parts lie inside `rows` rows of `columns`; R is f32 and the processor has AVX where there are blocks.
     unsafe {
-        if square == 1 {
+        if block == [1, 1] {
             return one_by_one::<R, ADD>(rows, columns, factor, from, to);
         }
         #[cfg(target_arch = "x86_64")]
-        for r in (0..whole_rows).step_by(SQUARE) {
-            for c in (0..whole_columns).step_by(SQUARE) {
+        for r in (0..whole_rows).step_by(BLOCK[0]) {
+            for c in (0..whole_columns).step_by(BLOCK[1]) {
                 let from = Raw { start: from.at(r, c).cast::<f32>(), stride: from.stride };
                 let to = Raw { start: to.at(c, r).cast::<f32>(), stride: to.stride };
-                transpose_8x8::<ADD>(factor.to_f64() as f32, from, to);
+                transpose_block::<ADD>(factor.to_f64() as f32, from, to);
             }
         }
         let (right, below) = (from.from(0, whole_columns), to.from(whole_columns, 0));
@@ -102,42 +102,36 @@ unsafe fn one_by_one<R: SimdFloat, const ADD: bool>(
 
 /// # Safety
 ///
-/// As [`transpose_raw`] for 8 rows of 8, on a processor with AVX.
+/// As [`transpose_raw`] for 4 rows of 8, on a processor with AVX.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx")]
-unsafe fn transpose_8x8<const ADD: bool>(factor: f32, from: Raw<*const f32>, to: Raw<*mut f32>) {
+unsafe fn transpose_block<const ADD: bool>(factor: f32, from: Raw<*const f32>, to: Raw<*mut f32>) {
     use std::arch::x86_64::*;
-    let mut x = [_mm256_setzero_ps(); 8];
+    let mut x = [_mm256_setzero_ps(); 4];
     for (r, x) in x.iter_mut().enumerate() {
-        // SAFETY: row r of 8 has 8 numbers.
+        // SAFETY: row r of 4 has 8 numbers.
         *x = unsafe { _mm256_loadu_ps(from.at(r, 0)) };
     }
-    // Neighbouring rows are interleaved by ones, then by twos, then by fours.
-    let mut ones = x;
-    for i in [0, 2, 4, 6] {
-        ones[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-        ones[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-    }
-    let mut twos = ones;
-    for i in [0, 4] {
-        twos[i] = _mm256_shuffle_ps::<0b01_00_01_00>(ones[i], ones[i + 2]);
-        twos[i + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(ones[i], ones[i + 2]);
-        twos[i + 2] = _mm256_shuffle_ps::<0b01_00_01_00>(ones[i + 1], ones[i + 3]);
-        twos[i + 3] = _mm256_shuffle_ps::<0b11_10_11_10>(ones[i + 1], ones[i + 3]);
-    }
+    let (low, high) = (_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+    let (low_below, high_below) = (_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+    // Each holds the columns i and i + 4.
+    let columns = [
+        _mm256_shuffle_ps::<0b01_00_01_00>(low, low_below),
+        _mm256_shuffle_ps::<0b11_10_11_10>(low, low_below),
+        _mm256_shuffle_ps::<0b01_00_01_00>(high, high_below),
+        _mm256_shuffle_ps::<0b11_10_11_10>(high, high_below),
+    ];
     let is_one = factor == 1.0;
     let factor = _mm256_set1_ps(factor);
-    for i in 0..4 {
-        let low = _mm256_permute2f128_ps::<0x20>(twos[i], twos[i + 4]);
-        let high = _mm256_permute2f128_ps::<0x31>(twos[i], twos[i + 4]);
-        for (row, x) in [(i, low), (i + 4, high)] {
-            let mut x = if is_one { x } else { _mm256_mul_ps(factor, x) };
-            // SAFETY: row `row` of 8 has room for 8 numbers, and with `ADD` they are initialised.
+    for (i, pair) in columns.into_iter().enumerate() {
+        let pair = if is_one { pair } else { _mm256_mul_ps(factor, pair) };
+        for (row, mut x) in [(i, _mm256_castps256_ps128(pair)), (i + 4, _mm256_extractf128_ps::<1>(pair))] {
+            // SAFETY: row `row` of 8 has room for 4 numbers, and with `ADD` they are initialised.
             unsafe {
                 if ADD {
-                    x = _mm256_add_ps(_mm256_loadu_ps(to.at(row, 0)), x);
+                    x = _mm_add_ps(_mm_loadu_ps(to.at(row, 0)), x);
                 }
-                _mm256_storeu_ps(to.at(row, 0), x);
+                _mm_storeu_ps(to.at(row, 0), x);
             }
         }
     }
@@ -176,7 +170,7 @@ mod tests {
     #[test]
     fn every_size_is_transposed_and_nothing_else_is_written() {
         with_every_simd!(|simd| {
-            for (rows, columns) in [(1, 1), (7, 9), (8, 8), (8, 17), (16, 33), (19, 8), (32, 5)] {
+            for (rows, columns) in [(1, 1), (4, 8), (7, 9), (8, 8), (8, 17), (12, 19), (16, 33), (19, 8), (32, 5)] {
                 check::<f32, S>(simd, rows, columns);
                 check::<f64, S>(simd, rows, columns);
             }

@@ -37,10 +37,9 @@ fn check_packed<R: SimdFloat + Number<Float = R>, S: Simd>(simd: S, [rows, k, co
         let before = numbers::<R>(3, rows * stride);
         let mut result = before.clone();
         for block in (0..blocks.count).map(|block| blocks.rows_of(block)) {
-            let of_block = &packed_left[block.start * k..block.end * k];
-            let matrix = Matrix::new(of_block, k, block.len(), block.len());
+            let left = &packed_left[block.start * k..block.end * k];
             let to = MatrixMut::new(&mut result, rows, columns, stride).into_block(block, 0..columns);
-            let (left, right) = (Left { matrix, by_column: true }, Right { direct: None, packed: &panels });
+            let right = Right { direct: None, packed: &panels };
             // SAFETY: the result is initialised, and the kernel writes numbers.
             simd.vectorize(unsafe {
                 MultiplyBlock::new(k, left, right, to.into_uninit(), Base::Same, Ahead::default())
@@ -100,8 +99,7 @@ fn blocks_cover_every_row_once() {
 #[should_panic(expected = "the left operand has its rows")]
 fn operands_of_other_sizes_are_refused() {
     let (numbers, mut result) = ([0.0f32; 64], [0.0f32; 8]);
-    let left = Left { matrix: Matrix::new(&numbers, 2, 3, 3), by_column: false };
-    let right = Right { direct: None, packed: &numbers };
+    let (left, right) = (&numbers[..6], Right { direct: None, packed: &numbers });
     let to = MatrixMut::new(&mut result, 2, 4, 4);
     // SAFETY: the kernel writes numbers.
     let block = unsafe { MultiplyBlock::new(4, left, right, to.into_uninit(), Base::Zero, Ahead::default()) };

@@ -7,7 +7,7 @@ use pulp::{Simd, WithSimd};
 use crate::dtype::{Number, widen_rows};
 use crate::gemm::transpose::transpose;
 use crate::matmul::Operand;
-use crate::matmul::microkernel::{Blocks, Left, panel_width};
+use crate::matmul::microkernel::{Blocks, panel_width};
 use crate::matrix::{Matrix, MatrixMut};
 use crate::simd::SimdFloat;
 
@@ -17,10 +17,6 @@ const ROWS_AHEAD: usize = 8;
 /// The most rows of a tile for which the right operand is read where it is. It takes about as long to pack a number as to multiply
 /// it with 16 rows.
 const MAX_ROWS_OF_DIRECT: usize = 64;
-
-/// Columns of the left operand that lie so many bytes or more apart are packed: they lie in many pages, and many of them in one
-/// set of a first-level cache. With a limit of 4096, products whose columns lie 3072 bytes apart take 9% longer.
-const MIN_STRIDE_TO_PACK: usize = 1024;
 
 /// The columns of a right operand, of a tile of `rows` rows, that the kernel reads where they are.
 pub(super) fn direct_right<'a, E: Number>(
@@ -135,10 +131,10 @@ fn pack_columns<E: Number, S: Simd>(simd: S, from: Matrix<E>, panel: &mut [E::Fl
     transpose(simd, E::Float::ONE, from, unsafe { to.into_uninit() });
 }
 
-/// Whether a tile's rows of the left operand are packed all at once.
+/// Whether a tile's rows of the left operand are packed all at once: where a column's numbers are neighbours, a cache line holds
+/// numbers of several blocks.
 pub(super) fn packs_left<E: Number>(a: &Operand<E>) -> bool {
-    let is_wide = E::as_floats(&[]).is_none();
-    matches!(a.strides(), [1, stride] if stride != 1 && (is_wide || stride * size_of::<E>() >= MIN_STRIDE_TO_PACK))
+    matches!(a.strides(), [1, stride] if stride != 1)
 }
 
 /// Packs rows of the left operand, whose columns stand in one piece each: each block as \[k\]\[its rows\].
@@ -178,30 +174,37 @@ impl<E: Number> WithSimd for PackLeft<'_, E> {
     }
 }
 
-/// A block of the left operand: where it is, if the kernel can read it there, else widened to `scratch`, which has room for it.
-pub(super) fn left_block<'m, E: Number>(
-    a: &Operand<'m, E>,
-    rows: Range<usize>,
-    k: Range<usize>,
-    scratch: &'m mut [E::Float],
-) -> Left<'m, E::Float> {
-    let [row_stride, column_stride] = a.strides();
-    let (count, len) = (rows.len(), k.len());
-    let from = a.from(rows.start, k.start);
-    if column_stride == 1 {
-        let matrix = Matrix::new(from, count, len, row_stride);
-        let matrix = matrix.downcast().unwrap_or_else(|| widen_rows(matrix, scratch));
-        return Left { matrix, by_column: false };
-    }
-    if row_stride == 1 {
-        let matrix = Matrix::new(from, len, count, column_stride);
-        let matrix = matrix.downcast().unwrap_or_else(|| widen_rows(matrix, scratch));
-        return Left { matrix, by_column: true };
-    }
-    for (row, to) in scratch.chunks_exact_mut(len).enumerate().take(count) {
-        for (i, to) in to.iter_mut().enumerate() {
-            *to = from[row * row_stride + i * column_stride].widen();
+/// Packs a block of the left operand as \[k\]\[its rows\].
+pub(super) struct PackLeftBlock<'a, E: Number> {
+    pub(super) a: &'a Operand<'a, E>,
+    pub(super) rows: Range<usize>,
+    pub(super) k: Range<usize>,
+    pub(super) packed: &'a mut [E::Float],
+    /// Room for the block.
+    pub(super) wide: &'a mut [E::Float],
+}
+
+impl<E: Number> WithSimd for PackLeftBlock<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { a, rows, k, packed, wide } = self;
+        let [row_stride, column_stride] = a.strides();
+        let (count, len) = (rows.len(), k.len());
+        let from = a.from(rows.start, k.start);
+        if column_stride == 1 {
+            let matrix = Matrix::new(from, count, len, row_stride);
+            let matrix = matrix.downcast().unwrap_or_else(|| widen_rows(matrix, wide));
+            let to = MatrixMut::new(packed, len, count, count);
+            // SAFETY: the transposed numbers are initialised.
+            transpose(simd, E::Float::ONE, matrix, unsafe { to.into_uninit() });
+            return;
+        }
+        for (i, to) in packed.chunks_exact_mut(count).take(len).enumerate() {
+            for (row, to) in to.iter_mut().enumerate() {
+                *to = from[row * row_stride + i * column_stride].widen();
+            }
         }
     }
-    Left { matrix: Matrix::new(scratch, count, len, len), by_column: false }
 }

@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use crate::dtype::{Number, Sink};
 use crate::error::Error;
-use crate::matmul::microkernel::{Ahead, Base, BlockDims, Blocks, Left, MAX_ROWS, MultiplyBlock, Right};
-use crate::matmul::pack::{PackLeft, PackRight, direct_right, left_block, packs_left};
+use crate::matmul::microkernel::{Ahead, Base, BlockDims, Blocks, MAX_ROWS, MultiplyBlock, Right};
+use crate::matmul::pack::{PackLeft, PackLeftBlock, PackRight, direct_right, packs_left};
 use crate::matmul::{Epilogue, Operand, few_rows};
 use crate::matrix::{Matrix, MatrixMut};
 use crate::scratch::{Scratch, pieces};
@@ -70,7 +70,7 @@ impl<E: Number> Tile<'_, E> {
         let own = if steps <= 1 && result.floats().is_some() { 0 } else { rows * columns };
         let left_rows = if self.pairs.iter().any(|(a, _)| packs_left(a)) { rows } else { MAX_ROWS };
         let k = self.pairs.iter().map(|(a, _)| a.dims()[1].min(K_BLOCK)).max().unwrap_or(0);
-        let wide = (width * k).max(left_rows).max(columns);
+        let wide = (width.max(MAX_ROWS) * k).max(left_rows).max(columns);
         let mut scratch = None;
         pieces!(scratch, E::Float:
             right: columns.next_multiple_of(width) * k, left: left_rows * k, wide: wide, sums: own);
@@ -139,12 +139,13 @@ impl<E: Number> Tile<'_, E> {
         }
         for index in 0..blocks.count {
             let block = blocks.rows_of(index);
-            let left = if is_packed {
-                let columns = &memory.left[block.start * k.len()..block.end * k.len()];
-                Left { matrix: Matrix::new(columns, k.len(), block.len(), block.len()), by_column: true }
-            } else {
-                left_block(a, self.rows_of(&block), k.clone(), memory.left)
-            };
+            let of_block =
+                if is_packed { block.start * k.len()..block.end * k.len() } else { 0..block.len() * k.len() };
+            let left = &mut memory.left[of_block];
+            if !is_packed {
+                let (rows, packed) = (self.rows_of(&block), &mut *left);
+                arch.dispatch(PackLeftBlock { a, rows, k: k.clone(), packed, wide: memory.wide });
+            }
             let ahead = self.ahead(step, is_packed, blocks, index);
             let (to, base) = match result.floats() {
                 Some(result) if step.is_last => (result, Base::Other(memory.sums.as_ref())),
