@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent / "against_peers"))
-from peers import Ours, Torch, build, queued_ms, rotate  # noqa: E402
+from peers import Ours, TorchAttention, build, queued_ms, rotate  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 # Of the error of 64 rows, as a part of their length. PyTorch's unfused attention (bf16, 4,096 tokens) errs by 0.009 of it,
@@ -94,7 +94,7 @@ class Case:
     backward: bool
     name: str = "plain"
 
-    # As `Torch` asks.
+    # As `TorchAttention` asks.
     @property
     def kv_heads(self):
         return self.heads
@@ -144,7 +144,7 @@ class Served:
         return load_file(self.path, device=self.device)
 
 
-class OnTorch(Torch):
+class OnTorch(TorchAttention):
     """PyTorch's scaled_dot_product_attention by one of its backends."""
 
     def __init__(self, case, inputs, backend, synchronize):
@@ -257,7 +257,7 @@ class Bench:
 
     def load(self, server, case):
         self.inputs(case.shape, case.dtype)
-        description = {"causal": case.causal, "backward": case.backward}
+        description = {"kind": "attention", "causal": case.causal, "backward": case.backward}
         return server.load(self.path / "inputs.safetensors", description, self.device)
 
     def served(self, server, job, contender):

@@ -45,8 +45,12 @@ enum Request {
     Read { bytes: usize, warm_up_ms: u64, time_ms: u64 },
     /// Repeats the product of two square matrices and answers with the median time.
     Matmul { size: usize, warm_up_ms: u64, time_ms: u64 },
+    /// Keeps freed memory from now on, as programs that train do.
+    KeepFreedMemory,
     /// The peak and the present memory of this process.
     Memory,
+    /// Lets the peak memory start again from the present one.
+    ResetPeak,
 }
 
 #[derive(Default)]
@@ -73,12 +77,12 @@ impl Server {
         Ok(match request {
             Request::Load { id, inputs, job, device } => {
                 let device = self.device(device)?;
-                self.jobs.insert(id, Job::load(inputs, job, device)?);
+                self.jobs.insert(id, Job::load(&inputs, job, device)?);
                 json!({})
             }
             Request::Answer { id, contender, to } => {
                 let job = self.job(id)?;
-                let saved = job.run(contender).and_then(|answer| {
+                let saved = job.answer(contender).and_then(|answer| {
                     candle_core::safetensors::save(&answer.into_iter().collect::<HashMap<_, _>>(), to)
                 });
                 // After an error too: the driver takes back the memory only now.
@@ -87,11 +91,11 @@ impl Server {
             }
             Request::Time { id, contender, warm_up_ms, time_ms } => {
                 let job = self.job(id)?;
-                json!({ "median_ms": machine::median_ms(warm_up_ms, time_ms, || job.run(contender).map(drop))? })
+                json!({ "median_ms": machine::median_ms(warm_up_ms, time_ms, || job.run(contender))? })
             }
             Request::TimeQueued { id, contender, warm_up_ms, time_ms } => {
                 let job = self.job(id)?;
-                let run = || job.run(contender).map(drop);
+                let run = || job.run(contender);
                 json!({ "mean_ms": machine::queued_ms(job.device(), warm_up_ms, time_ms, run)? })
             }
             Request::Forget { id } => {
@@ -107,7 +111,12 @@ impl Server {
             Request::Matmul { size, warm_up_ms, time_ms } => {
                 json!({ "median_ms": machine::matmul_ms(size, warm_up_ms, time_ms)? })
             }
+            Request::KeepFreedMemory => json!({ "keeps": candle_attention::train::keep_freed_memory() }),
             Request::Memory => machine::memory()?,
+            Request::ResetPeak => {
+                machine::reset_peak()?;
+                json!({})
+            }
         })
     }
 }

@@ -116,66 +116,39 @@ class Ours:
 
 
 class Torch:
-    """scaled_dot_product_attention, or nn.MultiheadAttention."""
+    """A function in PyTorch, and the gradients of its `trained` tensors, if there are any, from that of its output."""
 
-    def __init__(self, case, inputs):
-        self.case, self.inputs = case, inputs
-        self.trained = {}
-        if case.name == "layer":
-            self.layer = self.multihead_attention()
-        elif case.backward:
-            self.trained = {name: inputs[name].clone().requires_grad_() for name in ("query", "key", "value")}
-            self.inputs = inputs | self.trained
-
-    def multihead_attention(self):
-        embed_dim = self.inputs["x"].shape[-1]
-        layer = torch.nn.MultiheadAttention(embed_dim, self.case.heads, batch_first=True)
-        parts = [self.inputs[f"{part}_proj.{kind}"] for kind in ("weight", "bias") for part in "qkv"]
-        with torch.no_grad():
-            layer.in_proj_weight.copy_(torch.cat(parts[:3]))
-            layer.in_proj_bias.copy_(torch.cat(parts[3:]))
-            layer.out_proj.weight.copy_(self.inputs["o_proj.weight"])
-            layer.out_proj.bias.copy_(self.inputs["o_proj.bias"])
-        if self.case.backward:
-            self.trained = dict(layer.named_parameters())
-        return layer.train(self.case.backward)
-
-    def output(self):
-        inputs = self.inputs
-        if self.case.name == "layer":
-            x = inputs["x"]
-            return self.layer(x, x, x, need_weights=False)[0]
-        attn_mask = inputs.get("bias")
-        if "key_mask" in inputs:
-            attn_mask = inputs["key_mask"].bool()[:, None, None, :]
-        return F.scaled_dot_product_attention(
-            inputs["query"],
-            inputs["key"],
-            inputs["value"],
-            attn_mask=attn_mask,
-            is_causal=self.case.causal,
-            enable_gqa=self.case.kv_heads != self.case.heads,
-        )
+    def __init__(self, output, trained={}, grad_output=None):
+        self.output, self.trained, self.grad_output = output, trained, grad_output
 
     def run(self):
-        if not self.case.backward:
+        if not self.trained:
             with torch.no_grad():
                 return {"output": self.output()}
         for parameter in self.trained.values():
             parameter.grad = None
         output = self.output()
-        output.backward(self.inputs["grad_output"])
+        output.backward(self.grad_output)
         return {"output": output.detach()} | {f"grad_{name}": x.grad for name, x in self.trained.items()}
 
     def answer(self):
         """What `run` gives, under the names of the Rust side."""
-        answer = self.run()
-        if self.case.name == "layer" and self.case.backward:
-            for kind in ("weight", "bias"):
-                for part, grad in zip("qkv", answer.pop(f"grad_in_proj_{kind}").chunk(3)):
-                    answer[f"grad_{part}_proj.{kind}"] = grad
-                answer[f"grad_o_proj.{kind}"] = answer.pop(f"grad_out_proj.{kind}")
-        return answer
+        return self.run()
 
     def time(self, warm_up_ms, time_ms):
         return median_ms(warm_up_ms, time_ms, self.run)
+
+
+class TorchAttention(Torch):
+    """scaled_dot_product_attention."""
+
+    def __init__(self, case, inputs):
+        names = ("query", "key", "value")
+        trained = {name: inputs[name].clone().requires_grad_() for name in names} if case.backward else {}
+        query, key, value = (trained.get(name, inputs[name]) for name in names)
+        attn_mask = inputs.get("bias")
+        if "key_mask" in inputs:
+            attn_mask = inputs["key_mask"].bool()[:, None, None, :]
+        options = {"attn_mask": attn_mask, "is_causal": case.causal, "enable_gqa": case.kv_heads != case.heads}
+        output = lambda: F.scaled_dot_product_attention(query, key, value, **options)
+        super().__init__(output, trained, inputs.get("grad_output"))
