@@ -136,6 +136,8 @@ class Bench:
 
 HEAD = ["shape", "case", "pass", "ours ms", "torch ms", "torch / ours", "compiled / ours", "ort / ours", "candle / ours"]
 HEAD += ["flash_attn / ours", "1 / 2 threads", "GFLOP/s", "of sgemm", "memory"]
+RATIOS = ["torch", "compiled", "ort", "candle", "candle_flash", "one_thread"]
+MEMORY = {"memory_ratio": "", "time_ratio": " the time"}
 
 
 def line(row):
@@ -149,10 +151,6 @@ def line(row):
     ]  # fmt: skip
 
 
-RATIOS = ["torch", "compiled", "ort", "candle", "candle_flash", "one_thread"]
-MEMORY = {"memory_ratio": "", "time_ratio": " the time"}
-
-
 WORDS = "`attention`, `operations`, `blocks`, `models` or `memory`; a case, pass, dtype, `full` or `causal`"
 
 
@@ -163,7 +161,8 @@ def parse():
     parser.add_argument("--only", action="append", metavar="WORD", help=f"only rows with this word: {WORDS}; given twice, both words")
     parser.add_argument("--without-candle", action="store_true", help="leave out candle, which takes longest")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile, for operations, blocks and models")
-    parser.add_argument("--minilm", type=Path, metavar="DIR", default=REPOSITORY / "target/minilm", help="the folder that `scripts/minilm` makes")
+    folder = REPOSITORY / "target/minilm"
+    parser.add_argument("--minilm", type=Path, metavar="DIR", default=folder, help="the folder that `scripts/minilm` makes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()

@@ -2,9 +2,9 @@
 
 use anyhow::{Result, ensure};
 use attention_examples::random::Seeded;
+use candle_attention::block::{CrossEntropyOptions, cross_entropy};
+use candle_attention::train::{AdamW, AdamWConfig};
 use candle_core::{D, Tensor};
-use candle_nn::loss::cross_entropy;
-use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::grammar::Sentence;
@@ -25,7 +25,7 @@ pub fn with_shuffled_labels(sentences: &[Sentence], seed: u64) -> Vec<Sentence> 
 /// Trains the model on the labels of the sentences. No attention weight is computed here. `title` stands before the
 /// progress bar.
 pub fn teach(model: &Model, reader: &Reader, sentences: &[Sentence], steps: usize, title: &'static str) -> Result<()> {
-    let mut optimizer = AdamW::new(model.vars()?, ParamsAdamW { lr: LEARNING_RATE, ..Default::default() })?;
+    let mut optimizer = AdamW::new(&model.variables()?, AdamWConfig { lr: LEARNING_RATE, ..Default::default() })?;
     let mut random = Seeded::new(model.config().seed);
     // On stderr, and only if that is a terminal.
     let style = ProgressStyle::with_template("{prefix:8} {wide_bar} step {pos}/{len}  {msg}")?;
@@ -39,8 +39,8 @@ pub fn teach(model: &Model, reader: &Reader, sentences: &[Sentence], steps: usiz
         let lesson = waiting.split_off(waiting.len().saturating_sub(BATCH));
         let labels = lesson.iter().map(|sentence| sentence.label).collect::<Vec<_>>();
         let labels = Tensor::new(labels, &reader.device)?;
-        let loss = cross_entropy(&model.forward(&reader.read(&lesson)?)?, &labels)?;
-        optimizer.backward_step(&loss)?;
+        let loss = cross_entropy(&model.forward(&reader.read(&lesson)?)?, &labels, &CrossEntropyOptions::default())?;
+        optimizer.step(&loss.backward()?)?;
         let loss = loss.to_scalar::<f32>()?;
         ensure!(loss.is_finite(), "the loss is {loss}");
         bar.set_message(format!("loss {loss:.4}"));

@@ -1,10 +1,13 @@
 //! The model: embeddings, one attention layer, a linear head.
 
 use attention_examples::random::Seeded;
+use candle_attention::block::{Embedding, embedding, linear};
 use candle_attention::rotary::RotaryConfig;
-use candle_attention::{ForwardOptions, ForwardOutput, Mask, SelfAttention, SelfAttentionConfig, self_attention};
-use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::{Embedding, Linear, Module, VarBuilder, VarMap, embedding, linear_no_bias};
+use candle_attention::{
+    ForwardOptions, ForwardOutput, Mask, Result, SelfAttention, SelfAttentionConfig, self_attention,
+};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
 
 use crate::reader::Batch;
 
@@ -21,7 +24,8 @@ const BOUND: f32 = 0.25;
 pub struct Model {
     embedding: Embedding,
     attention: SelfAttention,
-    head: Linear,
+    /// (nouns, DIM)
+    head: Tensor,
 }
 
 /// One head with W_Q, W_K and W_V, the layer of the notes. The rotary embedding gives it the order of the words.
@@ -53,7 +57,7 @@ impl Model {
         Ok(Self {
             embedding: embedding(words, config.embed_dim, vb.pp("embedding"))?,
             attention: self_attention(config, vb.pp("attention"))?,
-            head: linear_no_bias(config.output_dim(), nouns, vb.pp("head"))?,
+            head: vb.get((nouns, config.output_dim()), "head.weight")?,
         })
     }
 
@@ -64,36 +68,35 @@ impl Model {
 
     /// Every parameter with its name.
     pub fn parameters(&self) -> Vec<(String, &Tensor)> {
-        let mut parameters = vec![
-            ("embedding.weight".to_string(), self.embedding.embeddings()),
-            ("head.weight".to_string(), self.head.weight()),
-        ];
+        let mut parameters =
+            vec![("embedding.weight".to_string(), self.embedding.weight()), ("head.weight".to_string(), &self.head)];
         let attention = self.attention.parameters().into_iter();
         parameters.extend(attention.map(|(name, tensor)| (format!("attention.{name}"), tensor)));
         parameters
     }
 
-    pub fn vars(&self) -> Result<Vec<Var>> {
-        self.parameters().into_iter().map(|(_, tensor)| Var::from_tensor(tensor)).collect()
+    /// The same as variables.
+    pub fn variables(&self) -> Result<Vec<(String, Var)>> {
+        self.parameters().into_iter().map(|(name, tensor)| Ok((name, Var::from_tensor(tensor)?))).collect()
     }
 
     /// For each noun of the grammar the logit that the property describes it, (batch, nouns).
     pub fn forward(&self, batch: &Batch) -> Result<Tensor> {
         let output = self.attend(batch, false)?.output;
-        self.head.forward(&output.flatten_to(1)?.index_select(&batch.properties, 0)?)
+        linear(&output.flatten_to(1)?.index_select(&batch.properties, 0)?, &self.head, None)
     }
 
     /// The attention weights, (batch, len, len).
     pub fn weights(&self, batch: &Batch) -> Result<Tensor> {
         match self.attend(batch, true)?.weights {
-            Some(weights) => weights.mean(1), // over the heads, of which there is one
-            None => candle_core::bail!("no weights, though they were asked for"),
+            Some(weights) => Ok(weights.mean(1)?), // over the heads, of which there is one
+            None => Err(candle_core::Error::msg("no weights, though they were asked for").into()),
         }
     }
 
     fn attend(&self, batch: &Batch, return_weights: bool) -> Result<ForwardOutput> {
         let attn_mask = Mask::key_lengths(&batch.lengths);
         let options = ForwardOptions { attn_mask, return_weights, ..Default::default() };
-        Ok(self.attention.forward_with(&self.embedding.forward(&batch.tokens)?, &options)?)
+        self.attention.forward_with(&self.embedding.forward(&batch.tokens)?, &options)
     }
 }

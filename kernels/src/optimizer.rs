@@ -8,8 +8,9 @@ use pulp::{Simd, WithSimd};
 use crate::alloc::reserve;
 use crate::dtype::{Number, narrow_into};
 use crate::error::Error;
+use crate::matrix::MatrixMut;
 use crate::schedule::for_each_chunk;
-use crate::simd::{SimdFloat, as_vectors_mut, instruction_set, load_up_to, store_up_to};
+use crate::simd::{SimdFloat, as_vectors, as_vectors_mut, instruction_set, load_up_to, store_up_to};
 
 /// Numbers of a piece: enough for some 10 µs of work, which a task should have, and few enough for many pieces.
 const PIECE: usize = 16 * 1024;
@@ -160,6 +161,11 @@ impl<E: Number> WithSimd for Adam<'_, '_, E> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let factors = Factors::<E::Float, S>::new(simd, self.constants, self.piece);
+        let len = self.piece.values.len();
+        let values = MatrixMut::new(&mut *self.piece.values, 1, len, len).into_downcast::<E::Float>();
+        if let (Some(values), Some(gradient)) = (values, E::as_floats(self.piece.gradient)) {
+            return factors.step(simd, values.into_row(0), gradient, self.piece.first_moment, self.piece.second_moment);
+        }
         let (mut wide, mut wide_gradient) = ([E::Float::ZERO; BLOCK], [E::Float::ZERO; BLOCK]);
         for start in (0..self.piece.values.len()).step_by(BLOCK) {
             let end = (start + BLOCK).min(self.piece.values.len());
@@ -183,8 +189,8 @@ struct Factors<R: SimdFloat, S: Simd> {
     from_moment: bool,
     /// β₂ and 1 - β₂
     second: [R::Vector<S>; 2],
-    /// √(1 - β₂ᵗ)
-    root_correction: R::Vector<S>,
+    /// 1 / √(1 - β₂ᵗ)
+    root_factor: R::Vector<S>,
     eps: R::Vector<S>,
     /// lr / (1 - β₁ᵗ)
     step_size: R::Vector<S>,
@@ -206,7 +212,7 @@ impl<R: SimdFloat, S: Simd> Factors<R, S> {
             first: [splat!(1.0 - beta1), splat!(beta1)],
             from_moment: 1.0 - beta1 < 0.5,
             second: [splat!(beta2), splat!(1.0 - beta2)],
-            root_correction: splat!(correction2.sqrt()),
+            root_factor: splat!(1.0 / correction2.sqrt()),
             eps: splat!(eps),
             step_size: splat!(learning_rate / correction1),
         }
@@ -215,22 +221,19 @@ impl<R: SimdFloat, S: Simd> Factors<R, S> {
     /// A step of slices of equal length. The last numbers take the same way as whole vectors do, and get the same bits.
     #[inline(always)]
     fn step(&self, simd: S, values: &mut [R], gradient: &[R], first: &mut [R], second: &mut [R]) {
-        let lanes = R::lanes::<S>();
-        let parts = values.chunks_mut(lanes).zip(gradient.chunks(lanes));
-        let moments = first.chunks_mut(lanes).zip(second.chunks_mut(lanes));
-        for ((values, gradient), (first, second)) in parts.zip(moments) {
-            let loaded = [load_up_to(simd, values), load_up_to(simd, first), load_up_to(simd, second)];
-            let [value, m, v] = self.vector(simd, load_up_to(simd, gradient), loaded);
-            if values.len() == lanes {
-                as_vectors_mut::<R, S>(values)[0] = value;
-                as_vectors_mut::<R, S>(first)[0] = m;
-                as_vectors_mut::<R, S>(second)[0] = v;
-            } else {
-                store_up_to::<R, S>(values, value);
-                store_up_to::<R, S>(first, m);
-                store_up_to::<R, S>(second, v);
-            }
+        let whole = values.len() / R::lanes::<S>() * R::lanes::<S>();
+        let ((values, last_values), (gradient, last_gradient)) = (values.split_at_mut(whole), gradient.split_at(whole));
+        let ((first, last_first), (second, last_second)) = (first.split_at_mut(whole), second.split_at_mut(whole));
+        let values = as_vectors_mut::<R, S>(values).iter_mut().zip(as_vectors::<R, S>(gradient));
+        let moments = as_vectors_mut::<R, S>(first).iter_mut().zip(as_vectors_mut::<R, S>(second));
+        for ((value, gradient), (m, v)) in values.zip(moments) {
+            [*value, *m, *v] = self.vector(simd, *gradient, [*value, *m, *v]);
         }
+        let loaded = [load_up_to(simd, last_values), load_up_to(simd, last_first), load_up_to(simd, last_second)];
+        let [value, m, v] = self.vector(simd, load_up_to(simd, last_gradient), loaded);
+        store_up_to::<R, S>(last_values, value);
+        store_up_to::<R, S>(last_first, m);
+        store_up_to::<R, S>(last_second, v);
     }
 
     /// The parameter and its moments after the step, in the order of PyTorch's operations.
@@ -244,7 +247,7 @@ impl<R: SimdFloat, S: Simd> Factors<R, S> {
         };
         let square = R::vmul(simd, R::vmul(simd, self.second[1], gradient), gradient);
         let v = R::vadd(simd, R::vmul(simd, v, self.second[0]), square);
-        let root = R::vadd(simd, R::vdiv(simd, R::vsqrt(simd, v), self.root_correction), self.eps);
+        let root = R::mul_add(simd, R::vsqrt(simd, v), self.root_factor, self.eps);
         let update = R::vdiv(simd, R::vmul(simd, self.step_size, m), root);
         [R::vsub(simd, R::vmul(simd, value, self.keep), update), m, v]
     }

@@ -61,8 +61,9 @@ impl State {
     pub fn new(run: RunConfig, device: &Device) -> Result<Self> {
         let varmap = VarMap::new();
         let model = Gpt::new(&run.model, VarBuilder::from_varmap(&varmap, DType::F32, device))?;
-        initialise(&varmap, run.model.seed, BLOCKS)?;
-        Ok(Self { model, optimizer: AdamW::new(&named_variables(&varmap), ADAMW)?, run })
+        let parameters = named_variables(&varmap);
+        initialise(&parameters, run.model.seed, BLOCKS)?;
+        Ok(Self { model, optimizer: AdamW::new(&parameters, ADAMW)?, run })
     }
 
     /// The number of steps taken.

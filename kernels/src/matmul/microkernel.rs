@@ -28,9 +28,8 @@ pub(super) const MAX_ROWS: usize = 12;
 
 /// The most rows of a block: as many as the registers have room for.
 #[inline(always)]
-fn max_rows<R: SimdFloat, S: Simd>() -> usize {
-    // Only AVX-512 has vectors of 64 bytes, and it has 32 registers.
-    if size_of::<R::Vector<S>>() == 64 { MAX_ROWS } else { 6 }
+fn max_rows<S: Simd>() -> usize {
+    if S::REGISTER_COUNT >= 32 { MAX_ROWS } else { 6 }
 }
 
 /// Rows cut into blocks: of the largest size, but for the last two, which share what is left, for a block of one or two rows
@@ -97,9 +96,6 @@ pub(super) enum Base<'a, R: Copy> {
 
 /// The most cache lines that are asked for while a block is multiplied with a panel.
 const MAX_LINES: usize = 64;
-
-/// Products of each number in a turn of the inner loop, which asks for one cache line.
-const UNROLLED: usize = 4;
 
 /// Memory to ask for while a block is computed, so that it is near when its turn comes.
 #[derive(Clone, Copy, Default)]
@@ -218,8 +214,27 @@ impl<R: SimdFloat> WithSimd for BlockDims<R> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> [usize; 2] {
-        [max_rows::<R, S>(), panel_width::<R, S>()]
+        [max_rows::<S>(), panel_width::<R, S>()]
     }
+}
+
+/// `$body` for each `$i` of `0..$count`, unrolled. `$turn` comes before the body's first run of each turn. (A macro and no closure:
+/// what isn't inlined into the function that dispatched on the instruction set is compiled without it.)
+macro_rules! unrolled {
+    ($count:expr, $turn:expr, |$i:ident| $body:expr) => {{
+        const UNROLLED: usize = 4;
+        let count = $count;
+        let whole = count / UNROLLED * UNROLLED;
+        for first in (0..whole).step_by(UNROLLED) {
+            $turn;
+            for $i in first..first + UNROLLED {
+                $body
+            }
+        }
+        for $i in whole..count {
+            $body
+        }
+    }};
 }
 
 /// to\[row\]\[c\] = base\[row\]\[c\] + Σ_k left\[k\]\[row\] · right\[k\]\[c\] for a panel's columns.
@@ -263,7 +278,7 @@ unsafe fn multiply<R: SimdFloat, S: Simd>(
     }
     // SAFETY: the assertions, and this function's own condition.
     unsafe {
-        if max_rows::<R, S>() == MAX_ROWS {
+        if max_rows::<S>() == MAX_ROWS {
             of_rows!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
         } else {
             of_rows!(1, 2, 3, 4, 5, 6)
@@ -296,30 +311,24 @@ unsafe fn block<R: SimdFloat, S: Simd, const N: usize>(
         }
         // Memory is asked for line by line: many requests at once would wait for each other, and the products for them.
         let mut ahead = ahead.iter();
-        let mut add = |i: usize| {
-            let mut columns = [R::splat(simd, R::ZERO); VECTORS];
-            for (v, column) in columns.iter_mut().enumerate() {
-                *column = right.at(i, v * lanes).cast::<R::Vector<S>>().read_unaligned();
-            }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let x = R::splat(simd, *left.add(i * N + row));
-                for (sum, column) in sums.iter_mut().zip(columns) {
-                    *sum = R::mul_add(simd, x, column, *sum);
-                }
-            }
-        };
-        let whole = k / UNROLLED * UNROLLED;
-        for first in (0..whole).step_by(UNROLLED) {
+        unrolled!(
+            k,
             if let Some(line) = ahead.next() {
                 prefetch_to_second_level(*line);
+            },
+            |i| {
+                let mut columns = [R::splat(simd, R::ZERO); VECTORS];
+                for (v, column) in columns.iter_mut().enumerate() {
+                    *column = right.at(i, v * lanes).cast::<R::Vector<S>>().read_unaligned();
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let x = R::splat(simd, *left.add(i * N + row));
+                    for (sum, column) in sums.iter_mut().zip(columns) {
+                        *sum = R::mul_add(simd, x, column, *sum);
+                    }
+                }
             }
-            for i in 0..UNROLLED {
-                add(first + i);
-            }
-        }
-        for i in whole..k {
-            add(i);
-        }
+        );
         // A block's sum is added when it is complete: one long sum would lose more to rounding.
         for (row, sums) in sums.into_iter().enumerate() {
             for (v, mut sum) in sums.into_iter().enumerate() {
