@@ -189,8 +189,8 @@ struct Factors<R: SimdFloat, S: Simd> {
     from_moment: bool,
     /// β₂ and 1 - β₂
     second: [R::Vector<S>; 2],
-    /// 1 / √(1 - β₂ᵗ)
-    root_factor: R::Vector<S>,
+    /// √(1 - β₂ᵗ)
+    root_correction: R::Vector<S>,
     eps: R::Vector<S>,
     /// lr / (1 - β₁ᵗ)
     step_size: R::Vector<S>,
@@ -212,7 +212,7 @@ impl<R: SimdFloat, S: Simd> Factors<R, S> {
             first: [splat!(1.0 - beta1), splat!(beta1)],
             from_moment: 1.0 - beta1 < 0.5,
             second: [splat!(beta2), splat!(1.0 - beta2)],
-            root_factor: splat!(1.0 / correction2.sqrt()),
+            root_correction: splat!(correction2.sqrt()),
             eps: splat!(eps),
             step_size: splat!(learning_rate / correction1),
         }
@@ -236,7 +236,7 @@ impl<R: SimdFloat, S: Simd> Factors<R, S> {
         store_up_to::<R, S>(last_second, v);
     }
 
-    /// The parameter and its moments after the step, in the order of PyTorch's operations.
+    /// The parameter and its moments after the step, in the order of PyTorch's operations, so that long runs follow PyTorch's.
     #[inline(always)]
     fn vector(&self, simd: S, gradient: R::Vector<S>, [value, m, v]: [R::Vector<S>; 3]) -> [R::Vector<S>; 3] {
         let towards = R::vsub(simd, gradient, m);
@@ -247,7 +247,7 @@ impl<R: SimdFloat, S: Simd> Factors<R, S> {
         };
         let square = R::vmul(simd, R::vmul(simd, self.second[1], gradient), gradient);
         let v = R::vadd(simd, R::vmul(simd, v, self.second[0]), square);
-        let root = R::mul_add(simd, R::vsqrt(simd, v), self.root_factor, self.eps);
+        let root = R::vadd(simd, R::vdiv(simd, R::vsqrt(simd, v), self.root_correction), self.eps);
         let update = R::vdiv(simd, R::vmul(simd, self.step_size, m), root);
         [R::vsub(simd, R::vmul(simd, value, self.keep), update), m, v]
     }
