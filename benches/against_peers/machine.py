@@ -4,7 +4,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# Hypervisors hide the names of processors, but not these numbers. Intel's are of family 6, AMD's of the family before them.
+# Hypervisors hide the names of processors, but not these numbers: Intel's models of family 6.
 INTEL = {
     79: "Broadwell", 85: "Skylake, Cascade Lake or Cooper Lake", 106: "Ice Lake", 108: "Ice Lake", 143: "Sapphire Rapids",
     173: "Granite Rapids", 174: "Granite Rapids", 175: "Sierra Forest", 207: "Emerald Rapids",

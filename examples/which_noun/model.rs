@@ -43,7 +43,7 @@ impl Model {
         let mut varmap = VarMap::new();
         let vb = VarBuilder::from_varmap(&varmap, DType::F32, device);
         let model = Self::build(&attention_config(seed), words, nouns, vb)?;
-        // The attention layer draws from its seed. candle's own layers have no seed, so their numbers are replaced.
+        // The attention layer has drawn its parameters from the seed. The others are drawn here.
         let mut random = Seeded::new(seed);
         for (name, rows) in [("embedding.weight", words), ("head.weight", nouns)] {
             let numbers = random.uniform(rows * DIM, BOUND);
@@ -75,7 +75,7 @@ impl Model {
         parameters
     }
 
-    /// The same as variables.
+    /// The parameters as variables, for an optimiser.
     pub fn variables(&self) -> Result<Vec<(String, Var)>> {
         self.parameters().into_iter().map(|(name, tensor)| Ok((name, Var::from_tensor(tensor)?))).collect()
     }

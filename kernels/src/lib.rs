@@ -3,7 +3,7 @@
 //! context = softmax(mask(softcap(scale · q · kᵀ) + bias)) · v, with ALiBi, dropout, grouped heads and any strides, and its
 //! gradients. No matrix of q_len x kv_len is ever in memory. The kernels use the best instruction set of the processor
 //! (AVX-512, AVX2, NEON, else scalar code); the environment variable `CANDLE_ATTENTION_SIMD` can ask for less: `scalar` or
-//! `avx2`. The work is cut into tasks by the shape alone, so the same input gives the same bits for any number of threads.
+//! `avx2`. The same input gives the same bits for any number of threads.
 //!
 //! ```
 //! use attention_kernels::mask::Rule;

@@ -1,4 +1,4 @@
-//! Rows to lanes and back: queries into panels, contexts out of them, and a bias onto its scores.
+//! Rows to lanes and back: queries and operands of products into panels, contexts out of them, and a bias onto its scores.
 
 use std::any::TypeId;
 use std::mem::MaybeUninit;

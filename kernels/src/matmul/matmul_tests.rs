@@ -143,6 +143,7 @@ fn large_products_are_naive_sums() {
         check_product::<f32>(dims, [Order::Rows, Order::Columns]);
         check_product::<f32>(dims, [Order::Columns, Order::Rows]);
         check_product::<bf16>(dims, [Order::Columns, Order::Columns]);
+        check_product::<bf16>(dims, [Order::Rows, Order::Columns]);
     }
 }
 

@@ -6,7 +6,7 @@ use super::*;
 use crate::dtype::Number;
 use crate::gemm::microkernel::tests::{check_guard, close, numbers};
 use crate::matmul::Operand;
-use crate::matmul::pack::{PackLeft, PackRight};
+use crate::matmul::pack::{PackLeft, PackLeftBlock, PackRight};
 use crate::simd::with_every_simd;
 
 /// A product whose operands are packed, in blocks; `base` is added.
@@ -20,6 +20,7 @@ fn check_packed<R: SimdFloat + Number<Float = R>, S: Simd>(simd: S, [rows, k, co
     let k_range = 0..k;
     let packed = &mut packed_left[..];
     simd.vectorize(PackLeft { a: &left, first_row: 0, k: k_range.clone(), blocks, packed, wide: &mut wide });
+    check_left_blocks(simd, &left, blocks, &packed_left);
     for right in [
         Operand::row_major("b", &b, k, columns).unwrap(),
         Operand::row_major("b", &b, columns, k).unwrap().transposed(),
@@ -55,6 +56,29 @@ fn check_packed<R: SimdFloat + Number<Float = R>, S: Simd>(simd: S, [rows, k, co
             assert!(close(result[row * stride + column], expected), "{rows} {k} {columns}: {row} {column}");
         }
         check_guard(&result, &before, rows, columns, stride);
+    }
+}
+
+/// The same blocks packed one by one, from a row-major operand and from one whose numbers lie apart.
+fn check_left_blocks<R: SimdFloat + Number<Float = R>, S: Simd>(
+    simd: S,
+    left: &Operand<R>,
+    blocks: Blocks,
+    expected: &[R],
+) {
+    let [rows, k] = left.dims();
+    for gap in [1, 3] {
+        let mut numbers = vec![R::ZERO; rows * k * gap];
+        for (row, i) in (0..rows).flat_map(|row| (0..k).map(move |i| (row, i))) {
+            numbers[(row * k + i) * gap] = left.from(row, i)[0];
+        }
+        let a = Operand::new("a", &numbers, [rows, k], [k * gap, gap]).unwrap();
+        for block in (0..blocks.count).map(|block| blocks.rows_of(block)) {
+            let (mut packed, mut wide) = (vec![R::ZERO; block.len() * k], vec![R::ZERO; block.len() * k]);
+            let (rows, all, to) = (block.clone(), 0..k, &mut packed[..]);
+            simd.vectorize(PackLeftBlock { a: &a, rows, k: all, packed: to, wide: &mut wide });
+            assert!(packed == expected[block.start * k..block.end * k], "{block:?}, {gap} apart");
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Matrix products: the linear layers of a transformer, forward (x · wᵀ) and backward (dy · w and dyᵀ · x).
 //!
 //! The operands have any strides, the result is row-major. f16 and bf16 are multiplied and summed in f32, and rounded once, after
-//! the epilogue. The work is cut into tiles by the shape alone, so the same input gives the same bits for any number of
-//! threads.
+//! the epilogue. How the result is cut into tiles depends on the number of threads, but the order in which the sums of an
+//! element are added doesn't: the same input gives the same bits for any number of threads.
 //!
 //! The method is that of Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008), section 4: a block of
-//! sums stays in registers, while a packed block of one operand stays in the second-level cache.
+//! sums stays in registers, a packed block of the left operand in the first-level cache, and one of the right operand in the
+//! second-level cache.
 //!
 //! ```
 //! use attention_kernels::matmul::{Bias, Operand, matmul};

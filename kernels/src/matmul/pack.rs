@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use crate::dtype::{Number, widen_rows};
+use crate::dtype::Number;
 use crate::gemm::transpose::transpose;
 use crate::matmul::Operand;
 use crate::matmul::microkernel::{Blocks, panel_width};
@@ -68,13 +68,9 @@ impl<E: Number> WithSimd for PackRight<'_, E> {
             let count = width.min(columns.end - first);
             let from = b.from(k.start, first);
             if row_stride == 1 {
-                pack_columns::<E, S>(simd, Matrix::new(from, count, len, column_stride), panel, wide);
+                pack_columns(simd, Matrix::new(from, count, len, column_stride), panel, width, wide);
             } else {
-                for (i, to) in panel.chunks_exact_mut(width).enumerate() {
-                    for (c, to) in to[..count].iter_mut().enumerate() {
-                        *to = from[i * row_stride + c * column_stride].widen();
-                    }
-                }
+                pack_apart(from, [row_stride, column_stride], count, panel, width);
             }
         }
     }
@@ -113,9 +109,15 @@ fn scatter_parts<R: Copy, const WIDTH: usize>(row: &[R], to: &mut [R], stride: u
     }
 }
 
-/// Columns, which are the rows of `from`, as a panel. `wide` has room for them.
+/// Columns of `width` numbers or less, of which `from` holds each as a row: packed as rows of `width`. `wide` has room for `from`.
 #[inline(always)]
-fn pack_columns<E: Number, S: Simd>(simd: S, from: Matrix<E>, panel: &mut [E::Float], wide: &mut [E::Float]) {
+fn pack_columns<E: Number, S: Simd>(
+    simd: S,
+    from: Matrix<E>,
+    packed: &mut [E::Float],
+    width: usize,
+    wide: &mut [E::Float],
+) {
     let (count, len) = (from.rows(), from.columns());
     let from = match from.downcast::<E::Float>() {
         Some(from) => from,
@@ -126,14 +128,25 @@ fn pack_columns<E: Number, S: Simd>(simd: S, from: Matrix<E>, panel: &mut [E::Fl
             Matrix::new(wide, count, len, len)
         }
     };
-    let to = MatrixMut::new(panel, len, count, panel_width::<E::Float, S>());
+    let to = MatrixMut::new(packed, len, count, width);
     // SAFETY: the transposed numbers are initialised.
     transpose(simd, E::Float::ONE, from, unsafe { to.into_uninit() });
 }
 
+/// Numbers of which no two are neighbours, `count` for each k, `strides` apart along k and among each other: packed as rows of
+/// `width`.
+#[inline(always)]
+fn pack_apart<E: Number>(from: &[E], strides: [usize; 2], count: usize, packed: &mut [E::Float], width: usize) {
+    for (i, to) in packed.chunks_exact_mut(width).enumerate() {
+        for (c, to) in to[..count].iter_mut().enumerate() {
+            *to = from[i * strides[0] + c * strides[1]].widen();
+        }
+    }
+}
+
 /// Whether a tile's rows of the left operand are packed all at once: where a column's numbers are neighbours, a cache line holds
 /// numbers of several blocks.
-pub(super) fn packs_left<E: Number>(a: &Operand<E>) -> bool {
+pub(super) fn packs_all_rows<E: Number>(a: &Operand<E>) -> bool {
     matches!(a.strides(), [1, stride] if stride != 1)
 }
 
@@ -194,17 +207,9 @@ impl<E: Number> WithSimd for PackLeftBlock<'_, E> {
         let (count, len) = (rows.len(), k.len());
         let from = a.from(rows.start, k.start);
         if column_stride == 1 {
-            let matrix = Matrix::new(from, count, len, row_stride);
-            let matrix = matrix.downcast().unwrap_or_else(|| widen_rows(matrix, wide));
-            let to = MatrixMut::new(packed, len, count, count);
-            // SAFETY: the transposed numbers are initialised.
-            transpose(simd, E::Float::ONE, matrix, unsafe { to.into_uninit() });
-            return;
-        }
-        for (i, to) in packed.chunks_exact_mut(count).take(len).enumerate() {
-            for (row, to) in to.iter_mut().enumerate() {
-                *to = from[row * row_stride + i * column_stride].widen();
-            }
+            pack_columns(simd, Matrix::new(from, count, len, row_stride), packed, count, wide);
+        } else {
+            pack_apart(from, [column_stride, row_stride], count, packed, count);
         }
     }
 }

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use crate::alloc::{product, reserve};
 use crate::dtype::Number;
 use crate::error::Error;
+use crate::matmul::pack::packs_all_rows;
 use crate::matmul::tile::Tile;
 use crate::matmul::{Epilogue, Operand, few_rows};
 use crate::matrix::Shared;
@@ -42,11 +43,11 @@ element!(half::f16, half::bf16, f32, f64);
 
 /// The most rows and columns of a tile. A block of the right operand, 384 columns of [`K_BLOCK`](super::tile::K_BLOCK) numbers
 /// (576 KB in f32), stays in a second-level cache. It is packed once for each tile, which the rows pay for: with 512 rows the
-/// products of a transformer's layers take 3% to 10% longer.
+/// products of a transformer's layers took 3% to 10% longer.
 const TILE: [usize; 2] = [1024, 384];
 
-/// The same where the left operand is packed as well, which more columns have to pay for: with 256 columns such products take up
-/// to 14% longer. It stays in the cache too (576 KB).
+/// The same where all rows of the left operand are packed at once: see [`packs_all_rows`]. They stay in the cache too (576 KB).
+/// More columns pay for packing them: with 256 columns such products took up to 14% longer.
 const TILE_OF_PACKED: [usize; 2] = [384, 512];
 
 /// Rows and columns of a tile are multiples of these, but for the last ones: of a block's rows and a panel's columns with any
@@ -56,8 +57,8 @@ const UNITS: [usize; 2] = [12, 32];
 /// Into how many parts rows and columns may be cut, as multiples of the fewest parts.
 const MULTIPLES: [usize; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
 
-/// What is read for a tile costs as much time as it takes to multiply with this many rows or columns: 1 cycle for a number of
-/// the right operand, which is packed, half of one for a number of the left one, and 32 multiplications in a cycle.
+/// What is packed for a tile costs as much time as it takes to multiply with this many rows or columns: half a cycle for a number
+/// of the left operand, 1 cycle for a number of the right one, and 32 multiplications in a cycle.
 const READ_COST: [usize; 2] = [16, 32];
 
 /// What a task costs on its own, in multiplications: 2 µs.
@@ -123,8 +124,8 @@ impl<E: Number> Product<'_, E> {
     ///
     /// The sums of an element are added in an order that no tile has a part in, so their bits are the same with any tiles.
     fn tile_dims(&self, k: usize, threads: usize) -> [usize; 2] {
-        let by_column = self.groups.iter().flat_map(|group| group.pairs).any(|(a, _)| a.strides()[1] != 1);
-        let largest = if by_column { TILE_OF_PACKED } else { TILE };
+        let at_once = self.groups.iter().flat_map(|group| group.pairs).any(|(a, _)| packs_all_rows(a));
+        let largest = if at_once { TILE_OF_PACKED } else { TILE };
         let [m, n] = self.dims;
         let size = |axis: usize, multiple: usize| {
             let fewest = self.dims[axis].div_ceil(largest[axis]);

@@ -7,7 +7,7 @@ use std::ops::Range;
 use crate::dtype::{Number, Sink};
 use crate::error::Error;
 use crate::matmul::microkernel::{Ahead, Base, BlockDims, Blocks, MAX_ROWS, MultiplyBlock, Right};
-use crate::matmul::pack::{PackLeft, PackLeftBlock, PackRight, direct_right, packs_left};
+use crate::matmul::pack::{PackLeft, PackLeftBlock, PackRight, direct_right, packs_all_rows};
 use crate::matmul::{Epilogue, Operand, few_rows};
 use crate::matrix::{Matrix, MatrixMut};
 use crate::scratch::{Scratch, pieces};
@@ -34,7 +34,7 @@ pub(super) struct Tile<'a, E: Number> {
 struct Memory<'m, R> {
     right: &'m mut [R],
     left: &'m mut [R],
-    /// Rows that are widened before they are packed.
+    /// What is widened before it is packed: columns of a panel, a block of the left operand, or a row or column of a tile.
     wide: &'m mut [R],
     /// The sums, unless the result itself holds them.
     sums: MatrixMut<'m, MaybeUninit<R>>,
@@ -68,7 +68,7 @@ impl<E: Number> Tile<'_, E> {
         let steps = self.pairs.iter().map(|(a, _)| a.dims()[1].div_ceil(K_BLOCK)).sum();
         // Sums that later steps add to lie close together; a result's rows may be so far apart that a cache can't keep them.
         let own = if steps <= 1 && result.floats().is_some() { 0 } else { rows * columns };
-        let left_rows = if self.pairs.iter().any(|(a, _)| packs_left(a)) { rows } else { MAX_ROWS };
+        let left_rows = if self.pairs.iter().any(|(a, _)| packs_all_rows(a)) { rows } else { MAX_ROWS };
         let k = self.pairs.iter().map(|(a, _)| a.dims()[1].min(K_BLOCK)).max().unwrap_or(0);
         let wide = (width.max(MAX_ROWS) * k).max(left_rows).max(columns);
         let mut scratch = None;
@@ -132,21 +132,20 @@ impl<E: Number> Tile<'_, E> {
             arch.dispatch(PackRight { b, k: k.clone(), columns, panels, wide: memory.wide });
         }
         let right = Right { direct, packed: panels };
-        let is_packed = packs_left(a);
-        if is_packed {
+        let at_once = packs_all_rows(a);
+        if at_once {
             let (first_row, packed) = (self.rows.start, &mut *memory.left);
             arch.dispatch(PackLeft { a, first_row, k: k.clone(), blocks, packed, wide: memory.wide });
         }
         for index in 0..blocks.count {
             let block = blocks.rows_of(index);
-            let of_block =
-                if is_packed { block.start * k.len()..block.end * k.len() } else { 0..block.len() * k.len() };
+            let of_block = if at_once { block.start * k.len()..block.end * k.len() } else { 0..block.len() * k.len() };
             let left = &mut memory.left[of_block];
-            if !is_packed {
+            if !at_once {
                 let (rows, packed) = (self.rows_of(&block), &mut *left);
                 arch.dispatch(PackLeftBlock { a, rows, k: k.clone(), packed, wide: memory.wide });
             }
-            let ahead = self.ahead(step, is_packed, blocks, index);
+            let ahead = self.ahead(step, at_once, blocks, index);
             let (to, base) = match result.floats() {
                 Some(result) if step.is_last => (result, Base::Other(memory.sums.as_ref())),
                 _ => (memory.sums.reborrow(), Base::Same),
@@ -170,11 +169,12 @@ impl<E: Number> Tile<'_, E> {
         self.rows.start + rows.start..self.rows.start + rows.end
     }
 
-    /// What is read after a block: the next block of the left operand, unless it is packed, and the next step's operands.
-    fn ahead(&self, step: &Step<E>, is_packed: bool, blocks: Blocks, block: usize) -> Ahead {
+    /// What is read after a block: the next block of the left operand, unless all rows were packed at once, and the next step's
+    /// operands.
+    fn ahead(&self, step: &Step<E>, at_once: bool, blocks: Blocks, block: usize) -> Ahead {
         let Step { a, b, k, next, .. } = step;
         let of_right = b.lines(next.clone(), self.columns.clone());
-        let (of_block, of_left) = if is_packed {
+        let (of_block, of_left) = if at_once {
             (Default::default(), a.lines(self.rows.clone(), next.clone()))
         } else if block + 1 < blocks.count {
             (a.lines(self.rows_of(&blocks.rows_of(block + 1)), k.clone()), Default::default())
