@@ -153,16 +153,22 @@ unsafe fn value_block<R: SimdFloat, S: Simd, const N: usize>(
                 *factor = R::splat(simd, *weights.at(row, j));
             }
             let value = values.at(j, 0);
-            let add = |c: usize, entries: R::Vector<S>| {
-                prefetch(value.wrapping_add(ahead + c));
-                for (row, factor) in factors.into_iter().enumerate() {
-                    let to = sums.at(row, c);
-                    store_at::<R, S>(to, R::mul_add(simd, entries, factor, load_at::<R, S>(to)));
-                }
-            };
-            (0..whole).step_by(lanes).for_each(|c| add(c, load_at::<R, S>(value.add(c))));
+            // A macro, as in `dot_block`.
+            macro_rules! add {
+                ($c:expr, $entries:expr) => {{
+                    let (c, entries) = ($c, $entries);
+                    prefetch(value.wrapping_add(ahead + c));
+                    for (row, factor) in factors.into_iter().enumerate() {
+                        let to = sums.at(row, c);
+                        store_at::<R, S>(to, R::mul_add(simd, entries, factor, load_at::<R, S>(to)));
+                    }
+                }};
+            }
+            for c in (0..whole).step_by(lanes) {
+                add!(c, load_at::<R, S>(value.add(c)));
+            }
             if whole < dv {
-                add(whole, load_up_to_at::<R, S>(simd, value.add(whole), dv - whole));
+                add!(whole, load_up_to_at::<R, S>(simd, value.add(whole), dv - whole));
             }
         }
     }
