@@ -77,7 +77,7 @@ pub(crate) fn philox_lanes<S: Simd>(
         simd.splat_u32s(fourth),
     ];
     let mut key = [seed as u32, (seed >> 32) as u32];
-    let multiplier = MULTIPLIER.map(|x| simd.splat_u32s(x));
+    let multiplier = [simd.splat_u32s(MULTIPLIER[0]), simd.splat_u32s(MULTIPLIER[1])];
     for _ in 0..ROUNDS {
         let (low0, high0) = simd.widening_mul_u32s(multiplier[0], counter[0]);
         let (low1, high1) = simd.widening_mul_u32s(multiplier[1], counter[2]);

@@ -1,4 +1,5 @@
-//! How the work is cut into tasks: by the shape alone, so that every number is the same for any number of threads.
+//! How the work of attention is cut into tasks: by the shape alone, so that every number is the same for any number of threads. And
+//! how tasks run.
 
 use std::ops::Range;
 

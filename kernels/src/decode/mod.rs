@@ -189,7 +189,9 @@ impl<R: SimdFloat> Decode<'_, R> {
         pieces.block_sums.fill(R::ZERO);
         let mut sums = MatrixMut::new(pieces.block_sums, rows, pad(dv), pad(dv));
         if shrink.is_some() && operands.hides() {
-            (0..rows).for_each(|row| add_rows(simd, &mut sums.row(row)[..dv], weights.row(row), values));
+            for row in 0..rows {
+                add_rows(simd, &mut sums.row(row)[..dv], weights.row(row), values);
+            }
         } else {
             add_values::<R, S>(simd, values, weights, sums);
         }

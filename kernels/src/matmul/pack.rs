@@ -109,7 +109,7 @@ fn scatter_parts<R: Copy, const WIDTH: usize>(row: &[R], to: &mut [R], stride: u
     }
 }
 
-/// Columns of `width` numbers or less, of which `from` holds each as a row: packed as rows of `width`. `wide` has room for `from`.
+/// Packs the transposed matrix: its rows are as long as `from` has rows, and lie `width` apart. `wide` has room for `from`.
 #[inline(always)]
 fn pack_columns<E: Number, S: Simd>(
     simd: S,
@@ -133,8 +133,7 @@ fn pack_columns<E: Number, S: Simd>(
     transpose(simd, E::Float::ONE, from, unsafe { to.into_uninit() });
 }
 
-/// Numbers of which no two are neighbours, `count` for each k, `strides` apart along k and among each other: packed as rows of
-/// `width`.
+/// Packs rows of `count` numbers, `width` apart. In `from` the rows lie `strides[0]` apart, and the numbers of a row `strides[1]`.
 #[inline(always)]
 fn pack_apart<E: Number>(from: &[E], strides: [usize; 2], count: usize, packed: &mut [E::Float], width: usize) {
     for (i, to) in packed.chunks_exact_mut(width).enumerate() {

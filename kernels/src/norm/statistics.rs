@@ -1,6 +1,6 @@
 //! What a row is normalised by, and the normalised numbers.
 
-use pulp::Simd;
+use pulp::{Scalar, Simd};
 
 use crate::simd::{SimdFloat, as_vectors};
 
@@ -64,14 +64,15 @@ impl<'a, R: SimdFloat> Row<'a, R> {
         if statistics.inverse.is_finite() {
             return Self { x, divisor: R::ONE, statistics };
         }
-        Self::divided::<S, CENTRED>(simd, x, eps, divided)
+        Self::divided::<CENTRED>(x, eps, divided)
     }
 
+    /// Without vectors: a function that isn't inlined is compiled without their instructions.
     #[cold]
     #[inline(never)]
-    fn divided<S: Simd, const CENTRED: bool>(simd: S, x: &'a [R], eps: R, divided: &'a mut [R]) -> Self {
+    fn divided<const CENTRED: bool>(x: &'a [R], eps: R, divided: &'a mut [R]) -> Self {
         let divisor = divide_by_largest(x, divided);
-        let statistics = Statistics::of::<S, CENTRED>(simd, divided, divided_eps(eps, divisor));
+        let statistics = Statistics::of::<_, CENTRED>(Scalar, divided, divided_eps(eps, divisor));
         Self { x: divided, divisor, statistics }
     }
 

@@ -8,7 +8,8 @@ use crate::common::{assert_same_bits, max_scaled_difference};
 use super::decoders::{ModelFile, RelativeBias, layer_config};
 
 /// The tolerance in f32. The attention factors of gpt-oss's YaRN and Phi-3's LongRoPE make scores, and with them their
-/// rounding errors, up to 2.7 times as large. Those of this Llama reach 26: PyTorch's own f32 errs by 5e-6 there, and this crate differs by 1.1e-5.
+/// rounding errors, up to 2.7 times as large. The scores of this Llama reach 26: PyTorch's own f32 errs by 5e-6 there, and this crate
+/// differs from it by 1.1e-5.
 fn tolerance(kind: &str) -> f64 {
     if ["gpt_oss", "llama", "phi3_longrope"].contains(&kind) { 2e-5 } else { 1e-5 }
 }
