@@ -2,8 +2,8 @@
 //!
 //! context = softmax(mask(softcap(scale · q · kᵀ) + bias)) · v, with ALiBi, dropout, grouped heads and any strides, and its
 //! gradients. No matrix of q_len x kv_len is ever in memory. The kernels use the best instruction set of the processor
-//! (AVX-512, AVX2, NEON, else scalar code); the environment variable `CANDLE_ATTENTION_SIMD` can ask for less: `scalar` or
-//! `avx2`. The same input gives the same bits for any number of threads.
+//! (AMX and AVX-512, AVX2, NEON, else scalar code); the environment variable `CANDLE_ATTENTION_SIMD` can ask for less: `scalar`,
+//! `avx2`, `avx512`, or `avx512bf16`, which is all but AMX. The same input gives the same bits for any number of threads.
 //!
 //! ```
 //! use attention_kernels::mask::Rule;
@@ -52,7 +52,9 @@
 //! | 3 | `problem` | one call, checked |
 //! | 3 | `matmul` | matrix products of linear layers, with an epilogue |
 //! | 3 | `gemm/pack` | operands of products, in the order in which the kernels read them |
-//! | 2 | `gemm/bf16_dot`, `gemm/nan_safe` | products of bf16 in pairs; sums to which a weight of zero adds nothing |
+//! | 2 | `gemm/bf16_dot`, `gemm/bf16_tiles` | products of bf16 in pairs (AVX512-BF16), and by tiles (AMX) |
+//! | 2 | `gemm/nan_safe` | sums to which a weight of zero adds nothing |
+//! | 1 | `gemm/amx` | AMX's tile registers: products of bf16 in blocks |
 //! | 3 | `embedding`, `optimizer` | rows of a table, and their gradient; steps of AdamW, and norms |
 //! | 2 | `softmax` | every softmax: online, of splits, and backward; a row's maximum (plain scores: inside `gemm`) |
 //! | 2 | `dtype` | the types that tensors hold, and tensors as the kernels read and write them |

@@ -119,6 +119,15 @@ impl<'a, T> Matrix<'a, T> {
     }
 }
 
+impl<'a> Matrix<'a, u32> {
+    /// The same bits as twice as many numbers of half the size.
+    #[inline(always)]
+    pub(crate) fn halves(self) -> Matrix<'a, u16> {
+        let Self { start, rows, columns, stride, .. } = self;
+        Matrix { start: start.cast(), rows, columns: 2 * columns, stride: 2 * stride, memory: PhantomData }
+    }
+}
+
 impl<'a> Matrix<'a, half::bf16> {
     /// The bits of the numbers: `bf16` is a u16 in a transparent struct.
     #[inline(always)]

@@ -9,17 +9,40 @@ use pulp::{Arch, Simd};
 /// The most numbers in a vector of any instruction set: 16 f32 or u32 of AVX-512.
 pub(crate) const MAX_LANES: usize = 16;
 
-/// The instruction set: the best that this processor has, unless the environment variable `CANDLE_ATTENTION_SIMD` asks for
-/// less: `scalar` or (on x86-64, where the processor has it) `avx2`. Miri interprets the scalar kernels.
+/// The most that the environment variable `CANDLE_ATTENTION_SIMD` allows, from least to most. Each is used if the processor has it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Allowed {
+    Scalar,
+    Avx2,
+    Avx512,
+    /// Products of bf16 in pairs, too.
+    Avx512Bf16,
+    /// AMX's tile registers, and whatever other processors have.
+    All,
+}
+
+/// What the environment allows. Miri interprets the scalar kernels.
+pub(crate) fn allowed() -> Allowed {
+    static ALLOWED: OnceLock<Allowed> = OnceLock::new();
+    if cfg!(miri) {
+        return Allowed::Scalar;
+    }
+    *ALLOWED.get_or_init(|| match std::env::var("CANDLE_ATTENTION_SIMD").as_deref() {
+        Ok("scalar") => Allowed::Scalar,
+        Ok("avx2") => Allowed::Avx2,
+        Ok("avx512") => Allowed::Avx512,
+        Ok("avx512bf16") => Allowed::Avx512Bf16,
+        _ => Allowed::All,
+    })
+}
+
+/// The instruction set of vectors: the best that this processor has and the environment allows.
 pub(crate) fn instruction_set() -> Arch {
     static ARCH: OnceLock<Arch> = OnceLock::new();
-    if cfg!(miri) {
-        return Arch::Scalar;
-    }
-    *ARCH.get_or_init(|| match std::env::var("CANDLE_ATTENTION_SIMD") {
-        Ok(name) if name == "scalar" => Arch::Scalar,
+    *ARCH.get_or_init(|| match allowed() {
+        Allowed::Scalar => Arch::Scalar,
         #[cfg(target_arch = "x86_64")]
-        Ok(name) if name == "avx2" => pulp::x86::V3::try_new().map_or(Arch::new(), Arch::V3),
+        Allowed::Avx2 => pulp::x86::V3::try_new().map_or(Arch::new(), Arch::V3),
         _ => Arch::new(),
     })
 }

@@ -5,7 +5,7 @@
 use pulp::Simd;
 
 use crate::careful::bounded;
-use crate::gemm::microkernel::{Row, VECTORS};
+use crate::gemm::microkernel::{Row, VECTORS, panel_row, panel_row_mut};
 use crate::math::exp;
 use crate::matrix::{Matrix, MatrixMut};
 use crate::schedule::DECODE_TASKS;
@@ -59,18 +59,6 @@ fn exponential<R: SimdFloat, S: Simd>(simd: S, s: R::Vector<S>, shift: R::Vector
 fn visible_exponential<R: SimdFloat, S: Simd>(simd: S, s: R::Vector<S>, power: R::Vector<S>) -> R::Vector<S> {
     let positive = R::max(simd, power, R::splat(simd, R::TINY));
     R::select_less(simd, R::splat(simd, -R::INFINITY), s, positive, power)
-}
-
-/// The vectors of a panel's row.
-#[inline(always)]
-pub(crate) fn panel_row<R: SimdFloat, S: Simd>(row: &[R]) -> &Row<R, S> {
-    as_vectors::<R, S>(row).first_chunk().expect("a row of a panel")
-}
-
-/// As [`panel_row`], to write.
-#[inline(always)]
-pub(crate) fn panel_row_mut<R: SimdFloat, S: Simd>(row: &mut [R]) -> &mut Row<R, S> {
-    as_vectors_mut::<R, S>(row).first_chunk_mut().expect("a row of a panel")
 }
 
 /// `largest` becomes the greatest of itself and the scores \[key\]\[W\], lane by lane.

@@ -13,6 +13,7 @@ use pulp::Simd;
 use self::avx512 as kernels;
 use crate::gemm::microkernel::VECTORS;
 use crate::matrix::{Matrix, MatrixMut};
+use crate::simd::{Allowed, allowed};
 
 /// Numbers in a vector, and queries in a panel.
 const LANES: usize = 16;
@@ -23,9 +24,8 @@ const WIDTH: usize = VECTORS * LANES;
 pub(crate) struct Bf16Dot(());
 
 impl Bf16Dot {
-    /// If the processor has the instructions, it may use them (the environment may have asked for a lesser instruction set),
-    /// and both head dims are even.
-    pub(crate) fn new<S: Simd>(d: usize, dv: usize) -> Option<Self> {
+    /// If the processor has the instructions, and may use them.
+    pub(crate) fn new<S: Simd>() -> Option<Self> {
         #[cfg(all(target_arch = "x86_64", not(miri)))]
         let can = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bf16")
@@ -33,8 +33,7 @@ impl Bf16Dot {
             && is_x86_feature_detected!("avx512vl");
         #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         let can = false;
-        let is_even = d.is_multiple_of(2) && dv.is_multiple_of(2);
-        (S::F32_LANES == LANES && is_even && can).then_some(Self(()))
+        (S::F32_LANES == LANES && allowed() >= Allowed::Avx512Bf16 && can).then_some(Self(()))
     }
 
     /// scores\[j\]\[W\] = factor · Σ_p rows\[j\]\[p\] · panel\[p\]\[W\], where p are pairs. With `MAX`, `largest` becomes the

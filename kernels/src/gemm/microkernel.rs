@@ -9,7 +9,7 @@
 use pulp::Simd;
 
 use crate::matrix::{Matrix, MatrixMut, Raw};
-use crate::simd::{MAX_LANES, SimdFloat};
+use crate::simd::{MAX_LANES, SimdFloat, as_vectors, as_vectors_mut};
 
 /// Vectors in a panel.
 pub(crate) const VECTORS: usize = 2;
@@ -21,6 +21,18 @@ pub(crate) type Row<R, S> = [<R as SimdFloat>::Vector<S>; VECTORS];
 #[inline(always)]
 pub(crate) fn panel_width<R: SimdFloat, S: Simd>() -> usize {
     VECTORS * R::lanes::<S>()
+}
+
+/// The vectors of a panel's row.
+#[inline(always)]
+pub(crate) fn panel_row<R: SimdFloat, S: Simd>(row: &[R]) -> &Row<R, S> {
+    as_vectors::<R, S>(row).first_chunk().expect("a row of a panel")
+}
+
+/// As [`panel_row`], to write.
+#[inline(always)]
+pub(crate) fn panel_row_mut<R: SimdFloat, S: Simd>(row: &mut [R]) -> &mut Row<R, S> {
+    as_vectors_mut::<R, S>(row).first_chunk_mut().expect("a row of a panel")
 }
 
 /// Numbers of a row that is read and written in whole vectors of any instruction set.

@@ -31,24 +31,28 @@ pub(crate) fn pack<R: SimdFloat, S: Simd>(
     }
 }
 
-/// As [`pack`], for rows of bf16 as they are: panels \[dim / 2\]\[W\] of pairs, each in the room of an f32. `scratch` has room for
-/// the rows of a panel.
+/// As [`pack`], for rows of bf16 as they are: panels \[depth / 2\]\[W\] of pairs, each in the room of an f32, with zeros behind a
+/// row's last number. `scratch` has room for the rows of a panel, in pairs.
 #[inline(always)]
 pub(crate) fn pack_pairs<R: SimdFloat, S: Simd>(
     simd: S,
     source: &dyn Source<R>,
     at: (usize, usize),
     range: &Range<usize>,
+    depth: usize,
     scratch: &mut [R],
     panels: &mut [R],
 ) {
     let width = panel_width::<R, S>();
     let dim = source.dims()[3];
-    let pairs = dim / 2;
+    let pairs = depth / 2;
     for (start, panel) in range.clone().step_by(width).zip(panels.chunks_exact_mut(pairs * width)) {
         let rows = source.bf16_rows(at, start..(start + width).min(range.end)).expect("a tensor of bf16");
-        let copy: &mut [u16] = &mut cast_slice_mut(scratch)[..rows.rows() * dim];
-        copy.chunks_exact_mut(dim).enumerate().for_each(|(i, to)| to.copy_from_slice(rows.row(i)));
+        let copy: &mut [u16] = &mut cast_slice_mut(scratch)[..rows.rows() * depth];
+        for (i, to) in copy.chunks_exact_mut(depth).enumerate() {
+            to[..dim].copy_from_slice(rows.row(i));
+            to[dim..].fill(0);
+        }
         pack_panel(simd, R::ONE, Matrix::new(scratch, rows.rows(), pairs, pairs), panel);
     }
 }
@@ -147,7 +151,7 @@ mod tests {
             let view = View::new("test", &data, [0, 0, dim], [1, 1, len, dim]).unwrap();
             let panels = len.div_ceil(width);
             let (mut scratch, mut packed) = (vec![0.0; width.max(len) * dim], vec![9.0f32; panels * dim / 2 * width]);
-            pack_pairs(simd, &view, (0, 0), &(0..len), &mut scratch, &mut packed);
+            pack_pairs(simd, &view, (0, 0), &(0..len), dim, &mut scratch, &mut packed);
             for (lane, p) in (0..panels * width).flat_map(|lane| (0..dim / 2).map(move |p| (lane, p))) {
                 let pair = packed[(lane / width * dim / 2 + p) * width + lane % width].to_bits();
                 let bits = |c: usize| if lane < len { u32::from(data[lane * dim + c].to_bits()) } else { 0 };

@@ -23,7 +23,7 @@ use crate::decode::microkernel::dot_products as decode_dot_products;
 use crate::dtype::Source;
 use crate::error::Error;
 use crate::gemm::microkernel::{VECTORS, pad, panel_width};
-use crate::gemm::{DotRows, Gemm};
+use crate::gemm::{DotRows, Gemm, SumRows};
 use crate::mask::Coverage;
 use crate::matrix::{Matrix, MatrixMut};
 use crate::operands::Operands;
@@ -55,7 +55,7 @@ pub(crate) struct Backward<'a, R> {
 /// The rows of a tile's keys.
 struct TileRows<'m, R> {
     keys: DotRows<'m, R>,
-    keys_to_sum: Matrix<'m, R>,
+    keys_to_sum: SumRows<'m, R>,
     values: DotRows<'m, R>,
 }
 
@@ -81,7 +81,8 @@ impl<R: SimdFloat> WithSimd for Backward<'_, R> {
     fn with_simd<S: Simd>(mut self, simd: S) -> Result<(), Error> {
         let operands = self.operands;
         let (d, dv, q_len) = (operands.dim, operands.value_dim, operands.shape.q_len);
-        let gemm = Gemm::new::<S>(operands.is_bf16 && !self.is_decoded, d, dv);
+        let mut registers = None;
+        let gemm = Gemm::new::<S>(operands.is_bf16 && !self.is_decoded, d, dv, &mut registers);
         let gemm = if self.careful.is_some() { gemm.nan_safe() } else { gemm };
         let (width, mut scratch) = (panel_width::<R, S>(), None);
         let (tiles, keys) = (self.tiles, self.keys.len());
@@ -167,8 +168,8 @@ impl<R: SimdFloat> Backward<'_, R> {
         let keys = gemm.dot_rows(operands.k, kv_at, block.clone(), pieces.keys);
         let values = gemm.of_gradients().dot_rows(operands.v, kv_at, block.clone(), pieces.values);
         let mut keys_to_sum = match keys {
-            DotRows::Floats(rows) => rows,
-            DotRows::Bf16(_) => gemm.sum_rows(operands.k, kv_at, block.clone(), pieces.keys_to_sum),
+            DotRows::Floats(rows) => SumRows::Floats(rows),
+            _ => gemm.sum_rows(simd, operands.k, kv_at, block.clone(), pieces.keys_to_sum),
         };
         let mut phase = 0;
         let panels = queries.len().div_ceil(width);
@@ -186,11 +187,11 @@ impl<R: SimdFloat> Backward<'_, R> {
             if gemm.phase(skip) != phase {
                 phase = gemm.phase(skip);
                 let shifted = block.start + phase..block.end;
-                keys_to_sum = gemm.sum_rows(operands.k, kv_at, shifted, pieces.keys_to_sum);
+                keys_to_sum = gemm.sum_rows(simd, operands.k, kv_at, shifted, pieces.keys_to_sum);
             }
             let rows = TileRows {
                 keys: keys.part(skip, range.len()),
-                keys_to_sum: keys_to_sum.skip(gemm.operands(skip - phase)),
+                keys_to_sum: keys_to_sum.skip(skip - phase),
                 values: values.part(skip, range.len()),
             };
             let tile = Tile { at, first_query, queries: of_panel.len(), keys: range };
@@ -265,10 +266,10 @@ impl<R: SimdFloat> Backward<'_, R> {
         let packed_grads = MatrixMut::new(&mut block.grad_scores[first..], count, row, stride);
         // Numbers that will be pairs are computed elsewhere.
         let (mut weights, mut grads, pairs) = match gemm.sum_in_pairs() {
-            Some(dot) => (
+            Some(bf16) => (
                 MatrixMut::new(block.tile_weights, count, width, width),
                 MatrixMut::new(block.tile_grads, count, width, width),
-                Some((dot, packed_weights, packed_grads)),
+                Some((bf16.dot(), packed_weights, packed_grads)),
             ),
             None => (packed_weights, packed_grads, None),
         };
@@ -299,7 +300,7 @@ impl<R: SimdFloat> Backward<'_, R> {
         let grad_queries = &mut block.grad_queries[panel * d * width..];
         for start in (0..count).step_by(self.tiles.longest_sum) {
             let count = self.tiles.longest_sum.min(count - start);
-            let keys = rows.keys_to_sum.skip(gemm.operands(start));
+            let keys = rows.keys_to_sum.skip(start);
             gemm.accumulate::<R, S>(simd, grad_queries, one, keys, grads.part(start, count));
         }
     }

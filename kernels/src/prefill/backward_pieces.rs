@@ -75,9 +75,9 @@ impl<'s, R: SimdFloat> Pieces<'s, R> {
         let (dot_in_pairs, sum_in_pairs) = (gemm.dot_in_pairs().is_some(), gemm.sum_in_pairs().is_some());
         pieces!(
             scratch, R:
-            queries: d * block,
-            grads: dv * block,
-            grad_queries: d * block,
+            queries: d.max(gemm.panel_rows(d)) * block,
+            grads: dv.max(gemm.panel_rows(dv)) * block,
+            grad_queries: d.max(gemm.panel_rows(d)) * block,
             query_rows: pad(d) * block,
             grad_rows: pad(dv) * block,
             weights: count * block,
@@ -87,9 +87,9 @@ impl<'s, R: SimdFloat> Pieces<'s, R> {
             decoded_scores: if_wanted(is_decoded),
             tanhs: if_wanted(operands.softcap.is_some()),
             factors: if_wanted(operands.dropout.is_some()),
-            keys: count * pad(d),
-            keys_to_sum: if dot_in_pairs { count * pad(d) } else { 0 },
-            values: count * dv,
+            keys: gemm.dot_size(count, pad(d)),
+            keys_to_sum: if dot_in_pairs { gemm.sum_size(count, d) } else { 0 },
+            values: gemm.dot_size(count, dv),
             grad_keys: pad(d) * key_count,
             grad_values: pad(dv) * key_count,
             largest: block,

@@ -11,17 +11,17 @@ use crate::alloc::copy_of;
 use crate::careful::{exponent_above, keep_finite, quotient, times_power_of_two};
 use crate::dtype::Sink;
 use crate::error::Error;
-use crate::gemm::microkernel::{VECTORS, pad, panel_width};
+use crate::gemm::microkernel::{VECTORS, panel_row, panel_width};
 use crate::gemm::nan_safe::all_finite;
 use crate::gemm::pack::unpack;
-use crate::gemm::{DotRows, Gemm};
+use crate::gemm::{DotRows, Gemm, SumRows};
 use crate::mask::Coverage;
-use crate::matrix::{Matrix, MatrixMut};
+use crate::matrix::MatrixMut;
 use crate::operands::Operands;
 use crate::score_mods::Tile;
 use crate::scratch::{Scratch, pieces};
 use crate::simd::{MAX_LANES, SimdFloat};
-use crate::softmax::{LogSumExp, inverse_of_total, maxima, online_update, panel_row};
+use crate::softmax::{LogSumExp, inverse_of_total, maxima, online_update};
 use crate::tiles::ForwardTiles;
 
 /// A task: the queries `queries` of one head.
@@ -39,8 +39,8 @@ pub(crate) struct Forward<'a, R> {
 
 /// How a task computes.
 #[derive(Clone, Copy)]
-struct Way<R> {
-    gemm: Gemm,
+struct Way<'t, R> {
+    gemm: Gemm<'t>,
     /// What the weights are multiplied by in the careful pass, so that no sum over them overflows.
     shrink: Option<R>,
 }
@@ -126,10 +126,12 @@ impl<R: SimdFloat> WithSimd for Forward<'_, R> {
         let width = panel_width::<R, S>();
         let count = self.queries.len().div_ceil(width);
         let (d, dv, keys) = (self.operands.dim, self.operands.value_dim, self.tiles.keys);
+        let mut registers = None;
+        let gemm = Gemm::new::<S>(self.operands.is_bf16, d, dv, &mut registers);
         let mut scratch = None;
         pieces!(
             scratch, R:
-            queries: d * width * count,
+            queries: gemm.panel_rows(d) * width * count,
             sums: dv * width * count,
             largest: width * count,
             total: width * count,
@@ -139,13 +141,12 @@ impl<R: SimdFloat> WithSimd for Forward<'_, R> {
             part_total: if self.has_parts() { width * count } else { 0 },
             scores: keys * width,
             factors: if self.operands.dropout.is_some() { keys * width } else { 0 },
-            keys: keys * d,
-            values: keys * pad(dv),
+            keys: gemm.dot_size(keys, d),
+            values: gemm.sum_size(keys, dv),
         );
         let tile = TilePieces { scores, factors };
         let parts = [part_sums, part_largest, part_total];
         let mut panels = Panels { queries, sums, largest, total, inverse, parts, tile, keys, values };
-        let gemm = Gemm::new::<S>(self.operands.is_bf16, d, dv);
         self.over_keys(simd, Way { gemm, shrink: None }, &mut panels);
         self.divide::<S>(0, &mut panels);
         if self.must_repeat::<S>(&panels) {
@@ -211,7 +212,7 @@ impl<R: SimdFloat> Forward<'_, R> {
         let (width, d, dv) = (panel_width::<R, S>(), operands.dim, operands.value_dim);
         let kv_at = (self.at.0, self.at.1 / operands.group);
         let keys = gemm.dot_rows(operands.k, kv_at, block.clone(), panels.keys);
-        let mut values = gemm.sum_rows(operands.v, kv_at, block.clone(), panels.values);
+        let mut values = gemm.sum_rows(simd, operands.v, kv_at, block.clone(), panels.values);
         let mut phase = 0;
         for panel in 0..self.queries.len().div_ceil(width) {
             let first_query = self.queries.start + panel * width;
@@ -223,10 +224,10 @@ impl<R: SimdFloat> Forward<'_, R> {
             let skip = visible.start - block.start;
             if gemm.phase(skip) != phase {
                 phase = gemm.phase(skip);
-                values = gemm.sum_rows(operands.v, kv_at, block.start + phase..block.end, panels.values);
+                values = gemm.sum_rows(simd, operands.v, kv_at, block.start + phase..block.end, panels.values);
             }
             let keys = keys.part(skip, visible.len());
-            let values = values.skip(gemm.operands(skip - phase));
+            let values = values.skip(skip - phase);
             let tile = Tile { at: self.at, first_query, queries: queries.len(), keys: visible };
             let panel = Panel {
                 queries: &panels.queries[panel * gemm.panel_rows(d) * width..],
@@ -248,7 +249,7 @@ impl<R: SimdFloat> Forward<'_, R> {
         tile: &Tile,
         coverage: Coverage,
         panel: Panel<R>,
-        (keys, values): (DotRows<R>, Matrix<R>),
+        (keys, values): (DotRows<R>, SumRows<R>),
         pieces: &mut TilePieces<R>,
     ) {
         let operands = self.operands;

@@ -1,0 +1,307 @@
+//! AMX: products of bf16 in tile registers, 32 x 16 x 16 multiplications in an instruction, summed in f32.
+//!
+//! A *tile* of the left operand is 16 rows of 32 numbers along the axis that is summed over, one of the right operand 16 rows of
+//! 16 *pairs* of numbers, neighbours along that axis (see [`bf16_dot`](super::bf16_dot)), and one of the result 16 rows of 16 sums.
+//! Two tiles of each operand make a block of four tiles of sums: each operand is read for two products.
+//!
+//! The sums of an element are added up in an order that depends on the depth alone. Denormal numbers count as zero.
+//!
+//! Source: Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual" (2024), volume 1, chapter 18, and `TDPBF16PS` in
+//! volume 2.
+
+/// Rows and columns of a tile of sums.
+pub(crate) const TILE: usize = 16;
+/// Rows and columns of a block of tiles.
+pub(crate) const BLOCK: usize = 2 * TILE;
+/// Numbers of the depth of a tile.
+pub(crate) const DEPTH: usize = 32;
+/// The same, in pairs.
+pub(crate) const PAIRS: usize = DEPTH / 2;
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
+pub(crate) use available::{Amx, TileRegisters};
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux", not(miri))))]
+pub(crate) use unavailable::{Amx, TileRegisters};
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
+mod available {
+    use std::arch::asm;
+    use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+    use std::marker::PhantomData;
+    use std::sync::OnceLock;
+
+    use super::{BLOCK, DEPTH, PAIRS, TILE};
+    use crate::matrix::{Matrix, MatrixMut};
+
+    /// Says that the processor has AMX with bf16, and that the system lets this process use it: only [`Amx::new`] makes one.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Amx(());
+
+    impl Amx {
+        /// The processor and the system are asked once.
+        pub(crate) fn new() -> Option<Self> {
+            static IS_AVAILABLE: OnceLock<bool> = OnceLock::new();
+            IS_AVAILABLE.get_or_init(|| processor_has_amx() && system_permits_amx()).then_some(Self(()))
+        }
+
+        /// Configures this thread's tile registers, until the result is dropped.
+        pub(crate) fn tile_registers(self) -> TileRegisters {
+            let mut configuration = Configuration([0; 64]);
+            // Palette 1, and for each of 8 tiles 64 bytes in a row and 16 rows.
+            configuration.0[0] = 1;
+            for tile in 0..8 {
+                configuration.0[16 + 2 * tile] = 64;
+                configuration.0[48 + tile] = TILE as u8;
+            }
+            // SAFETY: `self` says that there is AMX; the configuration is 64 bytes that say what palette 1 allows.
+            unsafe {
+                asm!("ldtilecfg [{}]", in(reg) configuration.0.as_ptr(), options(nostack, readonly, preserves_flags))
+            };
+            TileRegisters(PhantomData)
+        }
+    }
+
+    #[repr(C, align(64))]
+    struct Configuration([u8; 64]);
+
+    fn processor_has_amx() -> bool {
+        const OSXSAVE: u32 = 1 << 27;
+        const AMX_BF16: u32 = 1 << 22;
+        const AMX_TILE: u32 = 1 << 24;
+        /// The state of tile registers, and of their configuration, in the register of what the system saves.
+        const TILE_STATE: u64 = 0b11 << 17;
+        let has = |bits: u32, of: u32| bits & of == of;
+        if __cpuid(0).eax < 7 || !has(__cpuid(1).ecx, OSXSAVE) || !has(__cpuid_count(7, 0).edx, AMX_BF16 | AMX_TILE) {
+            return false;
+        }
+        // SAFETY: OSXSAVE says that the instruction is there.
+        unsafe { xgetbv() & TILE_STATE == TILE_STATE }
+    }
+
+    /// # Safety
+    ///
+    /// The processor has XSAVE, and the system uses it.
+    #[target_feature(enable = "xsave")]
+    unsafe fn xgetbv() -> u64 {
+        // SAFETY: this function's own condition.
+        unsafe { _xgetbv(0) }
+    }
+
+    /// Asks Linux for the room in which it keeps a thread's tile registers (8 KB), for all threads of this process.
+    fn system_permits_amx() -> bool {
+        const ARCH_PRCTL: i64 = 158;
+        const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
+        const XFEATURE_XTILEDATA: i64 = 18;
+        let mut result = ARCH_PRCTL;
+        // SAFETY: the call changes what this process may use, and no memory; the instruction overwrites rcx and r11.
+        unsafe {
+            asm!(
+                "syscall",
+                inlateout("rax") result,
+                in("rdi") ARCH_REQ_XCOMP_PERM,
+                in("rsi") XFEATURE_XTILEDATA,
+                lateout("rcx") _,
+                lateout("r11") _,
+                options(nostack, nomem),
+            );
+        }
+        result == 0
+    }
+
+    /// The tile registers of the thread that this was made on, configured as long as it lives: 8 tiles of 16 rows of 64 bytes.
+    /// (Another library that used tile registers on this thread before configures them again for its next call.)
+    pub(crate) struct TileRegisters(PhantomData<*const ()>);
+
+    impl Drop for TileRegisters {
+        fn drop(&mut self) {
+            // SAFETY: there is AMX. Registers that are released need not be saved when threads are switched.
+            unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+        }
+    }
+
+    /// A block of R x C tiles: its sums are kept in registers 0 to 3, the left operand's tiles in 4 and 5, the right one's in 6
+    /// and 7.
+    macro_rules! multiply {
+        ($left:ident, $right:ident, $sums:ident, $steps:ident, [$($zero:literal),*], [$($product:literal),*], [$($store:literal),*]) => {
+            // SAFETY: the conditions of the function around; the loop reads `steps` tiles of each row and column of tiles.
+            unsafe {
+                asm!(
+                    $($zero,)*
+                    "2:",
+                    $($product,)*
+                    "add {left}, 64",
+                    "add {lower_left}, 64",
+                    "add {right}, {right_step}",
+                    "dec {steps}",
+                    "jnz 2b",
+                    $($store,)*
+                    "# {lower_sums}", // which a single row of tiles has no use for
+                    left = inout(reg) $left.start => _,
+                    lower_left = inout(reg) $left.start.wrapping_add(TILE * $left.stride) => _,
+                    left_stride = in(reg) $left.stride * size_of::<u16>(),
+                    right = inout(reg) $right.start => _,
+                    right_stride = in(reg) $right.stride * size_of::<u32>(),
+                    right_step = in(reg) PAIRS * $right.stride * size_of::<u32>(),
+                    steps = inout(reg) $steps => _,
+                    sums = in(reg) $sums.start,
+                    lower_sums = in(reg) $sums.start.wrapping_add(TILE * $sums.stride),
+                    sums_stride = in(reg) $sums.stride * size_of::<f32>(),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                )
+            }
+        };
+    }
+
+    impl TileRegisters {
+        /// sums\[r\]\[c\] = Σ_k left\[r\]\[k\] · right\[k\]\[c\], where the rows of `right` are pairs. The sums are one or two tiles high
+        /// and wide, the depth one or more tiles.
+        #[inline(always)]
+        pub(crate) fn multiply(&self, left: Matrix<u16>, right: Matrix<u32>, mut sums: MatrixMut<f32>) {
+            let (rows, columns, depth) = (sums.rows(), sums.columns(), left.columns());
+            assert!(depth > 0 && depth.is_multiple_of(DEPTH) && right.rows() * 2 == depth, "operands of one depth");
+            assert!(left.rows() >= rows && right.columns() >= columns, "operands for all sums");
+            let (steps, left, right, sums) = (depth / DEPTH, left.raw(), right.raw(), sums.raw());
+            // What follows reads `rows` rows of 2 · depth bytes, and depth / 2 rows of `columns` pairs.
+            match (rows, columns) {
+                (BLOCK, BLOCK) => multiply!(
+                    left,
+                    right,
+                    sums,
+                    steps,
+                    ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+                    [
+                        "tileloadd tmm6, [{right} + {right_stride}*1]",
+                        "tileloadd tmm4, [{left} + {left_stride}*1]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm7, [{right} + {right_stride}*1 + 64]",
+                        "tdpbf16ps tmm1, tmm4, tmm7",
+                        "tileloadd tmm5, [{lower_left} + {left_stride}*1]",
+                        "tdpbf16ps tmm2, tmm5, tmm6",
+                        "tdpbf16ps tmm3, tmm5, tmm7"
+                    ],
+                    [
+                        "tilestored [{sums} + {sums_stride}*1], tmm0",
+                        "tilestored [{sums} + {sums_stride}*1 + 64], tmm1",
+                        "tilestored [{lower_sums} + {sums_stride}*1], tmm2",
+                        "tilestored [{lower_sums} + {sums_stride}*1 + 64], tmm3"
+                    ]
+                ),
+                (TILE, BLOCK) => multiply!(
+                    left,
+                    right,
+                    sums,
+                    steps,
+                    ["tilezero tmm0", "tilezero tmm1"],
+                    [
+                        "tileloadd tmm6, [{right} + {right_stride}*1]",
+                        "tileloadd tmm4, [{left} + {left_stride}*1]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm7, [{right} + {right_stride}*1 + 64]",
+                        "tdpbf16ps tmm1, tmm4, tmm7"
+                    ],
+                    ["tilestored [{sums} + {sums_stride}*1], tmm0", "tilestored [{sums} + {sums_stride}*1 + 64], tmm1"]
+                ),
+                (BLOCK, TILE) => multiply!(
+                    left,
+                    right,
+                    sums,
+                    steps,
+                    ["tilezero tmm0", "tilezero tmm2"],
+                    [
+                        "tileloadd tmm6, [{right} + {right_stride}*1]",
+                        "tileloadd tmm4, [{left} + {left_stride}*1]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm5, [{lower_left} + {left_stride}*1]",
+                        "tdpbf16ps tmm2, tmm5, tmm6"
+                    ],
+                    [
+                        "tilestored [{sums} + {sums_stride}*1], tmm0",
+                        "tilestored [{lower_sums} + {sums_stride}*1], tmm2"
+                    ]
+                ),
+                (TILE, TILE) => multiply!(
+                    left,
+                    right,
+                    sums,
+                    steps,
+                    ["tilezero tmm0"],
+                    [
+                        "tileloadd tmm6, [{right} + {right_stride}*1]",
+                        "tileloadd tmm4, [{left} + {left_stride}*1]",
+                        "tdpbf16ps tmm0, tmm4, tmm6"
+                    ],
+                    ["tilestored [{sums} + {sums_stride}*1], tmm0"]
+                ),
+                _ => panic!("one or two tiles of sums each way"),
+            }
+        }
+    }
+}
+
+/// Elsewhere neither type has a value.
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux", not(miri))))]
+mod unavailable {
+    use crate::matrix::{Matrix, MatrixMut};
+
+    #[derive(Clone, Copy)]
+    pub(crate) enum Amx {}
+
+    impl Amx {
+        pub(crate) fn new() -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn tile_registers(self) -> TileRegisters {
+            match self {}
+        }
+    }
+
+    pub(crate) enum TileRegisters {}
+
+    impl TileRegisters {
+        pub(crate) fn multiply(&self, _: Matrix<u16>, _: Matrix<u32>, _: MatrixMut<f32>) {
+            match *self {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::gemm::microkernel::tests::{check_guard, numbers};
+    use crate::matrix::{Matrix, MatrixMut};
+
+    #[test]
+    fn products_are_naive_loops() {
+        let Some(amx) = Amx::new() else { return eprintln!("SKIPPED: there is no AMX") };
+        let registers = amx.tile_registers();
+        for (rows, columns) in [(TILE, TILE), (TILE, BLOCK), (BLOCK, TILE), (BLOCK, BLOCK)] {
+            for depth in [DEPTH, 3 * DEPTH] {
+                let ([left_stride, right_stride], stride) = ([depth + 6, columns + 4], columns + 3);
+                let bits = |seed: u64, count: usize| -> Vec<u16> {
+                    numbers::<f32>(seed, count).into_iter().map(|x| bf16::from_f32(x).to_bits()).collect()
+                };
+                let (left, right) = (bits(1, rows * left_stride), bits(2, 2 * depth / 2 * right_stride));
+                let pairs: Vec<u32> = right.chunks(2).map(|two| u32::from(two[0]) | u32::from(two[1]) << 16).collect();
+                let before = numbers::<f32>(3, rows * stride);
+                let mut sums = before.clone();
+                registers.multiply(
+                    Matrix::new(&left, rows, depth, left_stride),
+                    Matrix::new(&pairs, depth / 2, columns, right_stride),
+                    MatrixMut::new(&mut sums, rows, columns, stride),
+                );
+                let value = |bits: u16| bf16::from_bits(bits).to_f64();
+                for (r, c) in (0..rows).flat_map(|r| (0..columns).map(move |c| (r, c))) {
+                    let right = |k: usize| value(right[2 * (k / 2 * right_stride + c) + k % 2]);
+                    let expected: f64 = (0..depth).map(|k| value(left[r * left_stride + k]) * right(k)).sum();
+                    assert!((f64::from(sums[r * stride + c]) - expected).abs() <= 1e-4, "{rows} x {columns}, {r}, {c}");
+                }
+                check_guard(&sums, &before, rows, columns, stride);
+            }
+        }
+    }
+}
