@@ -14,7 +14,11 @@ use pulp::{Simd, WithSimd};
 use crate::alloc::reserve;
 use crate::error::Error;
 use crate::matrix::{Matrix, MatrixMut};
+use crate::schedule::for_each_chunk;
 use crate::simd::{SimdFloat, instruction_set};
+
+/// Numbers that a task narrows.
+const CHUNK: usize = 1 << 15;
 
 mod sealed {
     pub trait Sealed {}
@@ -82,7 +86,7 @@ macro_rules! float {
 }
 
 macro_rules! half_type {
-    ($number:ty, |$from:ident, $to:ident| $widen_all:expr) => {
+    ($number:ty, |$from:ident, $to:ident| $widen_all:expr, |$floats:ident, $halves:ident| $narrow_all:expr) => {
         impl Number for $number {
             type Float = f32;
 
@@ -105,21 +109,18 @@ macro_rules! half_type {
             }
             #[inline(always)]
             fn narrow_all(from: &[f32], to: &mut [MaybeUninit<$number>]) {
-                // `half` converts to initialised memory alone, so a few numbers at a time take a detour.
-                let mut some = [<$number>::ZERO; 64];
-                for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
-                    let some = &mut some[..from.len()];
-                    some.convert_from_f32_slice(from);
-                    to.iter_mut().zip(some).for_each(|(to, x)| {
-                        to.write(*x);
-                    });
-                }
+                let ($floats, $halves) = (from, to);
+                $narrow_all;
             }
             fn from_floats(what: &'static str, numbers: Vec<f32>) -> Result<Vec<$number>, Error> {
-                let mut narrow = reserve(what, numbers.len())?;
-                narrow.resize(numbers.len(), <$number>::ZERO);
-                narrow.convert_from_f32_slice(&numbers);
-                Ok(narrow)
+                let count = numbers.len();
+                let mut halves = reserve(what, count)?;
+                for_each_chunk(&mut halves.spare_capacity_mut()[..count], CHUNK, |chunk, to| {
+                    narrow::<$number>(&numbers[chunk * CHUNK..][..to.len()], to);
+                });
+                // SAFETY: the chunks are all of them, and `narrow` has written each.
+                unsafe { halves.set_len(count) };
+                Ok(halves)
             }
         }
     };
@@ -127,16 +128,40 @@ macro_rules! half_type {
 
 float!(f32);
 float!(f64);
-half_type!(f16, |from, to| {
-    let count = from.len().min(to.len());
-    from[..count].convert_to_f32_slice(&mut to[..count]);
-});
-// A bf16 is the upper half of an f32. `half` makes every NaN quiet, and does so number by number; this is done by vectors.
-half_type!(bf16, |from, to| to.iter_mut().zip(from).for_each(|(to, x)| {
-    let bits = u32::from(x.to_bits());
-    let quiet = if bits & 0x7FFF > 0x7F80 { 0x40 } else { 0 };
-    *to = f32::from_bits((bits | quiet) << 16);
-}));
+half_type!(
+    f16,
+    |from, to| {
+        let count = from.len().min(to.len());
+        from[..count].convert_to_f32_slice(&mut to[..count]);
+    },
+    |from, to| {
+        // `half` converts to initialised memory alone, so a few numbers at a time take a detour.
+        let mut some = [f16::ZERO; 64];
+        for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
+            let some = &mut some[..from.len()];
+            some.convert_from_f32_slice(from);
+            to.iter_mut().zip(some).for_each(|(to, x)| {
+                to.write(*x);
+            });
+        }
+    }
+);
+// A bf16 is the upper half of an f32. As `half` does it: every NaN becomes quiet, and numbers are rounded to the nearest, ties to even.
+// It goes number by number; this is done by vectors.
+half_type!(
+    bf16,
+    |from, to| to.iter_mut().zip(from).for_each(|(to, x)| {
+        let bits = u32::from(x.to_bits());
+        let quiet = if bits & 0x7FFF > 0x7F80 { 0x40 } else { 0 };
+        *to = f32::from_bits((bits | quiet) << 16);
+    }),
+    |from, to| to.iter_mut().zip(from).for_each(|(to, x)| {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
+        let is_nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
+        to.write(bf16::from_bits((if is_nan { bits >> 16 | 0x40 } else { rounded }) as u16));
+    })
+);
 
 /// A tensor (batch, heads, len, dim) to read, whatever type it holds.
 pub(crate) trait Source<R>: Sync {
@@ -291,6 +316,18 @@ mod tests {
         for count in [usize::MAX, isize::MAX as usize / 8] {
             assert!(matches!(zeroed::<f64>("test", count), Err(Error::Memory { .. })));
         }
+    }
+
+    #[test]
+    fn numbers_are_rounded_to_bf16_as_half_does_it() {
+        // Around every bf16, ties included, and NaN of all kinds.
+        let step = if cfg!(miri) { 61 } else { 1 };
+        let bits = (0..=u16::MAX)
+            .step_by(step)
+            .flat_map(|half| [0, 1, 0x7FFF, 0x8000, 0x8001].map(|low| u32::from(half) << 16 | low));
+        let numbers: Vec<f32> = bits.map(f32::from_bits).collect();
+        let narrow = bf16::from_floats("test", numbers.clone()).unwrap();
+        assert!(numbers.iter().zip(narrow).all(|(x, narrow)| bf16::from_f32(*x).to_bits() == narrow.to_bits()));
     }
 
     #[test]

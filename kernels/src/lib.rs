@@ -52,7 +52,9 @@
 //! | 3 | `problem` | one call, checked |
 //! | 3 | `matmul` | matrix products of linear layers, with an epilogue |
 //! | 3 | `gemm/pack` | operands of products, in the order in which the kernels read them |
-//! | 2 | `gemm/bf16_dot`, `gemm/bf16_tiles` | products of bf16 in pairs (AVX512-BF16), and by tiles (AMX) |
+//! | 3 | `gemm/bf16_tiles` | products of bf16 by AMX's tiles |
+//! | 3 | `softmax/bf16` | the softmax of their scores, which rounds weights to bf16 |
+//! | 2 | `gemm/bf16_dot` | products of bf16 in pairs (AVX512-BF16) |
 //! | 2 | `gemm/nan_safe` | sums to which a weight of zero adds nothing |
 //! | 1 | `gemm/amx` | AMX's tile registers: products of bf16 in blocks |
 //! | 3 | `embedding`, `optimizer` | rows of a table, and their gradient; steps of AdamW, and norms |

@@ -59,6 +59,14 @@ impl<'a, T> Matrix<'a, T> {
         unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride), self.columns) }
     }
 
+    /// All elements, if the rows lie one behind the other.
+    #[inline(always)]
+    pub(crate) fn as_slice(&self) -> Option<&'a [T]> {
+        let is_whole = self.rows > 0 && self.stride == self.columns;
+        // SAFETY: the type's invariant: each row has `columns` elements, and the next one starts behind them.
+        is_whole.then(|| unsafe { std::slice::from_raw_parts(self.start, self.rows * self.columns) })
+    }
+
     /// The matrix without its first `count` rows.
     #[inline(always)]
     pub(crate) fn skip(self, count: usize) -> Self {
@@ -116,6 +124,22 @@ impl<'a, T> Matrix<'a, T> {
     #[inline(always)]
     pub(crate) fn raw(&self) -> Raw<*const T> {
         Raw { start: self.start, stride: self.stride }
+    }
+}
+
+impl<T: Copy + Default> Matrix<'_, T> {
+    /// Copies the rows to others that lie `stride` apart, with zeros behind each.
+    #[inline(always)]
+    pub(crate) fn copy_padded(&self, to: &mut [T], stride: usize) {
+        match self.as_slice() {
+            Some(all) if self.columns == stride => to[..all.len()].copy_from_slice(all),
+            _ => {
+                for (row, to) in to.chunks_exact_mut(stride).enumerate().take(self.rows) {
+                    to[..self.columns].copy_from_slice(self.row(row));
+                    to[self.columns..].fill(T::default());
+                }
+            }
+        }
     }
 }
 

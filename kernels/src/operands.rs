@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::dropout::Dropout;
 use crate::dtype::{Number, Source};
+use crate::gemm::bf16_tiles;
 use crate::mask::{Coverage, Rule, ScoreShape};
 use crate::problem::{BiasView, Problem, ProblemOptions};
 use crate::simd::SimdFloat;
@@ -57,6 +58,17 @@ impl<E: Number> Problem<'_, E> {
 }
 
 impl<R: SimdFloat> Operands<'_, R> {
+    /// Whether nothing but the scale and the mask changes the scores.
+    #[inline(always)]
+    pub(crate) fn has_plain_scores(&self) -> bool {
+        self.softcap.is_none() && self.bias.is_none() && self.slopes.is_none()
+    }
+
+    /// Whether AMX's tile registers multiply, in all passes but decoding.
+    pub(crate) fn is_by_tile_registers(&self) -> bool {
+        self.is_bf16 && bf16_tiles::are_available()
+    }
+
     /// Multiplications of the forward pass without a mask.
     pub(crate) fn work(&self) -> usize {
         let ScoreShape { batch, num_heads, q_len, kv_len } = self.shape;
@@ -66,7 +78,7 @@ impl<R: SimdFloat> Operands<'_, R> {
 
     /// Whether anything is done to the scores of a tile.
     pub(crate) fn modifies(&self, coverage: Coverage) -> bool {
-        self.softcap.is_some() || self.bias.is_some() || self.slopes.is_some() || coverage == Coverage::Some
+        !self.has_plain_scores() || coverage == Coverage::Some
     }
 
     /// Whether a key may be hidden from a query.

@@ -45,7 +45,7 @@ pub(crate) fn run_tasks(
 
 /// Calls `f` with the number of each chunk of `size` elements and the chunk, in parallel.
 pub(crate) fn for_each_chunk<T: Send>(data: &mut [T], size: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
-    if cfg!(miri) {
+    if cfg!(miri) || data.len() <= size {
         return data.chunks_mut(size).enumerate().for_each(|(chunk, data)| f(chunk, data));
     }
     use rayon::prelude::*;

@@ -4,6 +4,8 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::AtomicBool;
 
 use super::{BackwardOptions, Gradients, Incoming, Saved};
+use pulp::{Simd, WithSimd};
+
 use crate::alloc::{filled, product, reserve};
 use crate::careful::{Headroom, exponent_above, keep_finite, times_power_of_two};
 use crate::dtype::{Number, Source};
@@ -15,7 +17,7 @@ use crate::prefill::backward::Backward;
 use crate::prefill::gradients::{BiasGradient, Gradients as TaskGradients, QueryGradient, QueryRow};
 use crate::problem::{Problem, View};
 use crate::schedule::{AccumulationGroups, Splits, for_each_chunk, run_tasks};
-use crate::simd::{SimdFloat, instruction_set};
+use crate::simd::{MAX_LANES, SimdFloat, as_vectors, instruction_set};
 use crate::softmax::LogSumExp;
 use crate::tiles::TileSizes;
 
@@ -124,10 +126,8 @@ fn query_rows<E: Number>(
     let row = |index: usize| {
         let (head, i) = (index / shape.q_len, index % shape.q_len);
         let (b, h) = (head / shape.num_heads, head % shape.num_heads);
-        let mut delta = E::Float::ZERO;
-        for (o, grad) in saved.context.row(b, h, i).iter().zip(incoming.context.row(b, h, i)) {
-            delta += o.widen() * (grad.widen() * factor);
-        }
+        let (context, grad) = (saved.context.row(b, h, i), incoming.context.row(b, h, i));
+        let mut delta = instruction_set().dispatch(DotProduct { context, grad, factor });
         if let Some(grads) = incoming.logsumexp {
             delta -= grads[index] * factor;
         }
@@ -145,6 +145,35 @@ fn query_rows<E: Number>(
     // SAFETY: the chunks are all rows, and each of them has been written.
     unsafe { rows.set_len(count) };
     Ok(rows)
+}
+
+/// Σ o · (do · factor) for a row.
+struct DotProduct<'a, E: Number> {
+    context: &'a [E],
+    grad: &'a [E],
+    factor: E::Float,
+}
+
+impl<E: Number> WithSimd for DotProduct<'_, E> {
+    type Output = E::Float;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> E::Float {
+        /// Numbers that are widened at a time: whole vectors of any instruction set.
+        const BLOCK: usize = 4 * MAX_LANES;
+        let factor = E::Float::splat(simd, self.factor);
+        let mut sum = E::Float::splat(simd, E::Float::ZERO);
+        for (context, grad) in self.context.chunks(BLOCK).zip(self.grad.chunks(BLOCK)) {
+            let mut wide = [[E::Float::ZERO; BLOCK]; 2];
+            E::widen_all(context, &mut wide[0]);
+            E::widen_all(grad, &mut wide[1]);
+            let [context, grad] = [&wide[0], &wide[1]].map(|wide| as_vectors::<E::Float, S>(wide));
+            for (o, grad) in context.iter().zip(grad) {
+                sum = E::Float::mul_add(simd, *o, E::Float::vmul(simd, *grad, factor), sum);
+            }
+        }
+        E::Float::reduce_add(simd, sum)
+    }
 }
 
 /// One pass over all tasks.
@@ -219,6 +248,7 @@ impl<R: SimdFloat> Pass<'_, R> {
         results: &Results<E>,
     ) -> Result<(), Error> {
         let operands = self.operands;
+        let tiles = TileSizes::new(operands.is_by_tile_registers());
         let (group, split) = (task / splits.count, task % splits.count);
         let keys = splits.keys(split);
         let [q_dims, k_dims, v_dims] = [operands.q, operands.k, operands.v].map(|x| x.dims());
@@ -242,13 +272,13 @@ impl<R: SimdFloat> Pass<'_, R> {
             };
             instruction_set().dispatch(Backward {
                 operands,
-                tiles: TileSizes::new().backward,
+                tiles: tiles.backward,
                 grad_context: self.grad_context,
                 rows: self.rows,
                 sequence,
                 kv_head,
                 keys: keys.clone(),
-                is_decoded: TileSizes::new().decode.suit(operands.shape.q_len, operands.shape.kv_len),
+                is_decoded: tiles.decode.suit(operands.shape.q_len, operands.shape.kv_len),
                 careful: self.careful,
                 gradients: TaskGradients { q: q_gradient, k: &mut k_rows, v: &mut v_rows, bias },
                 is_not_finite: &results.is_not_finite,

@@ -35,7 +35,8 @@ pub(super) fn forward<E: Number>(problem: &Problem<E>, layout: Layout) -> Result
         strides: layout.strides(dims),
         logsumexp: Shared::new(&mut logsumexp.spare_capacity_mut()[..rows]),
     };
-    let (operands, tiles) = (problem.operands(), TileSizes::new());
+    let operands = problem.operands();
+    let tiles = TileSizes::new(operands.is_by_tile_registers());
     if tiles.decode.suit(operands.shape.q_len, operands.shape.kv_len) {
         decode(&operands, tiles.decode, &results)?;
     } else {

@@ -16,8 +16,9 @@ use crate::matrix::{Matrix, MatrixMut};
 use crate::simd::{Allowed, allowed};
 
 /// Numbers in a vector, and queries in a panel.
-const LANES: usize = 16;
-const WIDTH: usize = VECTORS * LANES;
+pub(crate) const LANES: usize = 16;
+/// Numbers in a row of a panel.
+pub(crate) const WIDTH: usize = VECTORS * LANES;
 
 /// Says that the processor has the instructions: only [`Bf16Dot::new`] makes one, and it asks the processor.
 #[derive(Clone, Copy)]
@@ -30,6 +31,7 @@ impl Bf16Dot {
         let can = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bf16")
             && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
         #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         let can = false;

@@ -4,15 +4,33 @@
 //! A tile is read whole. So rows to multiply are copied, with zeros behind their last number and room for a tile behind the last
 //! row, and rows to sum over are transposed. Both are done once for all panels that look at a block of keys.
 
-use pulp::Simd;
 use pulp::bytemuck::cast_slice_mut;
+use pulp::{Simd, WithSimd};
 
-use crate::gemm::amx::{Amx, BLOCK, DEPTH, PAIRS, TILE, TileRegisters};
+use crate::gemm::amx::{Amx, BLOCK, DEPTH, PAIRS, RESIDENT_DEPTH, TILE, TileRegisters};
 use crate::gemm::bf16_dot::Bf16Dot;
 use crate::gemm::microkernel::{Row, VECTORS, panel_row, panel_row_mut};
 use crate::gemm::transpose::transpose;
 use crate::matrix::{Matrix, MatrixMut};
-use crate::simd::{Allowed, SimdFloat, allowed, as_vectors, as_vectors_mut};
+use crate::simd::{Allowed, SimdFloat, allowed, as_vectors, as_vectors_mut, instruction_set};
+
+/// Whether products of bf16 are computed by tiles.
+pub(crate) fn are_available() -> bool {
+    struct HasPairs;
+    impl WithSimd for HasPairs {
+        type Output = bool;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> bool {
+            Bf16Dot::new::<S>().is_some()
+        }
+    }
+    amx().is_some() && instruction_set().dispatch(HasPairs)
+}
+
+/// If the environment allows it.
+fn amx() -> Option<Amx> {
+    if allowed() == Allowed::All { Amx::new() } else { None }
+}
 
 /// Says that this thread's tile registers are configured, and that the processor has what comes with them.
 #[derive(Clone, Copy)]
@@ -20,11 +38,6 @@ pub(crate) struct Bf16Tiles<'t> {
     registers: &'t TileRegisters,
     dot: Bf16Dot,
 }
-
-/// A block of sums before they are added to others.
-#[derive(Clone)]
-#[repr(C, align(64))]
-struct Sums([f32; BLOCK * BLOCK]);
 
 /// Rows to sum over, transposed: \[dim\]\[keys\], whole tiles of both. The sum is over the keys from `first` on.
 #[derive(Clone, Copy)]
@@ -73,12 +86,34 @@ fn interleaved_columns(dim: usize) -> usize {
     dim.next_multiple_of(TILE)
 }
 
+/// Multiplies the scores of a panel, and finds the greatest of each lane.
+#[inline(always)]
+fn scale_and_maxima<S: Simd, const MAX: bool>(
+    simd: S,
+    factor: f32,
+    mut scores: MatrixMut<f32>,
+    largest: &mut Row<f32, S>,
+) {
+    let (has_factor, factor) = (factor != 1.0, f32::splat(simd, factor));
+    for row in 0..scores.rows() {
+        let scores = panel_row_mut::<f32, S>(scores.row(row));
+        for v in 0..VECTORS {
+            if has_factor {
+                scores[v] = f32::vmul(simd, factor, scores[v]);
+            }
+            if MAX {
+                // If a score is NaN, AVX-512 gives the second operand.
+                largest[v] = simd.max_f32s(scores[v], largest[v]);
+            }
+        }
+    }
+}
+
 impl<'t> Bf16Tiles<'t> {
     /// If the processor has the instructions and may use them; `registers` keeps them configured.
     pub(crate) fn new<S: Simd>(registers: &'t mut Option<TileRegisters>) -> Option<Self> {
         let dot = Bf16Dot::new::<S>()?;
-        let amx = if allowed() == Allowed::All { Amx::new() } else { None }?;
-        Some(Self { registers: registers.insert(amx.tile_registers()), dot })
+        Some(Self { registers: registers.insert(amx()?.tile_registers()), dot })
     }
 
     /// What comes with AMX.
@@ -89,12 +124,9 @@ impl<'t> Bf16Tiles<'t> {
 
     /// Rows to multiply with panels, and a tile of rows of any content. `to` has room for [`copy_size`].
     pub(crate) fn copy<'m>(self, rows: Matrix<u16>, to: &'m mut [u32]) -> Matrix<'m, u16> {
-        let (count, dim, depth) = (rows.rows(), rows.columns(), padded_depth(rows.columns()));
+        let (count, depth) = (rows.rows(), padded_depth(rows.columns()));
         let to: &mut [u16] = cast_slice_mut(to);
-        for (row, to) in to.chunks_exact_mut(depth).enumerate().take(count) {
-            to[..dim].copy_from_slice(rows.row(row));
-            to[dim..].fill(0);
-        }
+        rows.copy_padded(to, depth);
         Matrix::new(to, count + TILE, depth, depth)
     }
 
@@ -129,32 +161,35 @@ impl<'t> Bf16Tiles<'t> {
         mut scores: MatrixMut<f32>,
         largest: &mut Row<f32, S>,
     ) {
-        let pairs = rows.columns() / 2;
-        let panel = Matrix::new(panel, pairs, BLOCK, BLOCK);
-        let factor = f32::splat(simd, factor);
+        let depth = rows.columns();
+        let panel = Matrix::new(panel, depth / 2, BLOCK, BLOCK);
+        assert!(scores.columns() >= BLOCK, "rows of a panel");
+        let mut room = self.registers.take_room();
+        let whole = if depth == RESIDENT_DEPTH { count / TILE * TILE } else { count / BLOCK * BLOCK };
+        if depth == RESIDENT_DEPTH {
+            self.registers.multiply_resident(rows.take(whole), panel, scores.part(0, whole));
+        }
         for first in (0..count).step_by(BLOCK) {
-            let (count, rows) = (BLOCK.min(count - first), rows.skip(first));
+            let count = BLOCK.min(count - first);
+            let rows = rows.skip(first);
             let mut scores = scores.part(first, count);
-            if count == BLOCK {
+            if depth != RESIDENT_DEPTH && count == BLOCK {
                 self.registers.multiply(rows, panel, scores.reborrow().into_block(0..BLOCK, 0..BLOCK));
-            } else {
-                let mut room = Sums([0.0; BLOCK * BLOCK]);
-                let high = count.next_multiple_of(TILE);
-                self.registers.multiply(rows, panel, MatrixMut::new(&mut room.0, high, BLOCK, BLOCK));
-                for row in 0..count {
-                    scores.row(row)[..BLOCK].copy_from_slice(&room.0[row * BLOCK..][..BLOCK]);
+            }
+            let done = whole.saturating_sub(first).min(count);
+            if done < count {
+                // There may be no room for a whole tile of scores.
+                let high = (count - done).next_multiple_of(TILE);
+                self.registers.multiply(rows.skip(done), panel, MatrixMut::new(&mut room.0, high, BLOCK, BLOCK));
+                for row in done..count {
+                    scores.row(row)[..BLOCK].copy_from_slice(&room.0[(row - done) * BLOCK..][..BLOCK]);
                 }
             }
-            for row in 0..count {
-                let scores = panel_row_mut::<f32, S>(scores.row(row));
-                for v in 0..VECTORS {
-                    scores[v] = f32::vmul(simd, factor, scores[v]);
-                    if MAX {
-                        largest[v] = <f32 as SimdFloat>::max(simd, largest[v], scores[v]);
-                    }
-                }
+            if MAX || factor != 1.0 {
+                scale_and_maxima::<S, MAX>(simd, factor, scores, largest);
             }
         }
+        self.registers.give_room(room);
     }
 
     /// As [`Bf16Dot::accumulate`], over as many keys as `weights` has pairs.
@@ -169,13 +204,16 @@ impl<'t> Bf16Tiles<'t> {
     ) {
         let whole = weights.rows() / PAIRS * PAIRS;
         // The last tile of weights, with zeros behind the last pair.
-        let mut rest = [0u32; PAIRS * BLOCK];
-        for (row, to) in (whole..weights.rows()).zip(rest.chunks_exact_mut(BLOCK)) {
-            to.copy_from_slice(&weights.row(row)[..BLOCK]);
+        let mut rest;
+        let mut parts = [(0, weights.take(whole)), (2 * whole, weights.take(0))];
+        if whole < weights.rows() {
+            rest = [0; PAIRS * BLOCK];
+            for (row, to) in (whole..weights.rows()).zip(rest.chunks_exact_mut(BLOCK)) {
+                to.copy_from_slice(&weights.row(row)[..BLOCK]);
+            }
+            parts[1].1 = Matrix::new(&rest, PAIRS, BLOCK, BLOCK);
         }
-        let parts = [(0, weights.take(whole)), (2 * whole, Matrix::new(&rest, PAIRS, BLOCK, BLOCK))];
-        let parts = if whole == weights.rows() { &parts[..1] } else { &parts };
-        let mut room = Sums([0.0; BLOCK * BLOCK]);
+        let mut room = self.registers.take_room();
         for first in (0..rows.dim).step_by(BLOCK) {
             let count = BLOCK.min(rows.dim - first);
             let mut factor = factor;
@@ -194,6 +232,7 @@ impl<'t> Bf16Tiles<'t> {
                 factor = [f32::splat(simd, 1.0); VECTORS];
             }
         }
+        self.registers.give_room(room);
     }
 
     /// As [`Bf16Dot::outer_products`], where the pairs fill whole tiles.
@@ -239,7 +278,7 @@ impl<'t> Bf16Tiles<'t> {
         left: Matrix<u16>,
         right: Matrix<u32>,
     ) {
-        let mut room = Sums([0.0; BLOCK * BLOCK]);
+        let mut room = self.registers.take_room();
         for first in (0..out.columns()).step_by(BLOCK) {
             let wide = BLOCK.min(out.columns() - first);
             let right = right.block(0..right.rows(), first..first + wide);
@@ -251,6 +290,7 @@ impl<'t> Bf16Tiles<'t> {
                 }
             }
         }
+        self.registers.give_room(room);
     }
 }
 

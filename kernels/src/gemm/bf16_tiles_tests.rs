@@ -3,6 +3,7 @@
 use half::bf16;
 
 use super::*;
+use crate::gemm::amx::Sums;
 use crate::gemm::microkernel::tests::{check_guard, numbers};
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]

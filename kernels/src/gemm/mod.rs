@@ -2,7 +2,7 @@
 
 pub(crate) mod amx;
 pub(crate) mod bf16_dot;
-mod bf16_tiles;
+pub(crate) mod bf16_tiles;
 pub(crate) mod microkernel;
 pub(crate) mod nan_safe;
 pub(crate) mod pack;
@@ -20,6 +20,7 @@ use crate::gemm::bf16_tiles::{Bf16Tiles, Transposed};
 use crate::gemm::microkernel::{Row, pad};
 use crate::gemm::pack::{pack, pack_pairs};
 use crate::matrix::{Matrix, MatrixMut};
+use crate::operands::Operands;
 use crate::simd::SimdFloat;
 
 /// How products of bf16 are computed. Their operands are pairs of bf16, each in the room of a number.
@@ -148,6 +149,22 @@ impl<'t> Gemm<'t> {
     #[inline(always)]
     pub(crate) fn sum_in_pairs(self) -> Option<Bf16<'t>> {
         if let Gemm::Bf16(bf16) = self { Some(bf16) } else { None }
+    }
+
+    /// What sums over rows by tiles.
+    #[inline(always)]
+    pub(crate) fn sum_by_tiles(self) -> Option<Bf16Tiles<'t>> {
+        if let Gemm::Bf16(Bf16::Tiles(tiles)) = self { Some(tiles) } else { None }
+    }
+
+    /// What [`Gemm::dot_products`] multiplies scores by, and what is left to the softmax: the scale, where multiplying would take a
+    /// pass of its own over the scores, and nothing else is done to them before. (A mask hides with minus infinity.) The greatest
+    /// score is found before it is scaled, so the scale has to be positive.
+    #[inline(always)]
+    pub(crate) fn factors<R: SimdFloat>(self, operands: &Operands<R>) -> (R, R) {
+        let scale = R::from_f64(operands.scale);
+        let by_tiles = matches!(self.dot_in_pairs(), Some(Bf16::Tiles(_)));
+        if by_tiles && scale > R::ZERO && operands.has_plain_scores() { (R::ONE, scale) } else { (scale, R::ONE) }
     }
 
     /// Rows of a panel for a row of `dim` numbers.

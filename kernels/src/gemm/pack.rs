@@ -43,16 +43,10 @@ pub(crate) fn pack_pairs<R: SimdFloat, S: Simd>(
     scratch: &mut [R],
     panels: &mut [R],
 ) {
-    let width = panel_width::<R, S>();
-    let dim = source.dims()[3];
-    let pairs = depth / 2;
+    let (width, pairs) = (panel_width::<R, S>(), depth / 2);
     for (start, panel) in range.clone().step_by(width).zip(panels.chunks_exact_mut(pairs * width)) {
         let rows = source.bf16_rows(at, start..(start + width).min(range.end)).expect("a tensor of bf16");
-        let copy: &mut [u16] = &mut cast_slice_mut(scratch)[..rows.rows() * depth];
-        for (i, to) in copy.chunks_exact_mut(depth).enumerate() {
-            to[..dim].copy_from_slice(rows.row(i));
-            to[dim..].fill(0);
-        }
+        rows.copy_padded(&mut cast_slice_mut(scratch)[..rows.rows() * depth], depth);
         pack_panel(simd, R::ONE, Matrix::new(scratch, rows.rows(), pairs, pairs), panel);
     }
 }

@@ -5,13 +5,15 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use pulp::bytemuck::{cast_slice, cast_slice_mut};
 use pulp::{Simd, WithSimd};
 
 use crate::alloc::copy_of;
 use crate::careful::{exponent_above, keep_finite, quotient, times_power_of_two};
 use crate::dtype::Sink;
 use crate::error::Error;
-use crate::gemm::microkernel::{VECTORS, panel_row, panel_width};
+use crate::gemm::bf16_tiles::Bf16Tiles;
+use crate::gemm::microkernel::{Row, VECTORS, panel_row, panel_width};
 use crate::gemm::nan_safe::all_finite;
 use crate::gemm::pack::unpack;
 use crate::gemm::{DotRows, Gemm, SumRows};
@@ -21,7 +23,7 @@ use crate::operands::Operands;
 use crate::score_mods::Tile;
 use crate::scratch::{Scratch, pieces};
 use crate::simd::{MAX_LANES, SimdFloat};
-use crate::softmax::{LogSumExp, inverse_of_total, maxima, online_update};
+use crate::softmax::{self, LogSumExp, inverse_of_total, maxima, online_update};
 use crate::tiles::ForwardTiles;
 
 /// A task: the queries `queries` of one head.
@@ -254,20 +256,26 @@ impl<R: SimdFloat> Forward<'_, R> {
     ) {
         let operands = self.operands;
         let (width, count) = (panel_width::<R, S>(), tile.keys.len());
-        let scale = R::from_f64(operands.scale);
+        let (scale, of_scores) = gemm.factors(operands);
         let mut scores = MatrixMut::new(pieces.scores, count, width, width);
-        let mut largest = *panel_row::<R, S>(panel.largest);
+        let mut now = [R::splat(simd, R::LOWEST); VECTORS];
         if operands.modifies(coverage) {
-            gemm.dot_products::<R, S, false>(simd, scale, panel.queries, keys, scores.reborrow(), &mut largest);
+            gemm.dot_products::<R, S, false>(simd, scale, panel.queries, keys, scores.reborrow(), &mut now);
             tile.modify(simd, operands, coverage, shrink.is_some(), scores.reborrow(), None);
-            maxima(simd, scores.as_ref(), &mut largest);
+            maxima(simd, scores.as_ref(), &mut now);
         } else {
-            gemm.dot_products::<R, S, true>(simd, scale, panel.queries, keys, scores.reborrow(), &mut largest);
+            gemm.dot_products::<R, S, true>(simd, scale, panel.queries, keys, scores.reborrow(), &mut now);
+        }
+        for (now, before) in now.iter_mut().zip(panel_row::<R, S>(panel.largest)) {
+            *now = R::max(simd, *before, R::vmul(simd, *now, R::splat(simd, of_scores)));
+        }
+        if let (Some(tiles), None, None) = (gemm.sum_by_tiles(), operands.dropout, shrink) {
+            return bf16_sums(simd, tiles, of_scores, now, scores, panel, values);
         }
         let factor = if shrink.is_some() {
-            online_update::<R, S, true>(simd, scores, largest, panel.largest, panel.total)
+            online_update::<R, S, true>(simd, scores, of_scores, now, panel.largest, panel.total)
         } else {
-            online_update::<R, S, false>(simd, scores, largest, panel.largest, panel.total)
+            online_update::<R, S, false>(simd, scores, of_scores, now, panel.largest, panel.total)
         };
         if operands.dropout.is_some() {
             tile.dropout_factors(simd, operands, MatrixMut::new(pieces.factors, count, width, width));
@@ -333,4 +341,24 @@ impl<R: SimdFloat> Forward<'_, R> {
             unpack::<R, S>(simd, sums, dv, count, R::ONE, panels.values, self.context, panel * width);
         }
     }
+}
+
+/// The online softmax of a tile and its sums, where the weights go from their exponential to bf16 in one pass.
+#[inline(always)]
+fn bf16_sums<R: SimdFloat, S: Simd>(
+    simd: S,
+    tiles: Bf16Tiles,
+    of_scores: R,
+    now: Row<R, S>,
+    scores: MatrixMut<R>,
+    panel: Panel<R>,
+    values: SumRows<R>,
+) {
+    let SumRows::Tiles(values) = values else { unreachable!("rows and sums of the same kind") };
+    let now = cast_slice::<R::Vector<S>, f32>(&now).first_chunk().expect("a row of a panel");
+    let (largest, total) = (cast_slice_mut(panel.largest), cast_slice_mut(panel.total));
+    let of_scores = of_scores.to_f64() as f32;
+    let (weights, factor) = softmax::bf16::online_update(tiles.dot(), scores.cast(), of_scores, now, largest, total);
+    let factor = *panel_row::<f32, S>(&factor.0);
+    tiles.accumulate(simd, cast_slice_mut(panel.sums), factor, values, weights.as_ref());
 }

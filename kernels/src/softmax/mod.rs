@@ -2,7 +2,10 @@
 //!
 //! Source of the online softmax: Milakov, Gimelshein, "Online normalizer calculation for softmax" (2018).
 
+pub(crate) mod bf16;
+
 use pulp::Simd;
+use pulp::bytemuck::cast_slice;
 
 use crate::careful::bounded;
 use crate::gemm::microkernel::{Row, VECTORS, panel_row, panel_row_mut};
@@ -53,6 +56,17 @@ fn exponential<R: SimdFloat, S: Simd>(simd: S, s: R::Vector<S>, shift: R::Vector
     exp::<R, S>(simd, R::vsub(simd, s, shift))
 }
 
+/// e^(factor · s - shift), rounded once before the exponential: with a factor of 1 exactly as [`exponential`].
+#[inline(always)]
+fn scaled_exponential<R: SimdFloat, S: Simd>(
+    simd: S,
+    s: R::Vector<S>,
+    factor: R::Vector<S>,
+    shift: R::Vector<S>,
+) -> R::Vector<S> {
+    exp::<R, S>(simd, R::mul_add(simd, s, factor, R::vsub(simd, R::splat(simd, R::ZERO), shift)))
+}
+
 /// As [`exponential`], but above zero for every score above minus infinity: in the careful pass a weight of zero means a hidden
 /// key, which may hold anything, and a visible one has to show what it holds.
 #[inline(always)]
@@ -72,25 +86,26 @@ pub(crate) fn maxima<R: SimdFloat, S: Simd>(simd: S, scores: Matrix<R>, largest:
     }
 }
 
-/// One step of the online softmax of a panel: scores \[key\]\[W\] become exponentials relative to `now`, the greatest so far, and
-/// are added to `total`. What was summed before relative to `largest`, the greatest before, is to be multiplied by the
+/// One step of the online softmax of a panel: scores \[key\]\[W\], times `of_scores`, become exponentials relative to `now`, the
+/// greatest so far, and are added to `total`. What was summed before relative to `largest`, the greatest before, is to be multiplied by the
 /// result. `CAREFUL`: for the careful pass.
 #[inline(always)]
 pub(crate) fn online_update<R: SimdFloat, S: Simd, const CAREFUL: bool>(
     simd: S,
     mut scores: MatrixMut<R>,
+    of_scores: R,
     now: Row<R, S>,
     largest: &mut [R],
     total: &mut [R],
 ) -> Row<R, S> {
     let (largest, total) = (panel_row_mut::<R, S>(largest), panel_row_mut::<R, S>(total));
-    let mut factor = *largest;
+    let (mut factor, of_scores) = (*largest, R::splat(simd, of_scores));
     // A tile is summed on its own before it is added: a long sum would lose more to rounding.
     let mut sum = [R::splat(simd, R::ZERO); VECTORS];
     for j in 0..scores.rows() {
         let row = panel_row_mut::<R, S>(scores.row(j));
         for v in 0..VECTORS {
-            let mut power = exponential::<R, S>(simd, row[v], now[v]);
+            let mut power = scaled_exponential::<R, S>(simd, row[v], of_scores, now[v]);
             if CAREFUL {
                 power = visible_exponential::<R, S>(simd, row[v], power);
             }
@@ -206,17 +221,28 @@ pub(crate) struct RowStatistics<'a, R> {
     pub(crate) delta: &'a [R],
 }
 
-/// The backward pass of the softmax of a panel: p = e^(s - lse) takes the place of s in `weights`, and ds = p ∘ (dp - δ) that of
+impl<'a, R: SimdFloat> RowStatistics<'a, R> {
+    /// The same bits as numbers of another type of the same size.
+    #[inline(always)]
+    pub(crate) fn cast<T: SimdFloat>(self) -> RowStatistics<'a, T> {
+        let [largest, log_total, delta] = [self.largest, self.log_total, self.delta].map(cast_slice);
+        RowStatistics { largest, log_total, delta }
+    }
+}
+
+/// The backward pass of the softmax of a panel: p = e^(factor · s - lse) takes the place of s in `weights`, and ds = p ∘ (dp - δ) that of
 /// dp in `grads`, all \[key\]\[W\]. With dropout, dp is multiplied by the factors before, and p after. If `NAN_SAFE`, ds is zero
 /// where p is, whatever dp holds.
 #[inline(always)]
 pub(crate) fn weights_and_gradients<R: SimdFloat, S: Simd, const NAN_SAFE: bool>(
     simd: S,
     rows: RowStatistics<R>,
+    factor: R,
     mut weights: MatrixMut<R>,
     mut grads: MatrixMut<R>,
     factors: Option<Matrix<R>>,
 ) {
+    let (factor, zero) = (R::splat(simd, factor), R::splat(simd, R::ZERO));
     let largest = panel_row::<R, S>(rows.largest);
     let log_total = panel_row::<R, S>(rows.log_total);
     let delta = panel_row::<R, S>(rows.delta);
@@ -224,7 +250,8 @@ pub(crate) fn weights_and_gradients<R: SimdFloat, S: Simd, const NAN_SAFE: bool>
         let (weights, grads) = (panel_row_mut::<R, S>(weights.row(j)), panel_row_mut::<R, S>(grads.row(j)));
         let factors = factors.map(|factors| panel_row::<R, S>(factors.row(j)));
         for v in 0..VECTORS {
-            let mut p = exponential::<R, S>(simd, R::vsub(simd, weights[v], largest[v]), log_total[v]);
+            let shifted = R::mul_add(simd, weights[v], factor, R::vsub(simd, zero, largest[v]));
+            let mut p = exponential::<R, S>(simd, shifted, log_total[v]);
             if NAN_SAFE {
                 p = visible_exponential::<R, S>(simd, weights[v], p);
             }
@@ -270,6 +297,7 @@ mod tests {
             factors = online_update::<R, S, false>(
                 simd,
                 MatrixMut::new(tile, rows, width, width),
+                R::ONE,
                 now,
                 &mut largest,
                 &mut total,
@@ -315,7 +343,7 @@ mod tests {
             let matrix = |data| MatrixMut::new(data, 3, width, width);
             let (weights_of, grads_of) = (matrix(&mut weights), matrix(&mut grads));
             let factors_of = dropout.then(|| Matrix::new(&factors, 3, width, width));
-            weights_and_gradients::<R, S, false>(simd, rows, weights_of, grads_of, factors_of);
+            weights_and_gradients::<R, S, false>(simd, rows, R::ONE, weights_of, grads_of, factors_of);
             for i in 0..3 * width {
                 let factor = if dropout { factors[i].to_f64() } else { 1.0 };
                 let p = (scores[i].to_f64() - largest[i % width].to_f64() - log_total[i % width].to_f64()).exp();
