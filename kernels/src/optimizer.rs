@@ -31,12 +31,17 @@ pub struct AdamWConstants {
 }
 
 /// A parameter, its gradient, and AdamW's running means of the gradient and of its square.
+///
+/// The gradient has the parameter's type, or the type that the parameter is computed in.
 #[derive(Debug)]
-pub struct AdamWParameter<'a, E: Number> {
+pub struct AdamWParameter<'a, E: Number, G: Number<Float = E::Float> = E> {
     /// The parameter's numbers.
     pub values: &'a mut [E],
     /// Their gradient.
-    pub gradient: &'a [E],
+    pub gradient: &'a [G],
+    /// The parameter before it was rounded, if a copy of that is kept. The step goes from it, except where its rounding isn't the
+    /// parameter's number: there somebody has changed the parameter, and the number is taken from the parameter.
+    pub master: Option<&'a mut [E::Float]>,
     /// The running mean of the gradient.
     pub first_moment: &'a mut [E::Float],
     /// The running mean of the gradient's square.
@@ -64,7 +69,7 @@ impl AdamWConstants {
     }
 }
 
-impl<'a, E: Number> AdamWParameter<'a, E> {
+impl<'a, E: Number, G: Number<Float = E::Float>> AdamWParameter<'a, E, G> {
     fn check(&self) -> Result<(), Error> {
         if self.step == 0 {
             return Err(Error::Option { what: "step of AdamW", expected: "at least 1", got: "0".into() });
@@ -72,6 +77,7 @@ impl<'a, E: Number> AdamWParameter<'a, E> {
         let expected = self.values.len();
         let lengths = [
             ("gradient of a parameter", self.gradient.len()),
+            ("master copy of a parameter", self.master.as_ref().map_or(expected, |master| master.len())),
             ("first moment of a parameter", self.first_moment.len()),
             ("second moment of a parameter", self.second_moment.len()),
         ];
@@ -86,9 +92,11 @@ impl<'a, E: Number> AdamWParameter<'a, E> {
         let Self { step, learning_rate, weight_decay, .. } = self;
         let values = self.values.chunks_mut(PIECE).zip(self.gradient.chunks(PIECE));
         let moments = self.first_moment.chunks_mut(PIECE).zip(self.second_moment.chunks_mut(PIECE));
+        let mut masters = self.master.map(|master| master.chunks_mut(PIECE));
         pieces.extend(values.zip(moments).map(|((values, gradient), (first_moment, second_moment))| Self {
             values,
             gradient,
+            master: masters.as_mut().and_then(Iterator::next),
             first_moment,
             second_moment,
             step,
@@ -103,9 +111,10 @@ impl<'a, E: Number> AdamWParameter<'a, E> {
 /// θ ← θ - lr · λ · θ, m ← β₁ m + (1 - β₁) g, v ← β₂ v + (1 - β₂) g², and
 /// θ ← θ - lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε), in this order, where t is the step.
 ///
-/// Half types are computed in f32, which their moments are kept in, and rounded once.
+/// Half types are computed in f32, which their moments and master copies are kept in, and rounded once.
 ///
-/// Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019), algorithm 2, with the learning rate before λ.
+/// Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019), algorithm 2, with the learning rate before λ. Master
+/// copies: Micikevicius et al., "Mixed Precision Training" (ICLR 2018), section 3.1.
 ///
 /// # Errors
 ///
@@ -119,7 +128,8 @@ impl<'a, E: Number> AdamWParameter<'a, E> {
 /// let (mut values, mut first_moment, mut second_moment) = ([1f32, 2.0], [0.0; 2], [0.0; 2]);
 /// let parameter = AdamWParameter {
 ///     values: &mut values,
-///     gradient: &[0.5, -3.0],
+///     gradient: &[0.5f32, -3.0],
+///     master: None,
 ///     first_moment: &mut first_moment,
 ///     second_moment: &mut second_moment,
 ///     step: 1,
@@ -131,7 +141,10 @@ impl<'a, E: Number> AdamWParameter<'a, E> {
 /// assert!((values[0] - 0.9).abs() < 1e-6 && (values[1] - 2.1).abs() < 1e-6);
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
-pub fn adamw<E: Number>(constants: AdamWConstants, parameters: Vec<AdamWParameter<E>>) -> Result<(), Error> {
+pub fn adamw<E: Number, G: Number<Float = E::Float>>(
+    constants: AdamWConstants,
+    parameters: Vec<AdamWParameter<E, G>>,
+) -> Result<(), Error> {
     constants.check::<E::Float>()?;
     parameters.iter().try_for_each(AdamWParameter::check)?;
     let count = parameters.iter().map(|parameter| parameter.values.len()).sum::<usize>();
@@ -150,32 +163,52 @@ fn for_each<T: Send>(count: usize, pieces: &mut [T], f: impl Fn(&mut T) + Send +
     for_each_chunk(pieces, 1, |_, pieces| pieces.iter_mut().for_each(&f));
 }
 
-struct Adam<'p, 'a, E: Number> {
+struct Adam<'p, 'a, E: Number, G: Number<Float = E::Float>> {
     constants: AdamWConstants,
-    piece: &'p mut AdamWParameter<'a, E>,
+    piece: &'p mut AdamWParameter<'a, E, G>,
 }
 
-impl<E: Number> WithSimd for Adam<'_, '_, E> {
+impl<E: Number, G: Number<Float = E::Float>> WithSimd for Adam<'_, '_, E, G> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let factors = Factors::<E::Float, S>::new(simd, self.constants, self.piece);
-        let len = self.piece.values.len();
-        let values = MatrixMut::new(&mut *self.piece.values, 1, len, len).into_downcast::<E::Float>();
-        if let (Some(values), Some(gradient)) = (values, E::as_floats(self.piece.gradient)) {
-            return factors.step(simd, values.into_row(0), gradient, self.piece.first_moment, self.piece.second_moment);
+        let AdamWParameter { values, gradient, master, first_moment, second_moment, .. } = self.piece;
+        let len = values.len();
+        if master.is_none() {
+            let values = MatrixMut::new(values, 1, len, len).into_downcast::<E::Float>();
+            if let (Some(values), Some(gradient)) = (values, G::as_floats(gradient)) {
+                return factors.step(simd, values.into_row(0), gradient, first_moment, second_moment);
+            }
         }
         let (mut wide, mut wide_gradient) = ([E::Float::ZERO; BLOCK], [E::Float::ZERO; BLOCK]);
-        for start in (0..self.piece.values.len()).step_by(BLOCK) {
-            let end = (start + BLOCK).min(self.piece.values.len());
-            let (values, gradient) = (&mut wide[..end - start], &mut wide_gradient[..end - start]);
-            E::widen_all(&self.piece.values[start..end], values);
-            E::widen_all(&self.piece.gradient[start..end], gradient);
-            let first = &mut self.piece.first_moment[start..end];
-            factors.step(simd, values, gradient, first, &mut self.piece.second_moment[start..end]);
-            narrow_into(values, &mut self.piece.values[start..end]);
+        for start in (0..len).step_by(BLOCK) {
+            let end = (start + BLOCK).min(len);
+            let mut stepped = &mut wide[..end - start];
+            let gradient_block = &mut wide_gradient[..end - start];
+            E::widen_all(&values[start..end], stepped);
+            G::widen_all(&gradient[start..end], gradient_block);
+            if let Some(master) = master {
+                take_changed::<E>(stepped, &mut master[start..end]);
+                stepped = &mut master[start..end];
+            }
+            let first = &mut first_moment[start..end];
+            factors.step(simd, stepped, gradient_block, first, &mut second_moment[start..end]);
+            narrow_into(stepped, &mut values[start..end]);
         }
+    }
+}
+
+/// Takes over from a parameter's numbers, widened and at most a block of them, those that aren't the master copy's rounded numbers.
+#[inline(always)]
+fn take_changed<E: Number>(wide: &[E::Float], master: &mut [E::Float]) {
+    let (mut narrow, mut rounded) = ([E::default(); BLOCK], [E::Float::ZERO; BLOCK]);
+    let (narrow, rounded) = (&mut narrow[..master.len()], &mut rounded[..master.len()]);
+    narrow_into(master, narrow);
+    E::widen_all(narrow, rounded);
+    for ((master, rounded), x) in master.iter_mut().zip(rounded).zip(wide) {
+        *master = if *rounded == *x { *master } else { *x };
     }
 }
 
@@ -198,7 +231,11 @@ struct Factors<R: SimdFloat, S: Simd> {
 
 impl<R: SimdFloat, S: Simd> Factors<R, S> {
     #[inline(always)]
-    fn new<E: Number<Float = R>>(simd: S, constants: AdamWConstants, piece: &AdamWParameter<E>) -> Self {
+    fn new<E: Number<Float = R>, G: Number<Float = R>>(
+        simd: S,
+        constants: AdamWConstants,
+        piece: &AdamWParameter<E, G>,
+    ) -> Self {
         let AdamWConstants { beta1, beta2, eps } = constants;
         let AdamWParameter { step, learning_rate, weight_decay, .. } = *piece;
         macro_rules! splat {

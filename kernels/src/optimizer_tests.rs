@@ -32,7 +32,16 @@ fn follows_the_formula<E: Number>(beta1: f64, tolerance: f64) {
     let rates = |i: usize| (0.01 * (i + 1) as f64, if i.is_multiple_of(2) { 0.1 } else { 0.0 });
     let parameters = state.iter_mut().enumerate().map(|(i, (values, gradient, first_moment, second_moment))| {
         let (learning_rate, weight_decay) = rates(i);
-        AdamWParameter { values, gradient, first_moment, second_moment, step: step(i), learning_rate, weight_decay }
+        AdamWParameter {
+            values,
+            gradient,
+            master: None,
+            first_moment,
+            second_moment,
+            step: step(i),
+            learning_rate,
+            weight_decay,
+        }
     });
     adamw(constants, parameters.collect()).unwrap();
     for (i, ((x, g, m, v), (x0, _, m0, v0))) in state.iter().zip(&before).enumerate() {
@@ -64,8 +73,16 @@ fn numbers_have_the_same_bits_wherever_they_stand() {
     let [x, m, v] = [&all, &first, &second].map(|x| x[count - 3..count - 2].to_vec());
     let run = |values: &mut [f32], gradient: &[f32], first_moment: &mut [f32], second_moment: &mut [f32]| {
         let (step, learning_rate, weight_decay) = (1, 0.1, 0.1);
-        let parameter =
-            AdamWParameter { values, gradient, first_moment, second_moment, step, learning_rate, weight_decay };
+        let parameter = AdamWParameter {
+            values,
+            gradient,
+            master: None,
+            first_moment,
+            second_moment,
+            step,
+            learning_rate,
+            weight_decay,
+        };
         adamw(constants, vec![parameter]).unwrap();
     };
     run(&mut all, &gradient, &mut first, &mut second);
@@ -73,6 +90,66 @@ fn numbers_have_the_same_bits_wherever_they_stand() {
     let [x, m, v] = &mut alone;
     run(x, &gradient[count - 3..count - 2], m, v);
     assert_eq!([all[count - 3], first[count - 3], second[count - 3]], alone.map(|x| x[0]));
+}
+
+/// The parameter's numbers and those of its master copy after a step without decay.
+fn master_step<E: Number, G: Number<Float = E::Float>>(
+    values: &mut [E],
+    gradient: &[G],
+    master: Option<&mut [E::Float]>,
+) -> Result<(), Error> {
+    let (mut first, mut second) = (vec![E::Float::ZERO; values.len()], vec![E::Float::ZERO; values.len()]);
+    let parameter = AdamWParameter {
+        values,
+        gradient,
+        master,
+        first_moment: &mut first,
+        second_moment: &mut second,
+        step: 1,
+        learning_rate: 1e-4,
+        weight_decay: 0.0,
+    };
+    adamw(AdamWConstants { beta1: 0.9, beta2: 0.99, eps: 1e-8 }, vec![parameter])
+}
+
+#[test]
+fn a_master_copy_takes_the_step_of_its_own_type_and_the_parameter_is_its_rounding() {
+    fn check<E: Number + PartialEq + std::fmt::Debug>() {
+        for count in if cfg!(miri) { vec![1, 600] } else { vec![0, 1, 600, PIECE + 3, 3 * PIECE] } {
+            let start: Vec<E> = numbers(count, 1);
+            let gradient: Vec<E> = numbers(count, 2);
+            let wide: Vec<E::Float> = start.iter().map(|x| x.widen()).collect();
+            let wide_gradient: Vec<E::Float> = gradient.iter().map(|x| x.widen()).collect();
+            let mut alone = wide.clone();
+            master_step(&mut alone, &wide_gradient, None).unwrap();
+            // A gradient in the type that is computed in gives the same bits.
+            let [mut narrow, mut also_narrow] = [start.clone(), start];
+            let [mut master, mut also_master] = [wide.clone(), wide];
+            master_step(&mut narrow, &gradient, Some(&mut master)).unwrap();
+            master_step(&mut also_narrow, &wide_gradient, Some(&mut also_master)).unwrap();
+            assert!(master == alone && also_master == alone, "{count}");
+            assert!(narrow == alone.iter().map(|x| E::narrow(*x)).collect::<Vec<_>>(), "{count}");
+            assert_eq!(narrow, also_narrow);
+        }
+    }
+    check::<f16>();
+    check::<bf16>();
+    check::<f32>();
+    check::<f64>();
+}
+
+#[test]
+fn a_number_that_was_changed_from_outside_is_taken_by_the_master_copy() {
+    let one = bf16::from_f32(1.0);
+    // The second number is the rounded master and keeps its digits; the others were changed, one of them to NaN.
+    let mut values = [bf16::from_f32(-3.0), one, bf16::NAN];
+    let mut master = [7.0f32, 1.0 + 1e-3, 5.0];
+    master_step(&mut values, &[bf16::ZERO; 3], Some(&mut master)).unwrap();
+    assert_eq!(master[..2], [-3.0, 1.0 + 1e-3]);
+    assert!(master[2].is_nan() && values[2].is_nan());
+    assert_eq!(values[..2], [bf16::from_f32(-3.0), one]);
+    let error = master_step(&mut values, &[bf16::ZERO; 3], Some(&mut master[..2])).unwrap_err();
+    assert_eq!(error.to_string(), "the master copy of a parameter: expected the parameter's 3, got 2 elements");
 }
 
 #[test]
@@ -83,6 +160,7 @@ fn slices_of_other_lengths_and_step_zero_are_refused() {
         let parameter = AdamWParameter {
             values: &mut values[..],
             gradient,
+            master: None,
             first_moment: &mut first_moment[..],
             second_moment: &mut second_moment[..],
             step,

@@ -1,7 +1,7 @@
 //! The gradient of a batch that is too large for memory, from the gradients of its parts.
 
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
 use crate::check::{check_number, compute_dtype};
 use crate::error::{AttentionError, Result};
@@ -11,8 +11,8 @@ use crate::train::gradients::of;
 /// Adds up the gradients of several batches, and gives their mean.
 ///
 /// The mean of the gradients of parts of equal size is the gradient of the whole batch, if the loss is a mean. Parts of different
-/// sizes are added with their sizes as weights. Half types are summed in f32 and rounded once. candle's gradients hold those of
-/// constants, too, which are left out.
+/// sizes are added with their sizes as weights. Half types are summed in f32 and rounded once, unless a gradient in f32 was added to them.
+/// candle's gradients hold those of constants, too, which are left out.
 ///
 /// # Examples
 ///
@@ -33,8 +33,16 @@ use crate::train::gradients::of;
 pub struct GradientAccumulator {
     parameters: Vec<(String, Var)>,
     /// The sum of each parameter's gradient times the weight of its batch.
-    sums: Vec<Option<Tensor>>,
+    sums: Vec<Option<Sum>>,
     weight: f64,
+}
+
+#[derive(Clone, Debug)]
+struct Sum {
+    /// In the dtype to compute in.
+    total: Tensor,
+    /// The widest dtype of what was added, which the mean gets.
+    dtype: DType,
 }
 
 impl GradientAccumulator {
@@ -77,10 +85,10 @@ impl GradientAccumulator {
         }
         let mut means = GradStore::default();
         for ((_, var), sum) in self.parameters.iter().zip(&self.sums) {
-            let Some(sum) = sum else { continue };
-            memory::ask_for("mean of gradients", 2, sum, sum.dtype())?;
-            let mean = if self.weight == 1.0 { sum.clone() } else { sum.affine(1.0 / self.weight, 0.0)? };
-            means.insert(var, mean.to_dtype(var.dtype())?);
+            let Some(Sum { total, dtype }) = sum else { continue };
+            memory::ask_for("mean of gradients", 2, total, total.dtype())?;
+            let mean = if self.weight == 1.0 { total.clone() } else { total.affine(1.0 / self.weight, 0.0)? };
+            means.insert(var, mean.to_dtype(*dtype)?);
         }
         self.sums.fill(None);
         self.weight = 0.0;
@@ -88,8 +96,8 @@ impl GradientAccumulator {
     }
 }
 
-/// A parameter's sum so far and `gradient` · `weight`, in the dtype to compute in.
-fn sum_with(sum: Option<&Tensor>, gradient: &Tensor, weight: f64) -> Result<Tensor> {
+/// A parameter's sum so far and `gradient` · `weight`.
+fn sum_with(sum: Option<&Sum>, gradient: &Tensor, weight: f64) -> Result<Sum> {
     let wide = compute_dtype(gradient.dtype());
     memory::ask_for("sum of gradients", 3, gradient, wide)?;
     let mut term = gradient.to_dtype(wide)?;
@@ -97,7 +105,10 @@ fn sum_with(sum: Option<&Tensor>, gradient: &Tensor, weight: f64) -> Result<Tens
         term = (term * weight)?;
     }
     Ok(match sum {
-        Some(sum) => (sum + term)?,
-        None => term,
+        Some(Sum { total, dtype }) => {
+            let dtype = if gradient.dtype() == wide { wide } else { *dtype };
+            Sum { total: (total + term)?, dtype }
+        }
+        None => Sum { total: term, dtype: gradient.dtype() },
     })
 }

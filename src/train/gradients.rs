@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Storage, Tensor, Var, WithDType};
 use candle_nn::VarMap;
 use half::{bf16, f16};
 
+use crate::check::compute_dtype;
 use crate::error::{AttentionError, Result};
 use crate::memory;
 
@@ -37,16 +38,17 @@ pub(super) fn error(name: &str, expected: impl Into<String>, got: impl Into<Stri
     AttentionError::Gradient { name: name.into(), expected: expected.into(), got: got.into() }
 }
 
-/// The gradient of a parameter, contiguous; `None` if there is none.
+/// The gradient of a parameter, contiguous; `None` if there is none. Its dtype is that of the parameter or, for half types, f32.
 pub(super) fn of(gradients: &GradStore, name: &str, var: &Var) -> Result<Option<Tensor>> {
     let Some(gradient) = gradients.get(var) else { return Ok(None) };
     if gradient.dims() != var.dims() {
         let (expected, got) = (format!("shape {:?}", var.dims()), format!("{:?}", gradient.dims()));
         return Err(error(name, expected, got).into());
     }
-    if gradient.dtype() != var.dtype() {
-        let (expected, got) = (format!("dtype {:?}", var.dtype()), format!("{:?}", gradient.dtype()));
-        return Err(error(name, expected, got).into());
+    let (dtype, wide) = (var.dtype(), compute_dtype(var.dtype()));
+    if ![dtype, wide].contains(&gradient.dtype()) {
+        let or_wide = if wide == dtype { String::new() } else { format!(" or {wide:?}") };
+        return Err(error(name, format!("dtype {dtype:?}{or_wide}"), format!("{:?}", gradient.dtype())).into());
     }
     let (expected, got) = (var.device().location(), gradient.device().location());
     if expected != got {

@@ -1,4 +1,5 @@
-//! Training: AdamW against PyTorch, its state in files, clipping, learning rates, and gradients of several batches.
+//! Training: AdamW against PyTorch, its state in files, clipping, learning rates, gradients of several batches, and half
+//! types.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -6,5 +7,6 @@ mod common;
 mod accumulation;
 mod adamw;
 mod clipping;
+mod masters;
 mod schedule;
 mod state;

@@ -37,6 +37,8 @@ pub enum MissingGradients {
 /// The moments m and v are in f32, also for parameters in half types, and in f64 for f64. On the CPU a step goes over all
 /// parameters once and writes them in place; on other devices it uses candle's operations.
 ///
+/// Parameters in half types lose steps that are smaller than their rounding. [`AdamW::with_master_weights`] keeps them.
+///
 /// A step writes to the storage of the variables, as `Var::set` does. Tensors that share it (`detach`, views) change with it,
 /// and a graph that was built before the step computes wrong gradients after it.
 ///
@@ -132,6 +134,52 @@ impl AdamW {
         Self { missing, ..self }
     }
 
+    /// The same optimizer, with a copy in f32 of each parameter in f16 or bf16. A step changes the copy and writes it, rounded, to the
+    /// variable, so that many steps that are smaller than the variable's rounding add up. Parameters in f32 and f64 have no copy. The
+    /// copies are a part of the [`state`](Self::state).
+    ///
+    /// A variable may be changed between steps, by `Var::set` or from a checkpoint. The next step compares it with the rounded copy,
+    /// number by number, and goes on from the variable's number where they differ. Where they are equal, the copy keeps its digits. So
+    /// it does no harm to load a variable's saved values and the saved state in either order.
+    ///
+    /// Call it before [`AdamW::load`] if the state has copies. To go on with copies from a state without them, call it after.
+    ///
+    /// Source: Micikevicius et al., "Mixed Precision Training" (ICLR 2018), section 3.1.
+    ///
+    /// # Errors
+    ///
+    /// Too little memory for the copies.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_attention::train::{AdamW, AdamWConfig};
+    /// use candle_core::{DType, Device, Tensor, Var};
+    ///
+    /// // Between 1 and 2 the numbers of bf16 are 1/128 apart: a step of 0.001 is rounded away.
+    /// let ends = [false, true].map(|with_masters| {
+    ///     let x = Var::ones(1, DType::BF16, &Device::Cpu)?;
+    ///     let config = AdamWConfig { lr: 1e-3, weight_decay: 0.0, ..Default::default() };
+    ///     let mut optimizer = AdamW::new(&[("x".into(), x.clone())], config)?;
+    ///     if with_masters {
+    ///         optimizer = optimizer.with_master_weights()?;
+    ///     }
+    ///     for _ in 0..250 {
+    ///         optimizer.step(&x.neg()?.sum_all()?.backward()?)?;
+    ///     }
+    ///     x.to_dtype(DType::F32)?.to_vec1::<f32>()
+    /// });
+    /// let [without, with] = ends;
+    /// assert_eq!((without?, with?), (vec![1.0], vec![1.25]));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn with_master_weights(mut self) -> Result<Self> {
+        for parameter in &mut self.parameters {
+            parameter.moments.copy_master(&parameter.var)?;
+        }
+        Ok(self)
+    }
+
     /// The settings.
     pub fn config(&self) -> &AdamWConfig {
         &self.config
@@ -164,7 +212,7 @@ impl AdamW {
         Ok(())
     }
 
-    /// Takes a step with the gradients of a backward pass.
+    /// Takes a step with the gradients of a backward pass. The gradient of a parameter in a half type may be in f32.
     ///
     /// # Errors
     ///

@@ -1,4 +1,5 @@
-//! The state of AdamW in safetensors: the moments of each parameter, and in the metadata the count of steps and the settings.
+//! The state of AdamW in safetensors: the moments and the master copy of each parameter, and in the metadata the count of steps and the
+//! settings.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -12,13 +13,15 @@ use crate::check::compute_dtype;
 use crate::checkpoint::{is_finite, metadata_entry, not_safetensors, serialise};
 use crate::error::{AttentionError, Result};
 use crate::memory;
-use crate::train::adamw::moments::Moments;
+use crate::train::adamw::moments::{Kept, Moments};
 use crate::train::adamw::{AdamW, AdamWConfig, Trained};
 
 /// The metadata entry that holds the [`Header`] as JSON.
 const METADATA_KEY: &str = "candle_attention_adamw";
-/// The two tensors of a parameter follow its name.
+/// The tensors of a parameter follow its name.
 const PARTS: [&str; 2] = ["first_moment", "second_moment"];
+/// The third tensor, of parameters that have one.
+const MASTER: &str = "master_weight";
 
 /// So many steps nobody takes, and the count of a 32-bit machine has room for one more.
 const MOST_STEPS: usize = u32::MAX as usize / 2;
@@ -34,17 +37,19 @@ struct Header {
 }
 
 impl AdamW {
-    /// The moments of each parameter, as `<name>.first_moment` and `<name>.second_moment`. They are copies.
+    /// The moments of each parameter, as `<name>.first_moment` and `<name>.second_moment`, and its master copy, if it has one, as
+    /// `<name>.master_weight`. They are copies.
     ///
     /// # Errors
     ///
     /// Too little memory.
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
         let mut state = HashMap::new();
-        for Trained { name, var, moments, .. } in &self.parameters {
-            memory::ask_for("state of AdamW", 2, var, compute_dtype(var.dtype()))?;
-            let tensors = moments.to_tensors(var)?;
-            state.extend(PARTS.iter().map(|part| format!("{name}.{part}")).zip(tensors));
+        for parameter @ Trained { var, moments, .. } in &self.parameters {
+            memory::ask_for("state of AdamW", 3, var, compute_dtype(var.dtype()))?;
+            let Kept { moments, master } = moments.to_tensors(var)?;
+            state.extend(PARTS.map(|part| parameter.tensor(part)).into_iter().zip(moments));
+            state.extend(master.map(|master| (parameter.tensor(MASTER), master)));
         }
         Ok(state)
     }
@@ -87,15 +92,16 @@ impl AdamW {
         Ok(attention_files::write(path.as_ref(), &self.to_bytes()?)?)
     }
 
-    /// Takes over the moments and the counts of steps that [`AdamW::save`] wrote, for the same parameters. With their saved values, and
-    /// with the same config, the next steps are those of a run that was never interrupted, to the last bit.
+    /// Takes over the moments, the master copies and the counts of steps that [`AdamW::save`] wrote, for the same parameters. With their
+    /// saved values, and with the same config, the next steps are those of a run that was never interrupted, to the last bit.
     ///
     /// The config stays this optimizer's own.
     ///
     /// # Errors
     ///
     /// A file that can't be read or isn't such a state; tensors that are missing, unexpected, or of another shape or dtype, or not
-    /// finite, all of them in one error; too little memory. Then nothing has changed.
+    /// finite, all of them in one error; too little memory. Then nothing has changed. An optimizer
+    /// [with master copies](AdamW::with_master_weights) loads a state with them, and one without loads a state without.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let bytes = attention_files::read(path)?;
@@ -138,7 +144,9 @@ impl AdamW {
     fn check_tensors(&self, tensors: &SafeTensors, header: &Header) -> Result<(), AttentionError> {
         let mut problems = Vec::new();
         let mut unexpected: Vec<_> = tensors.names().iter().map(|name| name.to_string()).collect();
-        for (Trained { var, .. }, name) in self.parameters.iter().flat_map(|x| PARTS.map(|part| (x, x.tensor(part)))) {
+        for (Trained { var, .. }, name) in
+            self.parameters.iter().flat_map(|x| x.parts().map(move |part| (x, x.tensor(part))))
+        {
             unexpected.retain(|other| *other != name);
             let expected = compute_dtype(var.dtype());
             match tensors.tensor(&name) {
@@ -153,7 +161,9 @@ impl AdamW {
             }
         }
         unexpected.sort_unstable();
-        problems.extend(unexpected.iter().map(|name| format!("`{name}` is unexpected")));
+        let is_master = |name: &String| self.parameters.iter().any(|parameter| parameter.tensor(MASTER) == *name);
+        let reason = |name| if is_master(name) { ", since the parameter has no master copy" } else { "" };
+        problems.extend(unexpected.iter().map(|name| format!("`{name}` is unexpected{}", reason(name))));
         let is_known = |name: &String| self.parameters.iter().any(|parameter| parameter.name == *name);
         let unknown = header.parameter_steps.keys().filter(|name| !is_known(name));
         problems.extend(unknown.map(|name| format!("the steps of `{name}` are unexpected")));
@@ -166,14 +176,19 @@ impl AdamW {
 }
 
 impl Trained {
+    /// What the names of the parameter's tensors end with.
+    fn parts(&self) -> impl Iterator<Item = &'static str> {
+        PARTS.into_iter().chain(self.moments.has_master().then_some(MASTER))
+    }
+
     /// The name of one of the parameter's tensors.
     fn tensor(&self, part: &str) -> String {
         format!("{}.{part}", self.name)
     }
 
-    /// The parameter's moments, or what is wrong with them.
+    /// The parameter's moments and master copy, or what is wrong with them.
     fn load(&self, tensors: &SafeTensors) -> Result<std::result::Result<Moments, String>> {
-        memory::ask_for("state of AdamW", 4, &self.var, compute_dtype(self.var.dtype()))?;
+        memory::ask_for("state of AdamW", 6, &self.var, compute_dtype(self.var.dtype()))?;
         let load = |part: &str| -> Result<std::result::Result<Tensor, String>> {
             let name = self.tensor(part);
             let tensor = tensors.tensor(&name).map_err(candle_core::Error::from)?.load(&Device::Cpu)?;
@@ -187,9 +202,12 @@ impl Trained {
             }
             Ok(Ok(tensor))
         };
-        Ok(match (load(PARTS[0])?, load(PARTS[1])?) {
-            (Ok(first), Ok(second)) => Ok(Moments::from_tensors([first, second], &self.var)?),
-            (Err(problem), _) | (_, Err(problem)) => Err(problem),
+        let master = self.moments.has_master().then(|| load(MASTER)).transpose()?.transpose();
+        Ok(match (load(PARTS[0])?, load(PARTS[1])?, master) {
+            (Ok(first), Ok(second), Ok(master)) => {
+                Ok(Moments::from_tensors(&Kept { moments: [first, second], master }, &self.var)?)
+            }
+            (Err(problem), ..) | (_, Err(problem), _) | (.., Err(problem)) => Err(problem),
         })
     }
 }
