@@ -29,7 +29,8 @@
 //! | 14 | `block` | the parts of a transformer block, and the block |
 //! | 13 | `block/files` | blocks in files: this crate's own, and those of other programs |
 //! | 12 | `block/transformer` | the block: attention and an MLP, with norms, dropout and residuals |
-//! | 9 | `train` | training: AdamW, clipping, learning rates, gradients of several batches |
+//! | 10 | `train` | training: AdamW, clipping, learning rates, gradients of several batches, half types |
+//! | 9 | `train/grad_scaler` | the scale of the loss, for training in f16 |
 //! | 8 | `train/adamw` | AdamW, and its state in files |
 //! | 8 | `train/clipping`, `train/accumulation` | clipping by norm; the mean of the gradients of several batches |
 //! | 7 | `train/adamw/moments`, `train/adamw/config` | what AdamW keeps of each parameter; its settings |

@@ -5,7 +5,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
 use crate::check::check_number;
-use crate::error::Result;
+use crate::error::{AttentionError, Result};
 use crate::memory;
 use crate::train::gradients::{error, finite_squares, of, with_number};
 use crate::train::in_place::write;
@@ -71,8 +71,13 @@ pub(super) fn scaled(gradient: &Tensor, factor: f64) -> Result<Tensor> {
         return Ok(wide.affine(factor, 0.0)?.to_dtype(gradient.dtype())?);
     }
     let copy = gradient.copy()?.detach();
-    with_number!(gradient.dtype(), E => write::<E>(&copy, &mut |numbers| {
-        Ok(scale(vec![numbers], factor).map_err(crate::error::AttentionError::from)?)
-    }))?;
+    scale_in_place(&copy, factor)?;
     Ok(copy)
+}
+
+/// Multiplies the numbers of a contiguous tensor on the CPU, which nothing else reads, by a factor.
+pub(super) fn scale_in_place(tensor: &Tensor, factor: f64) -> Result<()> {
+    Ok(with_number!(tensor.dtype(), E => write::<E>(tensor, &mut |numbers| {
+        Ok(scale(vec![numbers], factor).map_err(AttentionError::from)?)
+    }))?)
 }

@@ -70,6 +70,33 @@ pub(super) fn numbers<'a, E: WithDType>(storage: &'a Storage, tensor: &Tensor) -
 ///
 /// The first gradient that isn't finite.
 pub(super) fn finite_squares(gradients: &[(&str, &Tensor)]) -> Result<Vec<f64>> {
+    let sums = squares(gradients)?;
+    for ((name, gradient), sum) in gradients.iter().zip(&sums) {
+        if !sum.is_finite() {
+            let got = if is_finite(gradient)? { "a norm that overflows" } else { "NaN or infinity" };
+            return Err(error(name, "finite numbers", got).into());
+        }
+    }
+    Ok(sums)
+}
+
+/// The name of the first gradient that isn't finite.
+pub(super) fn first_not_finite<'a>(gradients: &[(&'a str, &Tensor)]) -> Result<Option<&'a str>> {
+    for ((name, gradient), sum) in gradients.iter().zip(squares(gradients)?) {
+        if !sum.is_finite() && !is_finite(gradient)? {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+fn is_finite(gradient: &Tensor) -> Result<bool> {
+    // Zero times infinity is NaN.
+    Ok((gradient * 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
+}
+
+/// The sum of the squares of each gradient. A sum that isn't finite may also be that of numbers whose squares overflow.
+fn squares(gradients: &[(&str, &Tensor)]) -> Result<Vec<f64>> {
     let mut sums = collected("squares of the gradients", gradients.iter().map(|_| 0.0))?;
     squares_on_cpu::<f16>(gradients, &mut sums)?;
     squares_on_cpu::<bf16>(gradients, &mut sums)?;
@@ -79,14 +106,6 @@ pub(super) fn finite_squares(gradients: &[(&str, &Tensor)]) -> Result<Vec<f64>> 
     {
         let wide = if gradient.device().is_cuda() { DType::F64 } else { DType::F32 };
         *sum = gradient.to_dtype(wide)?.sqr()?.sum_all()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar()?;
-    }
-    for ((name, gradient), sum) in gradients.iter().zip(&sums) {
-        if !sum.is_finite() {
-            // Zero times infinity is NaN.
-            let zero = (*gradient * 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-            let got = if zero == 0.0 { "a norm that overflows" } else { "NaN or infinity" };
-            return Err(error(name, "finite numbers", got).into());
-        }
     }
     Ok(sums)
 }

@@ -1,4 +1,4 @@
-//! Training: AdamW whose state can be saved, clipping of gradients, learning rates, and gradients of several batches.
+//! Training: AdamW whose state can be saved, clipping of gradients, learning rates, gradients of several batches, and half types.
 //!
 //! ```
 //! use candle_attention::train::{AdamW, AdamWConfig, Schedule, clip_grad_norm, named_variables};
@@ -25,10 +25,15 @@
 //! assert!((learned[0][0] - 2.0).abs() < 0.05 && (learned[0][1] + 1.0).abs() < 0.05);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # Half types
+//!
+//! Parameters in bf16 train with [`AdamW::with_master_weights`]. Parameters in f16 need a [`GradScaler`] besides.
 
 mod accumulation;
 mod adamw;
 mod clipping;
+mod grad_scaler;
 mod gradients;
 mod in_place;
 mod schedule;
@@ -37,5 +42,6 @@ pub use accumulation::GradientAccumulator;
 pub use adamw::{AdamW, AdamWConfig, MissingGradients};
 pub use attention_kernels::keep_freed_memory;
 pub use clipping::clip_grad_norm;
+pub use grad_scaler::{GradScaler, GradScalerConfig};
 pub use gradients::named_variables;
 pub use schedule::Schedule;

@@ -7,6 +7,7 @@ mod common;
 mod accumulation;
 mod adamw;
 mod clipping;
+mod grad_scaler;
 mod masters;
 mod schedule;
 mod state;
