@@ -62,7 +62,7 @@
 //! | 5 | `block/norm_layer` | a norm with its parameters |
 //! | 4 | `block/operand` | parameters and results as the kernels take and give them |
 //! | 3 | `block/epilogue` | what a product does to its rows: bias and residual |
-//! | 2 | `block/relay` | gradients of many parameters from one operation |
+//! | 3 | `block/relay` | gradients of many parameters from one operation |
 //! | 3 | `block/op` | an operation on the CPU as candle wants it: numbers in, numbers and gradients out |
 //! | 4 | `block/activation` | activation functions, plain and gated |
 //! | 4 | `block/dropout` | dropout, alone and with the sum of a residual and its branch |
@@ -77,9 +77,10 @@
 //! | 3 | `sdpa/head_layout` | the order of the axes: heads first or tokens first |
 //! | 3 | `sdpa/overflow` | whether scores can overflow, and which numbers are finite |
 //! | 2 | `mask` | which keys each query may attend to |
-//! | 2 | `rotary` | rotary position embedding |
+//! | 3 | `rotary` | rotary position embedding |
 //! | 2 | `simplified` | attention without trainable weights |
 //! | 1 | `check` | checks that several files share |
+//! | 2 | `gradient` | gradients as candle adds them fastest |
 //! | 1 | `memory` | memory, asked for before candle allocates it |
 //! | 1 | `unique_map` | JSON objects in which no name stands twice |
 //! | 0 | `empty` | tensors without entries: gradients through them, and views that candle can't read |
@@ -97,6 +98,7 @@ mod check;
 pub mod checkpoint;
 mod empty;
 mod error;
+mod gradient;
 mod layer;
 mod mask;
 mod memory;

@@ -43,14 +43,14 @@
 //! | 6 | `decode` | a task of a few queries and many keys |
 //! | 5 | `gemm` | the matrix products: which kernel computes them |
 //! | 5 | `score_mods` | softcap, bias, ALiBi and mask |
-//! | 4 | `loss` | cross-entropy of logits, and of a linear layer without all logits at once, and their gradients |
+//! | 5 | `loss` | cross-entropy of logits, and of a linear layer without all logits at once, and their gradients |
 //! | 4 | `activation` | activation functions, plain and gated |
 //! | 4 | `norm` | RMS norm and layer norm of rows |
 //! | 4 | `residual` | dropout of a branch, and its sum with the residual |
 //! | 4 | `operands` | a problem without the type of its tensors |
+//! | 4 | `matmul` | matrix products of linear layers, with an epilogue |
 //! | 3 | `pointwise` | functions of numbers at the same place |
 //! | 3 | `problem` | one call, checked |
-//! | 3 | `matmul` | matrix products of linear layers, with an epilogue |
 //! | 3 | `gemm/pack` | operands of products, in the order in which the kernels read them |
 //! | 3 | `gemm/bf16_tiles` | products of bf16 by AMX's tiles |
 //! | 3 | `softmax/bf16` | the softmax of their scores, which rounds weights to bf16 |

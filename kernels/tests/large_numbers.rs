@@ -259,7 +259,8 @@ fn minus_infinity_hides_anything() {
             let (output, gradients) = attention::<E>(&sizes, &case, &data);
             let name = format!("{sizes:?}, {}", std::any::type_name::<E>());
             close(&name, &to_f64(&output.context), &to_f64(&expected.context), tolerance);
-            assert_eq!(values(&output.logsumexp), values(&expected.logsumexp), "{name}");
+            // Hidden NaN is computed with by other instructions, which round otherwise.
+            close(&name, &values(&output.logsumexp), &values(&expected.logsumexp), 1e-6);
             for (got, expected) in [
                 (gradients.q, gradients_expected.q),
                 (gradients.k, gradients_expected.k),

@@ -11,6 +11,7 @@ use candle_core::{
 use half::{bf16, f16};
 
 use crate::error::AttentionError;
+use crate::gradient::to_be_added;
 use crate::memory;
 
 /// A type of number that both candle and the kernels know.
@@ -156,8 +157,10 @@ impl<F> Op<F> {
             let mut results = [const { None }; N];
             for (((result, gradient), arg), wanted) in results.iter_mut().zip(gradients).zip(args).zip(wanted) {
                 *result = match gradient.filter(|_| wanted) {
-                    Some(Gradient::Numbers(numbers)) => Some(Tensor::from_vec(numbers, arg.shape(), arg.device())?),
-                    Some(Gradient::Incoming) => Some(grad.clone()),
+                    Some(Gradient::Numbers(numbers)) => {
+                        Some(to_be_added(Tensor::from_vec(numbers, arg.shape(), arg.device())?)?)
+                    }
+                    Some(Gradient::Incoming) => Some(to_be_added(grad.clone())?),
                     None => None,
                 };
             }

@@ -11,6 +11,8 @@ use std::thread::{self, ThreadId};
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 
+use crate::gradient::to_be_added;
+
 /// Gradients on their way from an operation to its parameters, by the thread of the backward pass: several threads may go through
 /// one graph at the same time.
 #[derive(Clone, Debug, Default)]
@@ -25,7 +27,7 @@ impl Gradients {
     fn take(&self, parameter: usize) -> Result<Tensor> {
         let gradient = self.lock().get_mut(&thread::current().id()).and_then(|all| all.get_mut(parameter)?.take());
         match gradient {
-            Some(gradient) => Ok(gradient),
+            Some(gradient) => to_be_added(gradient),
             None => bail!("relay: expected a gradient of parameter {parameter}, got none"),
         }
     }

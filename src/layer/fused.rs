@@ -27,6 +27,7 @@ use crate::block::operand::{
     Columns, ReadLinear, Reading, checked, linear_gradients, rows, tensor, with_contiguous_bias,
 };
 use crate::block::relay::{Gradients, relay};
+use crate::gradient::to_be_added;
 use crate::mask::Mask;
 use crate::memory;
 use crate::rotary::KernelAngles;
@@ -319,6 +320,6 @@ impl CustomOp2 for Op {
         let of_x = with_dtype!(x.dtype(), E => self.backward::<E>(&detached, &grad))?;
         // It goes nowhere if the input is a constant.
         let of_relay = relay.track_op().then(|| relay.zeros_like()).transpose()?;
-        Ok((x.track_op().then_some(of_x), of_relay))
+        Ok((x.track_op().then(|| to_be_added(of_x)).transpose()?, of_relay))
     }
 }

@@ -17,6 +17,7 @@ use crate::block::op::{Dtype, with_dtype};
 use crate::block::operand::{Columns, Reading, checked, linear_gradients, rows, tensor};
 use crate::check::compute_dtype;
 use crate::empty::connected;
+use crate::gradient::to_be_added;
 use crate::memory;
 
 /// Projects x to a tensor of the given shape. The last axes of x together hold the inputs of the projection, and the
@@ -116,8 +117,8 @@ impl CustomOp2 for Projection {
     fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let linear = Linear::new(weight.clone(), None);
         let mut gradients = with_dtype!(x.dtype(), E => self.backward::<E>(x, &linear, grad))?.into_iter();
-        let mut next = || gradients.next().flatten();
-        Ok((next(), next()))
+        let mut next = || gradients.next().flatten().map(to_be_added).transpose();
+        Ok((next()?, next()?))
     }
 }
 
@@ -148,7 +149,7 @@ impl CustomOp3 for Projection {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let linear = Linear::new(weight.clone(), Some(bias.clone()));
         let mut gradients = with_dtype!(x.dtype(), E => self.backward::<E>(x, &linear, grad))?.into_iter();
-        let mut next = || gradients.next().flatten();
-        Ok((next(), next(), next()))
+        let mut next = || gradients.next().flatten().map(to_be_added).transpose();
+        Ok((next()?, next()?, next()?))
     }
 }

@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor,
 use half::{bf16, f16};
 
 use crate::error::AttentionError;
+use crate::gradient::to_be_added;
 use crate::memory;
 
 /// The angles of the tokens of one call, as the kernels take them.
@@ -89,6 +90,6 @@ impl CustomOp1 for Rotate {
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = memory::contiguous("gradient of rotated heads", &grad.detach())?;
-        Ok(Some(grad.apply_op1_no_bwd(&Self { inverse: !self.inverse, ..self.clone() })?))
+        Ok(Some(to_be_added(grad.apply_op1_no_bwd(&Self { inverse: !self.inverse, ..self.clone() })?)?))
     }
 }

@@ -14,6 +14,7 @@ use half::{bf16, f16};
 
 use crate::check::compute_dtype;
 use crate::error::AttentionError;
+use crate::gradient::to_be_added;
 use crate::mask::Mask;
 use crate::memory;
 use crate::sdpa::checks::Checked;
@@ -330,15 +331,15 @@ impl FusedAttention {
             Ok(kernels::backward(problem, saved, incoming, options).map_err(AttentionError::from)?)
         })?;
         let q = args[0];
-        let grad_q = Tensor::from_vec(grads.q, q.shape(), q.device())?;
+        let grad_q = to_be_added(Tensor::from_vec(grads.q, q.shape(), q.device())?)?;
         if self.packed.is_none() {
-            let grad_k = Tensor::from_vec(grads.k, args[1].shape(), q.device())?;
-            let grad_v = Tensor::from_vec(grads.v, args[2].shape(), q.device())?;
+            let grad_k = to_be_added(Tensor::from_vec(grads.k, args[1].shape(), q.device())?)?;
+            let grad_v = to_be_added(Tensor::from_vec(grads.v, args[2].shape(), q.device())?)?;
             return Ok([Some(grad_q), Some(grad_k), Some(grad_v)]);
         }
         let mut kv = grads.k;
         memory::append("gradients of key and value", &mut kv, grads.v.into_iter())?;
-        let grad_kv = Tensor::from_vec(kv, args[1].shape(), q.device())?;
+        let grad_kv = to_be_added(Tensor::from_vec(kv, args[1].shape(), q.device())?)?;
         let grad_bias = grads.bias.map(|bias| Tensor::from_vec(bias, args[2].shape(), q.device())).transpose()?;
         Ok([Some(grad_q), Some(grad_kv), grad_bias])
     }

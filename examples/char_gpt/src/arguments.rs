@@ -7,7 +7,7 @@ use attention_examples::device::DeviceName;
 use clap::Parser;
 
 use crate::model::{ModelConfig, Positions};
-use crate::state::RunConfig;
+use crate::state::{Numbers, RunConfig};
 
 /// The default of `--out`.
 const DEFAULT_OUT: &str = "target/char_gpt.safetensors";
@@ -83,6 +83,9 @@ struct RunFlags {
     /// How the model gets the order of the characters [default: rotary]
     #[arg(long, value_enum)]
     positions: Option<Positions>,
+    /// The type of the model's numbers [default: f32]
+    #[arg(long, value_enum)]
+    dtype: Option<Numbers>,
 }
 
 impl Arguments {
@@ -103,12 +106,13 @@ impl Arguments {
             batch: flags.batch.unwrap_or(16),
             lr: flags.lr.unwrap_or(2e-3),
             steps: flags.steps.unwrap_or(1000),
+            dtype: flags.dtype.unwrap_or_default(),
         }
     }
 
     /// The saved run as these flags continue it: with another number of steps perhaps, but otherwise the same.
     pub fn resumed_run(&self, saved: &RunConfig, done: usize) -> Result<RunConfig> {
-        let RunFlags { steps, seed, batch, len, width, layers, heads, dropout, lr, positions } = &self.run;
+        let RunFlags { steps, seed, batch, len, width, layers, heads, dropout, lr, positions, dtype } = &self.run;
         let model = &saved.model;
         agrees("--seed", *seed, model.seed)?;
         agrees("--batch", *batch, saved.batch)?;
@@ -119,6 +123,7 @@ impl Arguments {
         agrees("--dropout", *dropout, model.dropout)?;
         agrees("--lr", *lr, saved.lr)?;
         agrees("--positions", *positions, model.positions)?;
+        agrees("--dtype", *dtype, saved.dtype)?;
         let steps = steps.unwrap_or(saved.steps);
         ensure!(steps >= done, "--steps: expected at least {done}, the steps of the saved run, got {steps}");
         Ok(RunConfig { steps, ..saved.clone() })

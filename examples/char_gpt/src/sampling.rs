@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use attention_examples::random::Random;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::model::Gpt;
 
@@ -38,7 +38,7 @@ impl Sampling {
             } else {
                 model.forward(&tokens)?
             };
-            let last = logits.squeeze(0)?.get(tokens.dim(1)? - 1)?.to_vec1::<f32>()?;
+            let last = logits.squeeze(0)?.get(tokens.dim(1)? - 1)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
             let next = self.choose(&last, &mut random);
             seen.push(next);
             written.push(next);

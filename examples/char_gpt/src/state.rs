@@ -1,6 +1,6 @@
 //! A run as a file, with everything that is needed to continue it as if it had never stopped.
 //!
-//! The file is safetensors. Its tensors are the parameters under `model.` and AdamW's moments under `optimizer.`; the metadata entry `char_gpt` says in JSON what run they belong to. Batches and dropout are functions of
+//! The file is safetensors. Its tensors are the parameters under `model.` and AdamW's state under `optimizer.`; the metadata entry `char_gpt` says in JSON what run they belong to. Batches and dropout are functions of
 //! seed and step, so no generator has a state to save.
 
 use std::collections::{BTreeMap, HashMap};
@@ -14,6 +14,7 @@ use candle_attention::train::{AdamW, AdamWConfig, named_variables};
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
+use clap::ValueEnum;
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
@@ -22,13 +23,32 @@ use crate::text::{Corpus, TextId};
 
 /// The metadata entry that holds the [`Header`].
 const METADATA_KEY: &str = "char_gpt";
-/// What the names of the parameters begin with, and those of AdamW's moments.
+/// What the names of the parameters begin with, and those of AdamW's state.
 const MODEL: &str = "model.";
 const OPTIMIZER: &str = "optimizer.";
 /// The attention and the MLP of each block draw their own initial parameters.
 const BLOCKS: &str = "blocks";
 /// As in nanoGPT; the learning rate follows a schedule.
 const ADAMW: AdamWConfig = AdamWConfig { lr: 0.0, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
+
+/// The type of a model's numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Numbers {
+    #[default]
+    F32,
+    /// The optimiser keeps a copy of the parameters in f32
+    Bf16,
+}
+
+impl Numbers {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
 
 /// What defines a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,6 +57,9 @@ pub struct RunConfig {
     pub batch: usize,
     pub lr: f64,
     pub steps: usize,
+    /// Older files have none.
+    #[serde(default)]
+    pub dtype: Numbers,
 }
 
 /// The JSON in the metadata of a file.
@@ -60,10 +83,12 @@ pub struct State {
 impl State {
     pub fn new(run: RunConfig, device: &Device) -> Result<Self> {
         let varmap = VarMap::new();
-        let model = Gpt::new(&run.model, VarBuilder::from_varmap(&varmap, DType::F32, device))?;
+        let model = Gpt::new(&run.model, VarBuilder::from_varmap(&varmap, run.dtype.dtype(), device))?;
         let parameters = named_variables(&varmap);
         initialise(&parameters, run.model.seed, BLOCKS)?;
-        Ok(Self { model, optimizer: AdamW::new(&parameters, ADAMW)?, run })
+        // A step of a parameter in bf16 is often smaller than what bf16 can tell apart.
+        let optimizer = AdamW::new(&parameters, ADAMW)?.with_master_weights()?;
+        Ok(Self { model, optimizer, run })
     }
 
     /// The number of steps taken.
@@ -149,7 +174,8 @@ impl Saved {
                 var.dims(),
                 saved.dims()
             );
-            ensure!(saved.dtype() == DType::F32, "{MODEL}{name}: expected dtype F32, got {:?}", saved.dtype());
+            let (expected, got) = (var.dtype(), saved.dtype());
+            ensure!(got == expected, "{MODEL}{name}: expected dtype {expected:?}, got {got:?}");
             var.set(&saved)?;
         }
         ensure!(parameters.is_empty(), "expected no other tensors than the model's, got {:?}", parameters.keys());

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use candle_attention::train::Schedule;
-use candle_core::Device;
+use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::model::Gpt;
@@ -74,7 +74,7 @@ fn take_step(state: &mut State, corpus: &Corpus, device: &Device) -> Result<f32>
     let batch = corpus.batch(run.model.seed, step, (run.batch, run.model.len), device)?;
     let loss = state.model.loss(&batch.inputs, &batch.targets, Some(step))?;
     let gradients = loss.backward()?;
-    let value = loss.to_scalar::<f32>()?;
+    let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
     ensure!(value.is_finite(), "the loss of step {step} is {value}: try a smaller --lr");
     state.optimizer.set_learning_rate(schedule(run)?.learning_rate(step))?;
     state.optimizer.step(&gradients)?;
@@ -91,7 +91,7 @@ pub fn validate(model: &Gpt, run: &RunConfig, corpus: &Corpus, device: &Device) 
     let (mut sum, mut count) = (0.0, 0);
     for batch in corpus.held_out((run.batch, run.model.len), device)? {
         let characters = batch.inputs.elem_count();
-        let mean = model.loss(&batch.inputs, &batch.targets, None)?.to_scalar::<f32>()?;
+        let mean = model.loss(&batch.inputs, &batch.targets, None)?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
         sum += f64::from(mean) * characters as f64;
         count += characters;
     }

@@ -34,9 +34,9 @@ fn file(folder: &tempfile::TempDir, name: &str) -> String {
 #[test]
 fn short_run_beats_character_frequencies() {
     let folder = tempfile::tempdir().unwrap();
-    for positions in ["rotary", "learned"] {
+    for (positions, dtype) in [("rotary", "f32"), ("learned", "f32"), ("rotary", "bf16")] {
         let out = file(&folder, positions);
-        let flags = ["--steps", "120", "--positions", positions, "--out", &out, "--sample", "50"];
+        let flags = ["--steps", "120", "--positions", positions, "--dtype", dtype, "--out", &out, "--sample", "50"];
         let result = result(&[SMALL, &flags].concat());
         let (learned, frequencies) = (number(&result, "validation_loss"), number(&result, "unigram_loss"));
         // The entropy of English by the frequency of its characters, and clearly less than that.
@@ -68,9 +68,18 @@ fn random_below(limit: u64) -> u64 {
 
 #[test]
 fn killed_and_resumed_run_ends_with_the_same_bytes() {
+    check_killed_run("f32");
+}
+
+#[test]
+fn killed_and_resumed_run_in_bf16_ends_with_the_same_bytes() {
+    check_killed_run("bf16");
+}
+
+fn check_killed_run(dtype: &str) {
     let folder = tempfile::tempdir().unwrap();
     let (undisturbed, killed) = (file(&folder, "undisturbed"), file(&folder, "killed"));
-    let flags = ["--steps", "90", "--dropout", "0.1", "--save-every", "2", "--sample", "0"];
+    let flags = ["--steps", "90", "--dtype", dtype, "--dropout", "0.1", "--save-every", "2", "--sample", "0"];
     result(&[SMALL, &flags, &["--out", &undisturbed]].concat());
 
     let mut moments = Vec::new();
@@ -112,6 +121,19 @@ fn a_run_can_be_made_longer() {
     assert_eq!((&result["first_step"], &result["steps"]), (&3.into(), &5.into()));
     assert_eq!(result["losses"].as_array().unwrap().len(), 2);
     assert!(std::fs::read(&short).unwrap() == before);
+}
+
+#[test]
+fn saved_run_keeps_its_type() {
+    let folder = tempfile::tempdir().unwrap();
+    let saved = file(&folder, "saved");
+    result(&[SMALL, &["--dtype", "bf16", "--steps", "1", "--sample", "0", "--out", &saved]].concat());
+    let bytes = std::fs::read(&saved).unwrap();
+    let head = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("model.head.weight").unwrap().dtype();
+    assert_eq!(head, safetensors::Dtype::BF16);
+    let refused = command(&["--resume", &saved, "--dtype", "f32"]).output().unwrap();
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && error.contains("--dtype: expected Bf16"), "{error}");
 }
 
 #[test]

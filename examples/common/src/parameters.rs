@@ -15,7 +15,7 @@ pub fn initialise(parameters: &[(String, Var)], seed: u64, drawn: &str) -> Resul
         let mut random = Random::new(seed, name, 0);
         let bound = 1.0 / (var.dim(D::Minus1)? as f64).sqrt();
         let numbers: Vec<_> = (0..var.elem_count()).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect();
-        var.set(&Tensor::from_vec(numbers, var.shape(), var.device())?)?;
+        var.set(&Tensor::from_vec(numbers, var.shape(), var.device())?.to_dtype(var.dtype())?)?;
     }
     Ok(())
 }

@@ -148,11 +148,11 @@ mod available {
     /// A block of R x C tiles: its sums are kept in registers 0 to 3, the left operand's tiles in 4 and 5, the right one's in 6
     /// and 7.
     macro_rules! multiply {
-        ($left:ident, $right:ident, $sums:ident, $steps:ident, [$($zero:literal),*], [$($product:literal),*], [$($store:literal),*]) => {
+        ($left:ident, $right:ident, $sums:ident, $steps:ident, $ahead:ident, [$($start:literal),*], [$($product:literal),*], [$($store:literal),*]) => {
             // SAFETY: the conditions of the function around; the loop reads `steps` tiles of each row and column of tiles.
             unsafe {
                 asm!(
-                    $($zero,)*
+                    $($start,)*
                     "2:",
                     $($product,)*
                     prefetch_lines!(),
@@ -165,7 +165,7 @@ mod available {
                     "# {lower_sums}", // which a single row of tiles has no use for
                     left = inout(reg) $left.start => _,
                     lower_left = inout(reg) $left.start.wrapping_add(TILE * $left.stride) => _,
-                    ahead = inout(reg) $left.start.wrapping_add(BLOCK * $left.stride) => _,
+                    ahead = inout(reg) $ahead => _,
                     left_stride = in(reg) $left.stride * size_of::<u16>(),
                     right = inout(reg) $right.start => _,
                     right_stride = in(reg) $right.stride * size_of::<u32>(),
@@ -178,6 +178,100 @@ mod available {
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
                 )
+            }
+        };
+    }
+
+    /// [`multiply`] for the sizes of the operands; `$start` are what the four registers of sums start with.
+    macro_rules! of_blocks {
+        ($left:ident, $right:ident, $sums:ident, $ahead:ident, $($start:literal),*) => {{
+            let mut sums = $sums;
+            let (rows, columns, depth) = (sums.rows(), sums.columns(), $left.columns());
+            assert!(depth > 0 && depth.is_multiple_of(DEPTH) && $right.rows() * 2 == depth, "operands of one depth");
+            assert!($left.rows() >= rows && $right.columns() >= columns, "operands for all sums");
+            let (steps, left, right, sums) = (depth / DEPTH, $left.raw(), $right.raw(), sums.raw());
+            of_blocks!(@ (rows, columns), left, right, sums, steps, $ahead, $($start),*)
+        }};
+        (@ $size:expr, $left:ident, $right:ident, $sums:ident, $steps:ident, $ahead:ident, $s0:literal, $s1:literal, $s2:literal, $s3:literal) => {
+            // Each reads `rows` rows of 2 · depth bytes, and depth / 2 rows of `columns` pairs.
+            match $size {
+                (BLOCK, BLOCK) => multiply!(
+                    $left,
+                    $right,
+                    $sums,
+                    $steps,
+                    $ahead,
+                    [$s0, $s1, $s2, $s3],
+                    [
+                        "tileloadd tmm6, [{right} + {right_stride}*1]",
+                        "tileloadd tmm4, [{left} + {left_stride}*1]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm7, [{right} + {right_stride}*1 + 64]",
+                        "tdpbf16ps tmm1, tmm4, tmm7",
+                        "tileloadd tmm5, [{lower_left} + {left_stride}*1]",
+                        "tdpbf16ps tmm2, tmm5, tmm6",
+                        "tdpbf16ps tmm3, tmm5, tmm7"
+                    ],
+                    [
+                        "tilestored [{sums} + {sums_stride}*1], tmm0",
+                        "tilestored [{sums} + {sums_stride}*1 + 64], tmm1",
+                        "tilestored [{lower_sums} + {sums_stride}*1], tmm2",
+                        "tilestored [{lower_sums} + {sums_stride}*1 + 64], tmm3"
+                    ]
+                ),
+                (TILE, BLOCK) => multiply!(
+                    $left,
+                    $right,
+                    $sums,
+                    $steps,
+                    $ahead,
+                    [$s0, $s1],
+                    [
+                        "tileloadd tmm6, [{right} + {right_stride}*1]",
+                        "tileloadd tmm4, [{left} + {left_stride}*1]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm7, [{right} + {right_stride}*1 + 64]",
+                        "tdpbf16ps tmm1, tmm4, tmm7"
+                    ],
+                    [
+                        "tilestored [{sums} + {sums_stride}*1], tmm0",
+                        "tilestored [{sums} + {sums_stride}*1 + 64], tmm1"
+                    ]
+                ),
+                (BLOCK, TILE) => multiply!(
+                    $left,
+                    $right,
+                    $sums,
+                    $steps,
+                    $ahead,
+                    [$s0, $s2],
+                    [
+                        "tileloadd tmm6, [{right} + {right_stride}*1]",
+                        "tileloadd tmm4, [{left} + {left_stride}*1]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm5, [{lower_left} + {left_stride}*1]",
+                        "tdpbf16ps tmm2, tmm5, tmm6"
+                    ],
+                    [
+                        "tilestored [{sums} + {sums_stride}*1], tmm0",
+                        "tilestored [{lower_sums} + {sums_stride}*1], tmm2"
+                    ]
+                ),
+                (TILE, TILE) => multiply!(
+                    $left,
+                    $right,
+                    $sums,
+                    $steps,
+                    $ahead,
+                    [$s0],
+                    [
+                        "tileloadd tmm6, [{right} + {right_stride}*1]",
+                        "tileloadd tmm4, [{left} + {left_stride}*1]",
+                        "tdpbf16ps tmm0, tmm4, tmm6"
+                    ],
+                    ["tilestored [{sums} + {sums_stride}*1], tmm0"]
+                ),
+                _ => panic!("one or two tiles of sums each way"),
             }
         };
     }
@@ -246,86 +340,31 @@ mod available {
         }
 
         /// sums\[r\]\[c\] = Σ_k left\[r\]\[k\] · right\[k\]\[c\], where the rows of `right` are pairs. The sums are one or two tiles high
-        /// and wide, the depth one or more tiles.
+        /// and wide, the depth one or more tiles. Asks for 32 cache lines from `ahead` on for each tile of the depth.
         #[inline(always)]
-        pub(crate) fn multiply(&self, left: Matrix<u16>, right: Matrix<u32>, mut sums: MatrixMut<f32>) {
-            let (rows, columns, depth) = (sums.rows(), sums.columns(), left.columns());
-            assert!(depth > 0 && depth.is_multiple_of(DEPTH) && right.rows() * 2 == depth, "operands of one depth");
-            assert!(left.rows() >= rows && right.columns() >= columns, "operands for all sums");
-            let (steps, left, right, sums) = (depth / DEPTH, left.raw(), right.raw(), sums.raw());
-            // What follows reads `rows` rows of 2 · depth bytes, and depth / 2 rows of `columns` pairs.
-            match (rows, columns) {
-                (BLOCK, BLOCK) => multiply!(
-                    left,
-                    right,
-                    sums,
-                    steps,
-                    ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
-                    [
-                        "tileloadd tmm6, [{right} + {right_stride}*1]",
-                        "tileloadd tmm4, [{left} + {left_stride}*1]",
-                        "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{right} + {right_stride}*1 + 64]",
-                        "tdpbf16ps tmm1, tmm4, tmm7",
-                        "tileloadd tmm5, [{lower_left} + {left_stride}*1]",
-                        "tdpbf16ps tmm2, tmm5, tmm6",
-                        "tdpbf16ps tmm3, tmm5, tmm7"
-                    ],
-                    [
-                        "tilestored [{sums} + {sums_stride}*1], tmm0",
-                        "tilestored [{sums} + {sums_stride}*1 + 64], tmm1",
-                        "tilestored [{lower_sums} + {sums_stride}*1], tmm2",
-                        "tilestored [{lower_sums} + {sums_stride}*1 + 64], tmm3"
-                    ]
-                ),
-                (TILE, BLOCK) => multiply!(
-                    left,
-                    right,
-                    sums,
-                    steps,
-                    ["tilezero tmm0", "tilezero tmm1"],
-                    [
-                        "tileloadd tmm6, [{right} + {right_stride}*1]",
-                        "tileloadd tmm4, [{left} + {left_stride}*1]",
-                        "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{right} + {right_stride}*1 + 64]",
-                        "tdpbf16ps tmm1, tmm4, tmm7"
-                    ],
-                    ["tilestored [{sums} + {sums_stride}*1], tmm0", "tilestored [{sums} + {sums_stride}*1 + 64], tmm1"]
-                ),
-                (BLOCK, TILE) => multiply!(
-                    left,
-                    right,
-                    sums,
-                    steps,
-                    ["tilezero tmm0", "tilezero tmm2"],
-                    [
-                        "tileloadd tmm6, [{right} + {right_stride}*1]",
-                        "tileloadd tmm4, [{left} + {left_stride}*1]",
-                        "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm5, [{lower_left} + {left_stride}*1]",
-                        "tdpbf16ps tmm2, tmm5, tmm6"
-                    ],
-                    [
-                        "tilestored [{sums} + {sums_stride}*1], tmm0",
-                        "tilestored [{lower_sums} + {sums_stride}*1], tmm2"
-                    ]
-                ),
-                (TILE, TILE) => multiply!(
-                    left,
-                    right,
-                    sums,
-                    steps,
-                    ["tilezero tmm0"],
-                    [
-                        "tileloadd tmm6, [{right} + {right_stride}*1]",
-                        "tileloadd tmm4, [{left} + {left_stride}*1]",
-                        "tdpbf16ps tmm0, tmm4, tmm6"
-                    ],
-                    ["tilestored [{sums} + {sums_stride}*1], tmm0"]
-                ),
-                _ => panic!("one or two tiles of sums each way"),
-            }
+        pub(crate) fn multiply(&self, left: Matrix<u16>, right: Matrix<u32>, sums: MatrixMut<f32>, ahead: *const u8) {
+            of_blocks!(left, right, sums, ahead, "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3");
+        }
+
+        /// sums\[r\]\[c\] += Σ_k left\[r\]\[k\] · right\[k\]\[c\], as [`TileRegisters::multiply`].
+        #[inline(always)]
+        pub(crate) fn multiply_add(
+            &self,
+            left: Matrix<u16>,
+            right: Matrix<u32>,
+            sums: MatrixMut<f32>,
+            ahead: *const u8,
+        ) {
+            of_blocks!(
+                left,
+                right,
+                sums,
+                ahead,
+                "tileloadd tmm0, [{sums} + {sums_stride}*1]",
+                "tileloadd tmm1, [{sums} + {sums_stride}*1 + 64]",
+                "tileloadd tmm2, [{lower_sums} + {sums_stride}*1]",
+                "tileloadd tmm3, [{lower_sums} + {sums_stride}*1 + 64]"
+            );
         }
     }
 }
@@ -352,7 +391,11 @@ mod unavailable {
     pub(crate) enum TileRegisters {}
 
     impl TileRegisters {
-        pub(crate) fn multiply(&self, _: Matrix<u16>, _: Matrix<u32>, _: MatrixMut<f32>) {
+        pub(crate) fn multiply(&self, _: Matrix<u16>, _: Matrix<u32>, _: MatrixMut<f32>, _: *const u8) {
+            match *self {}
+        }
+
+        pub(crate) fn multiply_add(&self, _: Matrix<u16>, _: Matrix<u32>, _: MatrixMut<f32>, _: *const u8) {
             match *self {}
         }
 
@@ -379,7 +422,7 @@ mod tests {
     use crate::matrix::{Matrix, MatrixMut};
 
     #[test]
-    fn products_are_naive_loops() {
+    fn products_and_their_sums_are_naive_loops() {
         let Some(amx) = Amx::new() else { return eprintln!("SKIPPED: there is no AMX") };
         let registers = amx.tile_registers();
         for (rows, columns) in [(TILE, TILE), (TILE, BLOCK), (BLOCK, TILE), (BLOCK, BLOCK)] {
@@ -392,15 +435,27 @@ mod tests {
                 let pairs: Vec<u32> = right.chunks(2).map(|two| u32::from(two[0]) | u32::from(two[1]) << 16).collect();
                 let before = numbers::<f32>(3, rows * stride);
                 let mut sums = before.clone();
-                registers.multiply(
+                let operands = (
                     Matrix::new(&left, rows, depth, left_stride),
                     Matrix::new(&pairs, depth / 2, columns, right_stride),
+                );
+                registers.multiply(
+                    operands.0,
+                    operands.1,
                     MatrixMut::new(&mut sums, rows, columns, stride),
+                    std::ptr::null(),
+                );
+                registers.multiply_add(
+                    operands.0,
+                    operands.1,
+                    MatrixMut::new(&mut sums, rows, columns, stride),
+                    std::ptr::null(),
                 );
                 let value = |bits: u16| bf16::from_bits(bits).to_f64();
                 for (r, c) in (0..rows).flat_map(|r| (0..columns).map(move |c| (r, c))) {
                     let right = |k: usize| value(right[2 * (k / 2 * right_stride + c) + k % 2]);
-                    let expected: f64 = (0..depth).map(|k| value(left[r * left_stride + k]) * right(k)).sum();
+                    let product: f64 = (0..depth).map(|k| value(left[r * left_stride + k]) * right(k)).sum();
+                    let expected = 2.0 * product;
                     assert!((f64::from(sums[r * stride + c]) - expected).abs() <= 1e-4, "{rows} x {columns}, {r}, {c}");
                 }
                 check_guard(&sums, &before, rows, columns, stride);

@@ -7,6 +7,9 @@
 //!
 //! Every method checks the sizes of its operands, and then calls a function that is compiled for the instructions.
 
+use std::mem::MaybeUninit;
+
+use half::bf16;
 use pulp::Simd;
 
 #[cfg(target_arch = "x86_64")]
@@ -95,6 +98,13 @@ impl Bf16Dot {
         rows.into_part(count.div_ceil(2)).cast()
     }
 
+    /// Rounds as many numbers as both slices have. Denormal numbers become zero.
+    pub(crate) fn narrow(self, from: &[f32], to: &mut [MaybeUninit<bf16>]) {
+        let count = from.len().min(to.len());
+        // SAFETY: both have `count` numbers; a bf16 is 16 bits; `self` says that the processor has the instructions.
+        unsafe { kernels::narrow(from.as_ptr(), to.as_mut_ptr().cast(), count) };
+    }
+
     /// Rounds rows of W numbers to rows of W / 2 pairs.
     pub(crate) fn narrow_along(self, rows: Matrix<f32>, mut to: MatrixMut<u32>) {
         let count = rows.rows();
@@ -123,6 +133,7 @@ mod kernels {
         fn outer_products(usize, f32, Raw<*mut f32>, usize, Raw<*const u32>, usize, Raw<*const u32>);
         fn interleave(Raw<*const u16>, usize, usize, Raw<*mut u32>);
         fn narrow_down(Raw<*mut f32>, usize);
+        fn narrow(*const f32, *mut u16, usize);
         fn narrow_along(Raw<*const f32>, usize, Raw<*mut u32>);
     }
 }

@@ -258,6 +258,27 @@ pub(super) unsafe fn narrow_down(rows: Raw<*mut f32>, count: usize) {
 
 /// # Safety
 ///
+/// `from` has `count` numbers, `to` room for as many.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn narrow(from: *const f32, to: *mut u16, count: usize) {
+    let whole = count / (2 * LANES) * (2 * LANES);
+    // SAFETY: this function's own condition; the masks end at the last number.
+    unsafe {
+        for i in (0..whole).step_by(2 * LANES) {
+            let halves = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from.add(i + LANES)), _mm512_loadu_ps(from.add(i)));
+            _mm512_storeu_si512(to.add(i).cast(), bits(halves));
+        }
+        for i in (whole..count).step_by(LANES) {
+            let mask = ((1u32 << (count - i).min(LANES)) - 1) as __mmask16;
+            let numbers = _mm512_maskz_loadu_ps(mask, from.add(i));
+            let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers));
+            _mm256_mask_storeu_epi16(to.add(i).cast(), mask, halves);
+        }
+    }
+}
+
+/// # Safety
+///
 /// `rows` has `count` rows of W numbers, `to` room for as many of W / 2 pairs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) unsafe fn narrow_along(rows: Raw<*const f32>, count: usize, to: Raw<*mut u32>) {

@@ -125,3 +125,20 @@ fn interleaved_rows_end_with_zeros() {
         }
     }
 }
+
+#[test]
+fn numbers_are_rounded_to_the_nearest() {
+    let Some(dot) = bf16_dot() else { return };
+    for count in [0, 1, 16, 31, 32, 77] {
+        let mut from = numbers::<f32>(1, count);
+        if let [first, second, ..] = &mut from[..] {
+            (*first, *second) = (f32::NAN, f32::INFINITY);
+        }
+        let mut to = vec![MaybeUninit::new(bf16::ONE); count + 1];
+        dot.narrow(&from, &mut to[..count]);
+        // SAFETY: they were initialised from the start.
+        let to: Vec<u16> = to.into_iter().map(|x| unsafe { x.assume_init() }.to_bits()).collect();
+        let expected = from.iter().map(|&x| bf16::from_f32(x)).chain([bf16::ONE]);
+        assert_eq!(to, expected.map(bf16::to_bits).collect::<Vec<_>>(), "{count}");
+    }
+}

@@ -86,6 +86,13 @@ fn interleaved_columns(dim: usize) -> usize {
     dim.next_multiple_of(TILE)
 }
 
+/// Where the rows stand that are multiplied next.
+#[inline(always)]
+fn next_rows(rows: Matrix<u16>) -> *const u8 {
+    let rows = rows.raw();
+    rows.start.wrapping_add(BLOCK * rows.stride).cast()
+}
+
 /// Multiplies the scores of a panel, and finds the greatest of each lane.
 #[inline(always)]
 fn scale_and_maxima<S: Simd, const MAX: bool>(
@@ -114,6 +121,11 @@ impl<'t> Bf16Tiles<'t> {
     pub(crate) fn new<S: Simd>(registers: &'t mut Option<TileRegisters>) -> Option<Self> {
         let dot = Bf16Dot::new::<S>()?;
         Some(Self { registers: registers.insert(amx()?.tile_registers()), dot })
+    }
+
+    #[inline(always)]
+    pub(crate) fn registers(self) -> &'t TileRegisters {
+        self.registers
     }
 
     /// What comes with AMX.
@@ -174,13 +186,15 @@ impl<'t> Bf16Tiles<'t> {
             let rows = rows.skip(first);
             let mut scores = scores.part(first, count);
             if depth != RESIDENT_DEPTH && count == BLOCK {
-                self.registers.multiply(rows, panel, scores.reborrow().into_block(0..BLOCK, 0..BLOCK));
+                let scores = scores.reborrow().into_block(0..BLOCK, 0..BLOCK);
+                self.registers.multiply(rows, panel, scores, next_rows(rows));
             }
             let done = whole.saturating_sub(first).min(count);
             if done < count {
                 // There may be no room for a whole tile of scores.
                 let high = (count - done).next_multiple_of(TILE);
-                self.registers.multiply(rows.skip(done), panel, MatrixMut::new(&mut room.0, high, BLOCK, BLOCK));
+                let (rows, sums) = (rows.skip(done), MatrixMut::new(&mut room.0, high, BLOCK, BLOCK));
+                self.registers.multiply(rows, panel, sums, next_rows(rows));
                 for row in done..count {
                     scores.row(row)[..BLOCK].copy_from_slice(&room.0[(row - done) * BLOCK..][..BLOCK]);
                 }
@@ -221,7 +235,8 @@ impl<'t> Bf16Tiles<'t> {
                 let keys = rows.first + skip..rows.first + skip + 2 * weights.rows();
                 let high = count.next_multiple_of(TILE);
                 let rows = rows.rows.block(first..first + high, keys);
-                self.registers.multiply(rows, *weights, MatrixMut::new(&mut room.0, high, BLOCK, BLOCK));
+                let sums = MatrixMut::new(&mut room.0, high, BLOCK, BLOCK);
+                self.registers.multiply(rows, *weights, sums, next_rows(rows));
                 let panel = panel[first * BLOCK..].chunks_exact_mut(BLOCK).take(count);
                 for (panel, sums) in panel.zip(room.0.chunks_exact(BLOCK)) {
                     let (panel, sums) = (panel_row_mut::<f32, S>(panel), panel_row::<f32, S>(sums));
@@ -282,7 +297,8 @@ impl<'t> Bf16Tiles<'t> {
         for first in (0..out.columns()).step_by(BLOCK) {
             let wide = BLOCK.min(out.columns() - first);
             let right = right.block(0..right.rows(), first..first + wide);
-            self.registers.multiply(left, right, MatrixMut::new(&mut room.0, left.rows(), wide, BLOCK));
+            let sums = MatrixMut::new(&mut room.0, left.rows(), wide, BLOCK);
+            self.registers.multiply(left, right, sums, next_rows(left));
             for row in 0..out.rows() {
                 let to = as_vectors_mut::<f32, S>(&mut out.row(row)[first..first + wide]);
                 for (to, sum) in to.iter_mut().zip(as_vectors::<f32, S>(&room.0[row * BLOCK..][..wide])) {

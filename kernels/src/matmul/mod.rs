@@ -18,6 +18,7 @@
 //! # Ok::<(), attention_kernels::Error>(())
 //! ```
 
+mod bf16_tiles;
 mod column_sums;
 mod epilogue;
 mod few_rows;
