@@ -131,7 +131,7 @@ fn query_rows<E: Number>(
         if let Some(grads) = incoming.logsumexp {
             delta -= grads[index] * factor;
         }
-        let LogSumExp { largest, log_total } = saved.logsumexp[index];
+        let LogSumExp { largest, log_total, .. } = saved.logsumexp[index];
         let largest = if largest == -E::Float::INFINITY { E::Float::INFINITY } else { largest };
         QueryRow { largest, log_total, delta }
     };

@@ -7,14 +7,14 @@ use super::backward::Backward;
 use super::backward_pieces::BlockPieces;
 use crate::careful::times_power_of_two;
 use crate::decode::microkernel::dot_products as decode_dot_products;
-use crate::gemm::microkernel::{VECTORS, pad, panel_width};
+use crate::gemm::microkernel::{VECTORS, pad, panel_row, panel_width};
 use crate::gemm::{DotRows, Gemm, SumRows};
 use crate::mask::Coverage;
 use crate::matrix::{Matrix, MatrixMut};
 use crate::operands::Operands;
 use crate::score_mods::{Tile, softcap_gradient};
-use crate::simd::SimdFloat;
-use crate::softmax::{self, RowStatistics, weights_and_gradients};
+use crate::simd::{MAX_LANES, SimdFloat};
+use crate::softmax::{self, RowStatistics, shift_and_scale, weights_and_gradients};
 
 /// The rows of a tile's keys.
 pub(super) struct TileRows<'m, R> {
@@ -171,8 +171,12 @@ impl<R: SimdFloat> Backward<'_, R> {
         mut panels: TilePanels<R>,
         [weights, grads]: [&mut MatrixMut<R>; 2],
     ) {
-        let (operands, rows) = (self.operands, panels.rows);
-        let (_, of_scores) = gemm.factors(operands);
+        let (operands, zeros) = (self.operands, [R::ZERO; VECTORS * MAX_LANES]);
+        let (mut rows, (_, of_scores)) = (panels.rows, gemm.factors(operands));
+        if of_scores != R::ONE {
+            shift_and_scale(simd, weights.reborrow(), panel_row::<R, S>(rows.largest), of_scores);
+            rows.largest = &zeros;
+        }
 
         // p = exp(s - lse), ds = p ∘ (drop ∘ dp - δ)
         if let Some(factors) = &mut panels.factors {
@@ -180,11 +184,11 @@ impl<R: SimdFloat> Backward<'_, R> {
         }
         let factors = panels.factors.as_ref().map(MatrixMut::as_ref);
         if self.careful.is_some() {
-            weights_and_gradients::<R, S, true>(simd, rows, of_scores, weights.reborrow(), grads.reborrow(), factors);
+            weights_and_gradients::<R, S, true>(simd, rows, weights.reborrow(), grads.reborrow(), factors);
             tile.zero_hidden(operands, coverage, weights.reborrow());
             tile.zero_hidden(operands, coverage, grads.reborrow());
         } else {
-            weights_and_gradients::<R, S, false>(simd, rows, of_scores, weights.reborrow(), grads.reborrow(), factors);
+            weights_and_gradients::<R, S, false>(simd, rows, weights.reborrow(), grads.reborrow(), factors);
         }
         if let Some(bias) = &mut self.gradients.bias {
             bias.add(simd, tile, grads.as_ref());

@@ -13,7 +13,7 @@ use crate::careful::{exponent_above, keep_finite, quotient, times_power_of_two};
 use crate::dtype::Sink;
 use crate::error::Error;
 use crate::gemm::bf16_tiles::Bf16Tiles;
-use crate::gemm::microkernel::{Row, VECTORS, panel_row, panel_width};
+use crate::gemm::microkernel::{Row, VECTORS, panel_row, panel_row_mut, panel_width};
 use crate::gemm::nan_safe::all_finite;
 use crate::gemm::pack::unpack;
 use crate::gemm::{DotRows, Gemm, SumRows};
@@ -23,7 +23,7 @@ use crate::operands::Operands;
 use crate::score_mods::Tile;
 use crate::scratch::{Scratch, pieces};
 use crate::simd::{MAX_LANES, SimdFloat};
-use crate::softmax::{self, LogSumExp, inverse_of_total, maxima, online_update};
+use crate::softmax::{self, LogSumExp, inverse_of_total, maxima, online_update, shift_and_scale};
 use crate::tiles::ForwardTiles;
 
 /// A task: the queries `queries` of one head.
@@ -79,7 +79,8 @@ impl<R: SimdFloat> Panels<'_, R> {
     /// Adds the sums of a part of the keys to those of the parts before it, and starts another: a long sum would lose more to
     /// rounding.
     #[inline(always)]
-    fn add_part(&mut self, width: usize, value_dim: usize) {
+    fn add_part(&mut self, width: usize, value_dim: usize, of_scores: R) {
+        let of_scores = of_scores.to_f64();
         let [sums, largest, total] = &mut self.parts;
         let mut factors = [(R::ZERO, R::ZERO); VECTORS * MAX_LANES];
         for panel in 0..largest.len() / width {
@@ -88,7 +89,8 @@ impl<R: SimdFloat> Panels<'_, R> {
                 let (before, of_part) = (largest[i].to_f64(), self.largest[i].to_f64());
                 // NaN is in the totals, and not in the greatest scores.
                 let now = before.max(of_part);
-                *factors = (R::from_f64((before - now).exp()), R::from_f64((of_part - now).exp()));
+                let factor = |largest: f64| R::from_f64((of_scores * (largest - now)).exp());
+                *factors = (factor(before), factor(of_part));
                 largest[i] = R::from_f64(now);
                 total[i] = total[i] * factors.0 + self.total[i] * factors.1;
             }
@@ -154,7 +156,8 @@ impl<R: SimdFloat> WithSimd for Forward<'_, R> {
         if self.must_repeat::<S>(&panels) {
             self.carefully(simd, gemm, &mut panels)?;
         }
-        self.write(simd, &mut panels);
+        let (_, of_scores) = gemm.factors(self.operands);
+        self.write(simd, of_scores, &mut panels);
         Ok(())
     }
 }
@@ -184,10 +187,10 @@ impl<R: SimdFloat> Forward<'_, R> {
         sums.fill(R::ZERO);
         largest.fill(R::LOWEST);
         total.fill(R::ZERO);
-        let kv_len = operands.shape.kv_len;
+        let (kv_len, (_, of_scores)) = (operands.shape.kv_len, way.gemm.factors(operands));
         for (index, start) in (0..kv_len).step_by(self.tiles.keys).enumerate() {
             if self.has_parts() && index > 0 && index.is_multiple_of(self.tiles.blocks_of_part) {
-                panels.add_part(panel_width::<R, S>(), operands.value_dim);
+                panels.add_part(panel_width::<R, S>(), operands.value_dim, of_scores);
             }
             let block = start..(start + self.tiles.keys).min(kv_len);
             let (block, _) = operands.visible(self.at, &self.queries, block);
@@ -196,7 +199,7 @@ impl<R: SimdFloat> Forward<'_, R> {
             }
         }
         if self.has_parts() {
-            panels.add_part(panel_width::<R, S>(), operands.value_dim);
+            panels.add_part(panel_width::<R, S>(), operands.value_dim, of_scores);
             let Panels { sums, largest, total, parts, .. } = panels;
             [sums, largest, total].into_iter().zip(parts).for_each(|(all, of_parts)| std::mem::swap(all, of_parts));
         }
@@ -267,16 +270,25 @@ impl<R: SimdFloat> Forward<'_, R> {
             gemm.dot_products::<R, S, true>(simd, scale, panel.queries, keys, scores.reborrow(), &mut now);
         }
         for (now, before) in now.iter_mut().zip(panel_row::<R, S>(panel.largest)) {
-            *now = R::max(simd, *before, R::vmul(simd, *now, R::splat(simd, of_scores)));
+            *now = R::max(simd, *before, *now);
         }
         if let (Some(tiles), None, None) = (gemm.sum_by_tiles(), operands.dropout, shrink) {
             return bf16_sums(simd, tiles, of_scores, now, scores, panel, values);
         }
+        // What is relative to the greatest score is left in `shifted`.
+        let mut shifted = now;
+        if of_scores != R::ONE {
+            shift_and_scale(simd, scores.reborrow(), &now, of_scores);
+            let largest = MatrixMut::new(&mut *panel.largest, 1, width, width);
+            shift_and_scale(simd, largest, &now, of_scores);
+            shifted = [R::splat(simd, R::ZERO); VECTORS];
+        }
         let factor = if shrink.is_some() {
-            online_update::<R, S, true>(simd, scores, of_scores, now, panel.largest, panel.total)
+            online_update::<R, S, true>(simd, scores, shifted, panel.largest, panel.total)
         } else {
-            online_update::<R, S, false>(simd, scores, of_scores, now, panel.largest, panel.total)
+            online_update::<R, S, false>(simd, scores, shifted, panel.largest, panel.total)
         };
+        *panel_row_mut::<R, S>(panel.largest) = now;
         if operands.dropout.is_some() {
             tile.dropout_factors(simd, operands, MatrixMut::new(pieces.factors, count, width, width));
             let weights = pieces.scores[..count * width].iter_mut();
@@ -330,11 +342,11 @@ impl<R: SimdFloat> Forward<'_, R> {
     }
 
     #[inline(always)]
-    fn write<S: Simd>(&mut self, simd: S, panels: &mut Panels<R>) {
+    fn write<S: Simd>(&mut self, simd: S, of_scores: R, panels: &mut Panels<R>) {
         let (width, dv, count) = (panel_width::<R, S>(), self.operands.value_dim, self.queries.len());
         assert_eq!(self.logsumexp.len(), count, "a log-sum-exp for each query");
         for (i, to) in self.logsumexp.iter_mut().enumerate() {
-            to.write(LogSumExp::new(panels.largest[i], panels.total[i].to_f64()));
+            to.write(LogSumExp::new(panels.largest[i], of_scores, panels.total[i].to_f64()));
         }
         for (panel, sums) in panels.sums.chunks_exact(dv * width).enumerate() {
             let count = width.min(count - panel * width);

@@ -12,7 +12,7 @@ use crate::softmax::RowStatistics;
 #[repr(C, align(64))]
 pub(crate) struct AlignedRow(pub(crate) [f32; WIDTH]);
 
-/// As [`online_update`](super::online_update), which leaves pairs of rows in the first half of the scores: what
+/// As [`online_update`](super::online_update) of scores times `factor`; `now` and `largest` are not multiplied by it. It leaves pairs of rows in the first half of the scores: what
 /// [`Bf16Dot::narrow_down`] would make of its exponentials.
 pub(crate) fn online_update<'a>(
     _: Bf16Dot,
@@ -32,7 +32,8 @@ pub(crate) fn online_update<'a>(
     (scores.cast().into_part(count.div_ceil(2)), rescale)
 }
 
-/// As [`weights_and_gradients`](super::weights_and_gradients). `weights` and `grads` become rows of pairs of queries (see
+/// As [`weights_and_gradients`](super::weights_and_gradients) of scores times `factor`, by which the greatest ones are not multiplied.
+/// `weights` and `grads` become rows of pairs of queries (see
 /// [`Bf16Dot::narrow_along`]); what stands in `of_keys` in the end is pairs of rows of the gradients.
 pub(crate) fn weights_and_gradients<'a>(
     _: Bf16Dot,
@@ -74,6 +75,7 @@ fn as_row_mut(numbers: &mut [f32]) -> &mut [f32; WIDTH] {
 #[cfg(target_arch = "x86_64")]
 mod kernels {
     use std::arch::x86_64::*;
+    use std::f32::consts::LOG2_E;
 
     use super::{LANES, VECTORS, WIDTH};
     use crate::matrix::Raw;
@@ -82,13 +84,12 @@ mod kernels {
     /// degree 5 can have, 2^-23.5.
     const EXP2: [f32; 6] = [1.0, 0.693_151_3, 0.240_164_45, 0.055_799_913, 0.009_017_03, 0.001_867_13];
 
-    /// e^x, denormal numbers included; 0 for minus infinity.
+    /// 2^y, denormal numbers included; 0 for minus infinity.
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq")]
-    fn exp(x: __m512) -> __m512 {
+    fn exp2(y: __m512) -> __m512 {
         /// No bits behind the point are kept, and what is taken away is rounded down.
         const FLOOR: i32 = 1;
-        let y = _mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E));
         // Of minus infinity this is 0.
         let r = _mm512_reduce_ps::<FLOOR>(y);
         let mut power = _mm512_set1_ps(EXP2[5]);
@@ -153,17 +154,17 @@ mod kernels {
         total: &mut [f32; WIDTH],
         rescale: &mut [f32; WIDTH],
     ) {
-        let (factor, now, mut sums) = (_mm512_set1_ps(factor), load_row(now), [_mm512_setzero_ps(); VECTORS]);
+        let (to_log2, now, mut sums) = (_mm512_set1_ps(factor * LOG2_E), load_row(now), [_mm512_setzero_ps(); VECTORS]);
         for pair in 0..count.div_ceil(2) {
             let has_second = 2 * pair + 1 < count;
             for v in 0..VECTORS {
                 // SAFETY: row 2 · pair is one of `count`, and so is the next where it is read. Row `pair`, which is written, has been
                 // read.
                 unsafe {
-                    let score = |row: usize| _mm512_loadu_ps(scores.at(row, v * LANES));
-                    let first = exp(_mm512_fmsub_ps(score(2 * pair), factor, now[v]));
+                    let score = |row: usize| _mm512_sub_ps(_mm512_loadu_ps(scores.at(row, v * LANES)), now[v]);
+                    let first = exp2(_mm512_mul_ps(score(2 * pair), to_log2));
                     let second = if has_second {
-                        exp(_mm512_fmsub_ps(score(2 * pair + 1), factor, now[v]))
+                        exp2(_mm512_mul_ps(score(2 * pair + 1), to_log2))
                     } else {
                         _mm512_setzero_ps()
                     };
@@ -174,7 +175,7 @@ mod kernels {
         }
         let (mut factors, mut totals) = (load_row(largest), load_row(total));
         for v in 0..VECTORS {
-            factors[v] = exp(_mm512_sub_ps(factors[v], now[v]));
+            factors[v] = exp2(_mm512_mul_ps(_mm512_sub_ps(factors[v], now[v]), to_log2));
             totals[v] = _mm512_fmadd_ps(factors[v], totals[v], sums[v]);
         }
         store_row(rescale, factors);
@@ -195,8 +196,9 @@ mod kernels {
         weights: Raw<*mut u32>,
         grads: Raw<*mut u32>,
     ) {
-        let factor = _mm512_set1_ps(factor);
+        let (to_log2, of_totals) = (_mm512_set1_ps(factor * LOG2_E), _mm512_set1_ps(LOG2_E));
         let (largest, log_total, delta) = (load_row(largest), load_row(log_total), load_row(delta));
+        let log2_total = log_total.map(|log_total| _mm512_mul_ps(log_total, of_totals));
         for pair in 0..count.div_ceil(2) {
             let mut ds = [[_mm512_setzero_ps(); VECTORS]; 2];
             for (second, ds) in ds.iter_mut().enumerate().take(count - 2 * pair) {
@@ -207,7 +209,7 @@ mod kernels {
                     let (score, dp) = unsafe {
                         (_mm512_loadu_ps(scores.at(row, v * LANES)), _mm512_loadu_ps(of_keys.at(row, v * LANES)))
                     };
-                    p[v] = exp(_mm512_sub_ps(_mm512_fmsub_ps(score, factor, largest[v]), log_total[v]));
+                    p[v] = exp2(_mm512_fmsub_ps(_mm512_sub_ps(score, largest[v]), to_log2, log2_total[v]));
                     ds[v] = _mm512_mul_ps(p[v], _mm512_sub_ps(dp, delta[v]));
                 }
                 // SAFETY: the row is one of `count`.
@@ -291,7 +293,7 @@ mod tests {
             assert_eq!((pairs.rows(), largest), (count.div_ceil(2), now));
             for w in 0..WIDTH {
                 let weight = |j: usize| {
-                    if j < count { (0.5 * f64::from(hidden[j * WIDTH + w]) - f64::from(now[w])).exp() } else { 0.0 }
+                    if j < count { (0.5 * (f64::from(hidden[j * WIDTH + w]) - f64::from(now[w]))).exp() } else { 0.0 }
                 };
                 for pair in 0..count.div_ceil(2) {
                     let got = halves(pairs.as_ref().row(pair)[w]);
@@ -326,7 +328,7 @@ mod tests {
             );
             for (j, w) in (0..count).flat_map(|j| (0..WIDTH).map(move |w| (j, w))) {
                 let at = |x: &[f32]| f64::from(x[j * WIDTH + w]);
-                let p = (2.0 * at(&scores) - f64::from(largest[w]) - f64::from(log_total[w])).exp();
+                let p = (2.0 * (at(&scores) - f64::from(largest[w])) - f64::from(log_total[w])).exp();
                 let ds = p * (at(&dp) - f64::from(delta[w]));
                 let along = |x: &[u32]| halves(x[j * LANES + w / 2])[w % 2];
                 // A difference that is nearly zero has the rounding of what it is a difference of.

@@ -18,25 +18,28 @@ use crate::simd::{SimdFloat, as_vectors, as_vectors_mut};
 /// weights that the backward pass makes of it would not sum to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LogSumExp<R> {
-    /// The greatest score; minus infinity for a query that may attend to nothing.
+    /// The greatest score, before it was multiplied by the factor; minus infinity for a query that may attend to nothing.
     pub(crate) largest: R,
-    /// ln Σ exp(scores - largest)
+    /// ln Σ exp(factor · (scores - largest))
     pub(crate) log_total: R,
+    /// What the softmax multiplied scores by: 1 where they had been scaled before it.
+    factor: R,
 }
 
 impl<R: SimdFloat> LogSumExp<R> {
-    /// Of the greatest score and the sum of exponentials relative to it, which is zero if there was no key.
+    /// Of the greatest score, what scores are still to be multiplied by, and the sum of exponentials relative to it, which is zero
+    /// if there was no key.
     #[inline(always)]
-    pub(crate) fn new(largest: R, total: f64) -> Self {
+    pub(crate) fn new(largest: R, factor: R, total: f64) -> Self {
         if total == 0.0 {
-            return Self { largest: -R::INFINITY, log_total: R::ZERO };
+            return Self { largest: -R::INFINITY, log_total: R::ZERO, factor };
         }
-        Self { largest, log_total: R::from_f64(total.ln()) }
+        Self { largest, log_total: R::from_f64(total.ln()), factor }
     }
 
     /// The greatest score; minus infinity for a query that may attend to nothing.
     pub fn largest(self) -> R {
-        self.largest
+        self.largest * self.factor
     }
 
     /// ln Σ exp(scores - largest)
@@ -46,7 +49,7 @@ impl<R: SimdFloat> LogSumExp<R> {
 
     /// The log-sum-exp as one number: minus infinity for a query that may attend to nothing.
     pub fn value(self) -> R {
-        R::from_f64(self.largest.to_f64() + self.log_total.to_f64())
+        R::from_f64(self.largest.to_f64() * self.factor.to_f64() + self.log_total.to_f64())
     }
 }
 
@@ -56,23 +59,31 @@ fn exponential<R: SimdFloat, S: Simd>(simd: S, s: R::Vector<S>, shift: R::Vector
     exp::<R, S>(simd, R::vsub(simd, s, shift))
 }
 
-/// e^(factor · s - shift), rounded once before the exponential: with a factor of 1 exactly as [`exponential`].
-#[inline(always)]
-fn scaled_exponential<R: SimdFloat, S: Simd>(
-    simd: S,
-    s: R::Vector<S>,
-    factor: R::Vector<S>,
-    shift: R::Vector<S>,
-) -> R::Vector<S> {
-    exp::<R, S>(simd, R::mul_add(simd, s, factor, R::vsub(simd, R::splat(simd, R::ZERO), shift)))
-}
-
 /// As [`exponential`], but above zero for every score above minus infinity: in the careful pass a weight of zero means a hidden
 /// key, which may hold anything, and a visible one has to show what it holds.
 #[inline(always)]
 fn visible_exponential<R: SimdFloat, S: Simd>(simd: S, s: R::Vector<S>, power: R::Vector<S>) -> R::Vector<S> {
     let positive = R::max(simd, power, R::splat(simd, R::TINY));
     R::select_less(simd, R::splat(simd, -R::INFINITY), s, positive, power)
+}
+
+/// Scores \[key\]\[W\] become factor · (s - largest), lane by lane: the greatest score becomes exactly 0, however large it is, and
+/// minus infinity stays the mark of hidden keys alone.
+#[inline(always)]
+pub(crate) fn shift_and_scale<R: SimdFloat, S: Simd>(
+    simd: S,
+    mut scores: MatrixMut<R>,
+    largest: &Row<R, S>,
+    factor: R,
+) {
+    let factor = R::splat(simd, factor);
+    for j in 0..scores.rows() {
+        for (score, largest) in panel_row_mut::<R, S>(scores.row(j)).iter_mut().zip(largest) {
+            let shifted = R::vmul(simd, R::vsub(simd, *score, *largest), factor);
+            let visible = R::max(simd, shifted, R::splat(simd, R::LOWEST));
+            *score = R::select_less(simd, R::splat(simd, -R::INFINITY), *score, visible, shifted);
+        }
+    }
 }
 
 /// `largest` becomes the greatest of itself and the scores \[key\]\[W\], lane by lane.
@@ -86,26 +97,25 @@ pub(crate) fn maxima<R: SimdFloat, S: Simd>(simd: S, scores: Matrix<R>, largest:
     }
 }
 
-/// One step of the online softmax of a panel: scores \[key\]\[W\], times `of_scores`, become exponentials relative to `now`, the
-/// greatest so far, and are added to `total`. What was summed before relative to `largest`, the greatest before, is to be multiplied by the
+/// One step of the online softmax of a panel: scores \[key\]\[W\] become exponentials relative to `now`, the greatest so far, and
+/// are added to `total`. What was summed before relative to `largest`, the greatest before, is to be multiplied by the
 /// result. `CAREFUL`: for the careful pass.
 #[inline(always)]
 pub(crate) fn online_update<R: SimdFloat, S: Simd, const CAREFUL: bool>(
     simd: S,
     mut scores: MatrixMut<R>,
-    of_scores: R,
     now: Row<R, S>,
     largest: &mut [R],
     total: &mut [R],
 ) -> Row<R, S> {
     let (largest, total) = (panel_row_mut::<R, S>(largest), panel_row_mut::<R, S>(total));
-    let (mut factor, of_scores) = (*largest, R::splat(simd, of_scores));
+    let mut factor = *largest;
     // A tile is summed on its own before it is added: a long sum would lose more to rounding.
     let mut sum = [R::splat(simd, R::ZERO); VECTORS];
     for j in 0..scores.rows() {
         let row = panel_row_mut::<R, S>(scores.row(j));
         for v in 0..VECTORS {
-            let mut power = scaled_exponential::<R, S>(simd, row[v], of_scores, now[v]);
+            let mut power = exponential::<R, S>(simd, row[v], now[v]);
             if CAREFUL {
                 power = visible_exponential::<R, S>(simd, row[v], power);
             }
@@ -210,7 +220,7 @@ pub(crate) fn merge<'a, R: SimdFloat>(
             *to = if is_finite { bounded(R::from_f64(sum)) } else { R::from_f64(sum) };
         }
     }
-    LogSumExp::new(largest, total)
+    LogSumExp::new(largest, R::ONE, total)
 }
 
 /// What the backward pass of the softmax needs of each query of a panel, \[W\] each.
@@ -230,19 +240,17 @@ impl<'a, R: SimdFloat> RowStatistics<'a, R> {
     }
 }
 
-/// The backward pass of the softmax of a panel: p = e^(factor · s - lse) takes the place of s in `weights`, and ds = p ∘ (dp - δ) that of
+/// The backward pass of the softmax of a panel: p = e^(s - lse) takes the place of s in `weights`, and ds = p ∘ (dp - δ) that of
 /// dp in `grads`, all \[key\]\[W\]. With dropout, dp is multiplied by the factors before, and p after. If `NAN_SAFE`, ds is zero
 /// where p is, whatever dp holds.
 #[inline(always)]
 pub(crate) fn weights_and_gradients<R: SimdFloat, S: Simd, const NAN_SAFE: bool>(
     simd: S,
     rows: RowStatistics<R>,
-    factor: R,
     mut weights: MatrixMut<R>,
     mut grads: MatrixMut<R>,
     factors: Option<Matrix<R>>,
 ) {
-    let (factor, zero) = (R::splat(simd, factor), R::splat(simd, R::ZERO));
     let largest = panel_row::<R, S>(rows.largest);
     let log_total = panel_row::<R, S>(rows.log_total);
     let delta = panel_row::<R, S>(rows.delta);
@@ -250,8 +258,7 @@ pub(crate) fn weights_and_gradients<R: SimdFloat, S: Simd, const NAN_SAFE: bool>
         let (weights, grads) = (panel_row_mut::<R, S>(weights.row(j)), panel_row_mut::<R, S>(grads.row(j)));
         let factors = factors.map(|factors| panel_row::<R, S>(factors.row(j)));
         for v in 0..VECTORS {
-            let shifted = R::mul_add(simd, weights[v], factor, R::vsub(simd, zero, largest[v]));
-            let mut p = exponential::<R, S>(simd, shifted, log_total[v]);
+            let mut p = exponential::<R, S>(simd, R::vsub(simd, weights[v], largest[v]), log_total[v]);
             if NAN_SAFE {
                 p = visible_exponential::<R, S>(simd, weights[v], p);
             }
@@ -297,7 +304,6 @@ mod tests {
             factors = online_update::<R, S, false>(
                 simd,
                 MatrixMut::new(tile, rows, width, width),
-                R::ONE,
                 now,
                 &mut largest,
                 &mut total,
@@ -311,7 +317,7 @@ mod tests {
             let sum: f64 = (0..10).map(|j| (column(j) - greatest).exp()).sum();
             assert!(largest[w].to_f64() == greatest && close(total[w], sum));
             assert!(close(inverse_of_total(total[w]), 1.0 / sum));
-            let logsumexp = LogSumExp::new(largest[w], total[w].to_f64());
+            let logsumexp = LogSumExp::new(largest[w], R::ONE, total[w].to_f64());
             assert!(close(logsumexp.value(), greatest + sum.ln()));
             // Weights of the first tile need the factor.
             let first = powers[w].to_f64() * factor[w].to_f64();
@@ -343,7 +349,7 @@ mod tests {
             let matrix = |data| MatrixMut::new(data, 3, width, width);
             let (weights_of, grads_of) = (matrix(&mut weights), matrix(&mut grads));
             let factors_of = dropout.then(|| Matrix::new(&factors, 3, width, width));
-            weights_and_gradients::<R, S, false>(simd, rows, R::ONE, weights_of, grads_of, factors_of);
+            weights_and_gradients::<R, S, false>(simd, rows, weights_of, grads_of, factors_of);
             for i in 0..3 * width {
                 let factor = if dropout { factors[i].to_f64() } else { 1.0 };
                 let p = (scores[i].to_f64() - largest[i % width].to_f64() - log_total[i % width].to_f64()).exp();
@@ -382,6 +388,6 @@ mod tests {
         let mut context = [1.0];
         let logsumexp = merge(partials.iter().map(|numbers| Partial::read(numbers)), &mut context);
         assert_eq!((context[0], logsumexp.value()), (0.0, f32::NEG_INFINITY));
-        assert_eq!((inverse_of_total(0.0f32), LogSumExp::new(f32::LOWEST, 0.0)), (0.0, logsumexp));
+        assert_eq!((inverse_of_total(0.0f32), LogSumExp::new(f32::LOWEST, 1.0, 0.0)), (0.0, logsumexp));
     }
 }
