@@ -285,8 +285,8 @@ mod tests {
             scores_of[WIDTH / 2] = f32::NEG_INFINITY;
             let hidden = scores_of.clone();
             let now: [f32; WIDTH] =
-                std::array::from_fn(|w| 0.5 * (0..count).map(|j| hidden[j * WIDTH + w]).fold(0.0, f32::max));
-            let (before, totals) = (now.map(|x| x - 1.0), [3.0f32; WIDTH]);
+                std::array::from_fn(|w| (0..count).map(|j| hidden[j * WIDTH + w]).fold(0.0, f32::max));
+            let (before, totals) = (now.map(|x| x - 2.0), [3.0f32; WIDTH]);
             let (mut largest, mut total) = (before, totals);
             let matrix = MatrixMut::new(&mut scores_of, count, WIDTH, WIDTH);
             let (pairs, factor) = online_update(dot, matrix, 0.5, &now, &mut largest, &mut total);
