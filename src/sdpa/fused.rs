@@ -103,7 +103,8 @@ fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_co
     let rows = scores.batch * scores.num_heads * scores.q_len;
     let shape = layout.shape(scores.batch, scores.num_heads, scores.q_len, value_dim);
     if !with_logsumexp {
-        return Ok(AttentionOutput { context: result.reshape(shape)?, weights: None, scores: None, logsumexp: None });
+        // It has its shape: candle would copy and add the gradient of a reshape that changes nothing.
+        return Ok(AttentionOutput { context: result.clone(), weights: None, scores: None, logsumexp: None });
     }
     // The sums with a sink, each for every row; the context, times the share of the keys, in the input's dtype.
     let bytes = memory::bytes(&[rows, 10], result.dtype());
