@@ -53,7 +53,7 @@
 //! | 3 | `problem` | one call, checked |
 //! | 3 | `gemm/pack` | operands of products, in the order in which the kernels read them |
 //! | 3 | `gemm/bf16_tiles` | products of bf16 by AMX's tiles |
-//! | 3 | `softmax/bf16` | the softmax of their scores, which rounds weights to bf16 |
+//! | 3 | `softmax/bf16` | the softmax of scores computed by tiles, which rounds weights to bf16 |
 //! | 2 | `gemm/bf16_dot` | products of bf16 in pairs (AVX512-BF16) |
 //! | 2 | `gemm/nan_safe` | sums to which a weight of zero adds nothing |
 //! | 1 | `gemm/amx` | AMX's tile registers: products of bf16 in blocks |
@@ -77,6 +77,9 @@
 //! can only be made from slices that hold them, and they assert that the sizes of their operands fit. Inner loops are
 //! `unsafe fn` that such a function calls. Results that several tasks write at the same time are `Shared`: its one
 //! `unsafe fn` hands out the rows of a task, and each caller says why no two tasks have a row in common.
+//!
+//! AMX is used through inline assembly, in one file. The first product of bf16 asks Linux for the room that tile registers need when
+//! threads are switched: 8 KB for each thread that uses them.
 #![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 pub mod activation;

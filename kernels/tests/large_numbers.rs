@@ -149,6 +149,31 @@ fn long_sums_lose_nothing() {
     }
 }
 
+/// As many keys as are summed in parts, with a scale that isn't a power of two, against f64.
+#[test]
+fn parts_of_many_keys_are_the_whole() {
+    let sizes = Sizes { batch: 1, heads: 2, kv_heads: 1, q_len: 40, kv_len: 6_500, dim: 6, value_dim: 5 };
+    let mut data = random(&sizes);
+    // Large scores, so that the greatest ones of the parts differ.
+    data[0].iter_mut().for_each(|x| *x *= 4.0);
+    let data = data.map(|x| to_f64(&narrow::<bf16>(&x)));
+    let window = Rule::Band { below: Some(6_450), above: Some(0), offset: None };
+    for case in [plain(&sizes), Case { rule: window, ..plain(&sizes) }] {
+        let (expected, of_expected) = attention::<f64>(&sizes, &case, &data);
+        let (got, gradients) = attention::<bf16>(&sizes, &case, &data);
+        close("context", &to_f64(&got.context), &to_f64(&expected.context), 2e-2);
+        close(
+            "log-sum-exp",
+            &values(&got.logsumexp),
+            &expected.logsumexp.iter().map(|x| x.value()).collect::<Vec<_>>(),
+            1e-5,
+        );
+        close("q", &to_f64(&gradients.q), &to_f64(&of_expected.q), 2e-2);
+        close("k", &to_f64(&gradients.k), &to_f64(&of_expected.k), 2e-2);
+        close("v", &to_f64(&gradients.v), &to_f64(&of_expected.v), 2e-2);
+    }
+}
+
 /// Masks and options under which sums are long.
 fn long_cases(sizes: &Sizes) -> Vec<Case> {
     let plain = plain(sizes);
@@ -259,8 +284,12 @@ fn minus_infinity_hides_anything() {
             let (output, gradients) = attention::<E>(&sizes, &case, &data);
             let name = format!("{sizes:?}, {}", std::any::type_name::<E>());
             close(&name, &to_f64(&output.context), &to_f64(&expected.context), tolerance);
-            // Hidden NaN is computed with by other instructions, which round otherwise.
-            close(&name, &values(&output.logsumexp), &values(&expected.logsumexp), 1e-6);
+            if std::any::TypeId::of::<E>() == std::any::TypeId::of::<bf16>() {
+                // With AMX the careful pass has another exponential than the fast one, which rounds otherwise.
+                close(&name, &values(&output.logsumexp), &values(&expected.logsumexp), 1e-6);
+            } else {
+                assert_eq!(values(&output.logsumexp), values(&expected.logsumexp), "{name}");
+            }
             for (got, expected) in [
                 (gradients.q, gradients_expected.q),
                 (gradients.k, gradients_expected.k),

@@ -101,7 +101,6 @@ fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_co
     let Checked { scores, layout, value_dim, options, .. } = *checked;
     let dtype = checked.q.dtype();
     let rows = scores.batch * scores.num_heads * scores.q_len;
-    let shape = layout.shape(scores.batch, scores.num_heads, scores.q_len, value_dim);
     if !with_logsumexp {
         // It has its shape: candle would copy and add the gradient of a reshape that changes nothing.
         return Ok(AttentionOutput { context: result.clone(), weights: None, scores: None, logsumexp: None });
@@ -110,6 +109,7 @@ fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_co
     let bytes = memory::bytes(&[rows, 10], result.dtype());
     let contexts = memory::bytes(&[rows, value_dim, 2], result.dtype());
     memory::ask("context beside its sinks", result.device(), memory::sum([bytes, contexts]))?;
+    let shape = layout.shape(scores.batch, scores.num_heads, scores.q_len, value_dim);
     let mut context = result.narrow(0, 0, rows * value_dim)?.reshape(shape)?;
     let numbers = |start: usize| result.narrow(0, start, rows)?.reshape((scores.batch, scores.num_heads, scores.q_len));
     let log_total = numbers(rows * value_dim)?;

@@ -269,7 +269,13 @@ impl GradScaler {
         for (_, var, gradient) in &scaled {
             divided.insert(var, times(gradient, 1.0 / self.loss_scale())?);
         }
-        Ok(Ok(divided))
+        // A scale below 1 makes them larger.
+        let quotients: Vec<_> =
+            scaled.iter().filter_map(|(name, var, _)| divided.get(var).map(|gradient| (*name, gradient))).collect();
+        match first_not_finite(&quotients)? {
+            Some(name) if self.loss_scale() < 1.0 => Ok(Err(name.to_string())),
+            _ => Ok(Ok(divided)),
+        }
     }
 
     /// After a step with finite gradients.

@@ -9,7 +9,7 @@ use candle_attention::block::{
 };
 use candle_attention::rotary::RotaryConfig;
 use candle_attention::{KvCache, Result, SelfAttentionConfig};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -120,7 +120,12 @@ impl Gpt {
             block.set_dropout_calls([step.unwrap_or(0) as u64; 2]);
         }
         let x = self.states(tokens, |block, _, x| block.forward_t(x, step.is_some()), 0)?;
-        linear_cross_entropy(&x, &self.head, None, targets, &CrossEntropyOptions::default())
+        let (x, head) = match step {
+            Some(_) => (x, self.head.clone()),
+            // A loss in bf16 has two digits, which is too few to compare models by.
+            None => (x.to_dtype(DType::F32)?, self.head.to_dtype(DType::F32)?),
+        };
+        linear_cross_entropy(&x, &head, None, targets, &CrossEntropyOptions::default())
     }
 
     /// Tokens (batch, len), the first of them at position `first`, to states (batch, len, width).

@@ -91,7 +91,7 @@ pub fn validate(model: &Gpt, run: &RunConfig, corpus: &Corpus, device: &Device) 
     let (mut sum, mut count) = (0.0, 0);
     for batch in corpus.held_out((run.batch, run.model.len), device)? {
         let characters = batch.inputs.elem_count();
-        let mean = model.loss(&batch.inputs, &batch.targets, None)?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        let mean = model.loss(&batch.inputs, &batch.targets, None)?.to_scalar::<f32>()?;
         sum += f64::from(mean) * characters as f64;
         count += characters;
     }

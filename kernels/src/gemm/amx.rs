@@ -25,12 +25,12 @@ pub(crate) const PAIRS: usize = DEPTH / 2;
 #[repr(C, align(64))]
 pub(crate) struct Sums(pub(crate) [f32; BLOCK * BLOCK]);
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
+#[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux", not(miri)))]
 pub(crate) use available::{Amx, TileRegisters};
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux", not(miri))))]
+#[cfg(not(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux", not(miri))))]
 pub(crate) use unavailable::{Amx, TileRegisters};
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
+#[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux", not(miri)))]
 mod available {
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
@@ -52,8 +52,23 @@ mod available {
             IS_AVAILABLE.get_or_init(|| processor_has_amx() && system_permits_amx()).then_some(Self(()))
         }
 
-        /// Configures this thread's tile registers, until the result is dropped.
+        /// Configures this thread's tile registers, until the last such result of the thread is dropped.
         pub(crate) fn tile_registers(self) -> TileRegisters {
+            USERS.set(USERS.get() + 1);
+            let registers = TileRegisters { room: Cell::new(None), not_send: PhantomData };
+            registers.configure();
+            registers
+        }
+    }
+
+    thread_local! {
+        /// How many [`TileRegisters`] this thread has: an epilogue may multiply matrices on its own.
+        static USERS: Cell<usize> = const { Cell::new(0) };
+    }
+
+    impl TileRegisters {
+        /// Configures the registers again, whose contents are lost: other code may have released them since.
+        pub(crate) fn configure(&self) {
             let mut configuration = Configuration([0; 64]);
             // Palette 1, and for each of 8 tiles 64 bytes in a row and 16 rows.
             configuration.0[0] = 1;
@@ -61,11 +76,10 @@ mod available {
                 configuration.0[16 + 2 * tile] = 64;
                 configuration.0[48 + tile] = TILE as u8;
             }
-            // SAFETY: `self` says that there is AMX; the configuration is 64 bytes that say what palette 1 allows.
+            // SAFETY: an `Amx` has made `self`, so there is AMX; the configuration is 64 bytes that say what palette 1 allows.
             unsafe {
                 asm!("ldtilecfg [{}]", in(reg) configuration.0.as_ptr(), options(nostack, readonly, preserves_flags))
             };
-            TileRegisters { room: Cell::new(None), not_send: PhantomData }
         }
     }
 
@@ -116,8 +130,8 @@ mod available {
         result == 0
     }
 
-    /// The tile registers of the thread that this was made on, configured as long as it lives: 8 tiles of 16 rows of 64 bytes.
-    /// (Another library that used tile registers on this thread before configures them again for its next call.)
+    /// The tile registers of the thread that this was made on, configured as long as it lives: 8 tiles of 16 rows of 64 bytes. They hold
+    /// nothing between two calls.
     pub(crate) struct TileRegisters {
         room: Cell<Option<Box<Sums>>>,
         /// They are those of one thread.
@@ -126,6 +140,10 @@ mod available {
 
     impl Drop for TileRegisters {
         fn drop(&mut self) {
+            USERS.set(USERS.get() - 1);
+            if USERS.get() > 0 {
+                return;
+            }
             // SAFETY: there is AMX. Registers that are released need not be saved when threads are switched.
             unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
         }
@@ -370,7 +388,7 @@ mod available {
 }
 
 /// Elsewhere neither type has a value.
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux", not(miri))))]
+#[cfg(not(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux", not(miri))))]
 mod unavailable {
     use super::Sums;
     use crate::matrix::{Matrix, MatrixMut};
@@ -403,6 +421,10 @@ mod unavailable {
             match *self {}
         }
 
+        pub(crate) fn configure(&self) {
+            match *self {}
+        }
+
         pub(crate) fn take_room(&self) -> Box<Sums> {
             match *self {}
         }
@@ -414,52 +436,5 @@ mod unavailable {
 }
 
 #[cfg(test)]
-mod tests {
-    use half::bf16;
-
-    use super::*;
-    use crate::gemm::microkernel::tests::{check_guard, numbers};
-    use crate::matrix::{Matrix, MatrixMut};
-
-    #[test]
-    fn products_and_their_sums_are_naive_loops() {
-        let Some(amx) = Amx::new() else { return eprintln!("SKIPPED: there is no AMX") };
-        let registers = amx.tile_registers();
-        for (rows, columns) in [(TILE, TILE), (TILE, BLOCK), (BLOCK, TILE), (BLOCK, BLOCK)] {
-            for depth in [DEPTH, 3 * DEPTH] {
-                let ([left_stride, right_stride], stride) = ([depth + 6, columns + 4], columns + 3);
-                let bits = |seed: u64, count: usize| -> Vec<u16> {
-                    numbers::<f32>(seed, count).into_iter().map(|x| bf16::from_f32(x).to_bits()).collect()
-                };
-                let (left, right) = (bits(1, rows * left_stride), bits(2, 2 * depth / 2 * right_stride));
-                let pairs: Vec<u32> = right.chunks(2).map(|two| u32::from(two[0]) | u32::from(two[1]) << 16).collect();
-                let before = numbers::<f32>(3, rows * stride);
-                let mut sums = before.clone();
-                let operands = (
-                    Matrix::new(&left, rows, depth, left_stride),
-                    Matrix::new(&pairs, depth / 2, columns, right_stride),
-                );
-                registers.multiply(
-                    operands.0,
-                    operands.1,
-                    MatrixMut::new(&mut sums, rows, columns, stride),
-                    std::ptr::null(),
-                );
-                registers.multiply_add(
-                    operands.0,
-                    operands.1,
-                    MatrixMut::new(&mut sums, rows, columns, stride),
-                    std::ptr::null(),
-                );
-                let value = |bits: u16| bf16::from_bits(bits).to_f64();
-                for (r, c) in (0..rows).flat_map(|r| (0..columns).map(move |c| (r, c))) {
-                    let right = |k: usize| value(right[2 * (k / 2 * right_stride + c) + k % 2]);
-                    let product: f64 = (0..depth).map(|k| value(left[r * left_stride + k]) * right(k)).sum();
-                    let expected = 2.0 * product;
-                    assert!((f64::from(sums[r * stride + c]) - expected).abs() <= 1e-4, "{rows} x {columns}, {r}, {c}");
-                }
-                check_guard(&sums, &before, rows, columns, stride);
-            }
-        }
-    }
-}
+#[path = "amx_tests.rs"]
+mod tests;

@@ -70,7 +70,7 @@ pub(crate) fn copy_size(rows: usize, dim: usize) -> usize {
 /// Numbers of 32 bits for [`Bf16Tiles::transpose`]: the transposed rows, and interleaved ones.
 #[inline(always)]
 pub(crate) fn transposed_size(rows: usize, dim: usize) -> usize {
-    transposed_rows(dim) * transposed_columns(rows) / 2 + padded_depth(rows) / 2 * interleaved_columns(dim)
+    transposed_rows(dim) * transposed_columns(rows) / 2 + padded_depth(rows) / 2 * transposed_rows(dim)
 }
 
 fn transposed_rows(dim: usize) -> usize {
@@ -80,10 +80,6 @@ fn transposed_rows(dim: usize) -> usize {
 /// A sum may start at any key, so that its last tile reaches up to a tile behind the last key.
 fn transposed_columns(keys: usize) -> usize {
     padded_depth(keys) + DEPTH
-}
-
-fn interleaved_columns(dim: usize) -> usize {
-    dim.next_multiple_of(TILE)
 }
 
 /// Where the rows stand that are multiplied next.
@@ -148,7 +144,7 @@ impl<'t> Bf16Tiles<'t> {
         let (count, dim) = (rows.rows(), rows.columns());
         let (pairs, columns) = (count.div_ceil(2), transposed_columns(count));
         let (to, interleaved) = to.split_at_mut(transposed_rows(dim) * columns / 2);
-        let width = interleaved_columns(dim);
+        let width = transposed_rows(dim);
         self.dot.interleave(rows, MatrixMut::new(interleaved, pairs, width, width));
         let transposed = MatrixMut::new(&mut *to, dim, columns / 2, columns / 2).cast::<f32>();
         // SAFETY: `transpose` writes numbers, which are initialised.

@@ -164,7 +164,9 @@ impl<'t> Gemm<'t> {
     pub(crate) fn factors<R: SimdFloat>(self, operands: &Operands<R>) -> (R, R) {
         let scale = R::from_f64(operands.scale);
         let by_tiles = matches!(self.dot_in_pairs(), Some(Bf16::Tiles(_)));
-        if by_tiles && scale > R::ZERO && operands.has_plain_scores() { (R::ONE, scale) } else { (scale, R::ONE) }
+        // The softmax multiplies it by log2(e).
+        let fits = scale > R::ZERO && (scale + scale).is_finite();
+        if by_tiles && fits && operands.has_plain_scores() { (R::ONE, scale) } else { (scale, R::ONE) }
     }
 
     /// Rows of a panel for a row of `dim` numbers.

@@ -119,6 +119,8 @@ impl Compute<'_, '_, '_> {
         let (rows, columns) = (self.tile.rows.len(), self.tile.columns.len().next_multiple_of(BLOCK));
         let is_only = step.is_first && step.is_last;
         for first in (0..rows).step_by(BLOCK) {
+            // The epilogue of the rows before may have called anything.
+            tiles.registers().configure();
             let count = BLOCK.min(rows - first);
             let of_block = self.tile.rows.start + first..self.tile.rows.start + first + count;
             let left = left_rows(simd, tiles.dot(), step, of_block, memory.scratch, memory.left);

@@ -326,3 +326,21 @@ fn column_sums_are_the_sums_of_the_columns() {
     }
     assert!(column_sums(&[1.0f32; 5], 2, 3).is_err());
 }
+
+/// An epilogue that multiplies matrices itself.
+struct Nested(Vec<bf16>);
+
+impl Epilogue<bf16> for Nested {
+    fn apply(&self, _: usize, _: usize, sums: &mut [f32]) {
+        let a = Operand::row_major("inner", &self.0, 40, 40).unwrap();
+        let inner = matmul(a, a, &Plain).unwrap();
+        sums.iter_mut().for_each(|sum| *sum += inner[0].widen());
+    }
+}
+
+#[test]
+fn epilogue_may_multiply_matrices() {
+    let (a, ones) = (vec![bf16::ONE; 70 * 70], vec![bf16::ONE; 40 * 40]);
+    let a = Operand::row_major("outer", &a, 70, 70).unwrap();
+    assert!(matmul(a, a, &Nested(ones)).unwrap().iter().all(|x| x.to_f32() == 110.0));
+}

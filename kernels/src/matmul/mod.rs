@@ -1,7 +1,7 @@
 //! Matrix products: the linear layers of a transformer, forward (x · wᵀ) and backward (dy · w and dyᵀ · x).
 //!
 //! The operands have any strides, the result is row-major. f16 and bf16 are multiplied and summed in f32, and rounded once, after
-//! the epilogue. How the result is cut into tiles depends on the number of threads, but the order in which the sums of an
+//! the epilogue; products of bf16 by AMX count denormal numbers as zero. How the result is cut into tiles depends on the number of threads, but the order in which the sums of an
 //! element are added doesn't: the same input gives the same bits for any number of threads.
 //!
 //! The method is that of Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008), section 4: a block of

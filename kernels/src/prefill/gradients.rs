@@ -14,7 +14,7 @@ use crate::simd::SimdFloat;
 /// What is known of a query after the forward pass.
 #[derive(Clone, Copy)]
 pub(crate) struct QueryRow<R> {
-    /// The greatest score: infinite for a query without keys, which makes every weight zero.
+    /// As in [`LogSumExp`](crate::softmax::LogSumExp), but infinite for a query without keys, which makes every weight zero.
     pub(crate) largest: R,
     /// ln Σ exp(s - largest)
     pub(crate) log_total: R,

@@ -3,8 +3,7 @@
 //!
 //! Only with AVX-512, which the products of bf16 need as well.
 
-use crate::gemm::bf16_dot::{Bf16Dot, LANES, WIDTH};
-use crate::gemm::microkernel::VECTORS;
+use crate::gemm::bf16_dot::{Bf16Dot, WIDTH};
 use crate::matrix::{Matrix, MatrixMut};
 use crate::softmax::RowStatistics;
 
@@ -77,11 +76,13 @@ mod kernels {
     use std::arch::x86_64::*;
     use std::f32::consts::LOG2_E;
 
-    use super::{LANES, VECTORS, WIDTH};
+    use super::WIDTH;
+    use crate::gemm::bf16_dot::LANES;
+    use crate::gemm::microkernel::VECTORS;
     use crate::matrix::Raw;
 
     /// Coefficients of 2^r on [0, 1], which start with 1 so that 2^0 is 1. These have the least relative error that a polynomial of
-    /// degree 5 can have, 2^-23.5.
+    /// degree 5 can have, 2^-23.3.
     const EXP2: [f32; 6] = [1.0, 0.693_151_3, 0.240_164_45, 0.055_799_913, 0.009_017_03, 0.001_867_13];
 
     /// 2^y, denormal numbers included; 0 for minus infinity.
@@ -263,6 +264,7 @@ mod tests {
     use half::bf16;
 
     use super::*;
+    use crate::gemm::bf16_dot::LANES;
     use crate::gemm::microkernel::tests::numbers;
 
     /// Both halves of a pair.
