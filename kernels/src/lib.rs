@@ -54,15 +54,15 @@
 //! | 3 | `gemm/pack` | operands of products, in the order in which the kernels read them |
 //! | 3 | `gemm/bf16_tiles` | products of bf16 by AMX's tiles |
 //! | 3 | `softmax/bf16` | the softmax of scores computed by tiles, which rounds weights to bf16 |
+//! | 3 | `embedding`, `optimizer` | rows of a table, and their gradient; steps of AdamW, and norms |
+//! | 3 | `rotary` | rotary position embedding, in place |
 //! | 2 | `gemm/bf16_dot` | products of bf16 in pairs (AVX512-BF16) |
 //! | 2 | `gemm/nan_safe` | sums to which a weight of zero adds nothing |
-//! | 1 | `gemm/amx` | AMX's tile registers: products of bf16 in blocks |
-//! | 3 | `embedding`, `optimizer` | rows of a table, and their gradient; steps of AdamW, and norms |
 //! | 2 | `softmax` | every softmax: online, of splits, and backward; a row's maximum (plain scores: inside `gemm`) |
 //! | 2 | `dtype` | the types that tensors hold, and tensors as the kernels read and write them |
-//! | 3 | `rotary` | rotary position embedding, in place |
 //! | 2 | `dropout` | which weights are dropped |
 //! | 2 | `decode/microkernel` | products of a few rows, key by key |
+//! | 1 | `gemm/amx` | AMX's tile registers: products of bf16 in blocks |
 //! | 1 | `gemm/microkernel`, `gemm/transpose` | small blocks of products in registers; rows to lanes and back |
 //! | 1 | `mask` | which keys are visible |
 //! | 1 | `math`, `careful` | exp and tanh; what is computed again where a result is not finite |
