@@ -8,11 +8,12 @@ use common::{Case, Naive, Sizes, cases, naive, narrow, run, to_f64, values};
 use half::{bf16, f16};
 
 /// Prefill, decoding in splits, and head dims that leave a remainder in every block.
-const SIZES: [Sizes; 4] = [
+const SIZES: [Sizes; 5] = [
     Sizes { batch: 2, heads: 2, kv_heads: 1, q_len: 3, kv_len: 7, dim: 3, value_dim: 2 },
     Sizes { batch: 2, heads: 4, kv_heads: 2, q_len: 2, kv_len: 201, dim: 17, value_dim: 24 },
     Sizes { batch: 1, heads: 2, kv_heads: 2, q_len: 37, kv_len: 35, dim: 18, value_dim: 16 },
     Sizes { batch: 1, heads: 1, kv_heads: 1, q_len: 131, kv_len: 203, dim: 10, value_dim: 6 },
+    Sizes { batch: 1, heads: 2, kv_heads: 1, q_len: 41, kv_len: 59, dim: 64, value_dim: 59 },
 ];
 
 /// A tensor (batch, heads, len, dim) in memory as (batch, len, heads, dim).

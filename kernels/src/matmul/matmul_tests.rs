@@ -144,7 +144,10 @@ fn large_products_are_naive_sums() {
         check_product::<f32>(dims, [Order::Columns, Order::Rows]);
         check_product::<bf16>(dims, [Order::Columns, Order::Columns]);
         check_product::<bf16>(dims, [Order::Rows, Order::Columns]);
+        check_product::<bf16>(dims, [Order::Rows, Order::Rows]);
     }
+    // Rows so far apart that they would share few sets of a cache.
+    check_product::<bf16>([64, 1024, 40], [Order::Rows, Order::Columns]);
 }
 
 /// As many numbers as it should be, each element of each row in one call only.

@@ -99,7 +99,7 @@ impl Way<half::bf16> {
             tile: [1024, 512],
             tile_of_packed: [1024, 512],
             units: [BLOCK, BLOCK],
-            // A quarter of a cycle for a number of each operand, and 256 multiplications in a cycle.
+            // Estimates: a quarter of a cycle for a number of each operand, and 256 multiplications in a cycle.
             read_cost: [64, 64],
             task_cost: 1 << 21,
             speed: 8,
