@@ -261,21 +261,19 @@ impl GradScaler {
         for (name, var) in optimizer.parameters() {
             scaled.extend(of(gradients, name, var)?.map(|gradient| (name, var, gradient)));
         }
+        for (_, _, gradient) in &mut scaled {
+            *gradient = times(gradient, 1.0 / self.loss_scale())?;
+        }
+        // The quotients are asked, since a scale below 1 makes them larger. NaN and infinity stay what they are.
         let named: Vec<_> = scaled.iter().map(|(name, _, gradient)| (*name, gradient)).collect();
         if let Some(name) = first_not_finite(&named)? {
             return Ok(Err(name.to_string()));
         }
         let mut divided = GradStore::default();
-        for (_, var, gradient) in &scaled {
-            divided.insert(var, times(gradient, 1.0 / self.loss_scale())?);
+        for (_, var, gradient) in scaled {
+            divided.insert(var, gradient);
         }
-        // A scale below 1 makes them larger.
-        let quotients: Vec<_> =
-            scaled.iter().filter_map(|(name, var, _)| divided.get(var).map(|gradient| (*name, gradient))).collect();
-        match first_not_finite(&quotients)? {
-            Some(name) if self.loss_scale() < 1.0 => Ok(Err(name.to_string())),
-            _ => Ok(Ok(divided)),
-        }
+        Ok(Ok(divided))
     }
 
     /// After a step with finite gradients.

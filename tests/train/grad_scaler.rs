@@ -344,3 +344,13 @@ fn settings_and_states_that_can_not_be_used_are_refused() {
     }
     assert_eq!(GradScalerConfig::default(), CONFIG);
 }
+
+/// A gradient is finite, but divided by a scale below 1 it isn't.
+#[test]
+fn quotient_that_overflows_is_skipped() {
+    let x = var(1, 3, DType::F32).unwrap();
+    let (mut scaler, mut optimizer) = (scaler(GradScalerConfig { init_scale: 0.5, ..CONFIG }), adamw(&x));
+    assert!(!scaler.step(&mut optimizer, &with_number(&x, 3e38)).unwrap());
+    assert_eq!((scaler.loss_scale(), optimizer.steps()), (0.25, 0));
+    assert!(scaler.step(&mut optimizer, &with_number(&x, 3.0)).unwrap());
+}

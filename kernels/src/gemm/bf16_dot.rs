@@ -140,7 +140,7 @@ mod kernels {
 
 #[cfg(target_arch = "x86_64")]
 #[path = "bf16_dot_avx512.rs"]
-mod avx512;
+pub(crate) mod avx512;
 
 #[cfg(test)]
 #[path = "bf16_dot_tests.rs"]

@@ -229,6 +229,24 @@ pub(super) unsafe fn interleave(rows: Raw<*const u16>, count: usize, columns: us
     }
 }
 
+/// Two rows as pairs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(crate) fn pairs_of_rows(first: __m512, second: __m512) -> __m512i {
+    const ORDER: [u16; 2 * LANES] = {
+        let mut order = [0; 2 * LANES];
+        let mut i = 0;
+        while i < 2 * LANES {
+            order[i] = (i / 2 + i % 2 * LANES) as u16;
+            i += 1;
+        }
+        order
+    };
+    // SAFETY: 32 numbers of 16 bits are a vector.
+    let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
+    _mm512_permutexvar_epi16(order, bits(_mm512_cvtne2ps_pbh(second, first)))
+}
+
 /// Row p of pairs takes the place of row p of numbers.
 ///
 /// # Safety
@@ -236,9 +254,6 @@ pub(super) unsafe fn interleave(rows: Raw<*const u16>, count: usize, columns: us
 /// `rows` has `count` rows of W numbers, none of which reaches into the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) unsafe fn narrow_down(rows: Raw<*mut f32>, count: usize) {
-    let order: [u16; 2 * LANES] = std::array::from_fn(|i| (i / 2 + i % 2 * LANES) as u16);
-    // SAFETY: 32 numbers of 16 bits are a vector.
-    let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
     for p in 0..count.div_ceil(2) {
         for v in 0..VECTORS {
             // SAFETY: row 2p is one of `count`, and so is the next where it is read. Row p, which is written, has been read.
@@ -249,8 +264,7 @@ pub(super) unsafe fn narrow_down(rows: Raw<*mut f32>, count: usize) {
                 } else {
                     _mm512_setzero_ps()
                 };
-                let halves = bits(_mm512_cvtne2ps_pbh(second, first));
-                _mm512_storeu_si512(rows.at(p, v * LANES).cast(), _mm512_permutexvar_epi16(order, halves));
+                _mm512_storeu_si512(rows.at(p, v * LANES).cast(), pairs_of_rows(first, second));
             }
         }
     }
@@ -319,8 +333,9 @@ fn number_pairs(bits: __m512i) -> __m512bh {
     unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
 
+#[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn bits(pairs: __m512bh) -> __m512i {
+pub(crate) fn bits(pairs: __m512bh) -> __m512i {
     // SAFETY: both are 512 bits of which any are allowed.
     unsafe { std::mem::transmute::<__m512bh, __m512i>(pairs) }
 }

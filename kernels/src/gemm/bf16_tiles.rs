@@ -114,6 +114,7 @@ fn scale_and_maxima<S: Simd, const MAX: bool>(
 
 impl<'t> Bf16Tiles<'t> {
     /// If the processor has the instructions and may use them; `registers` keeps them configured.
+    #[allow(unreachable_code, unused_variables)] // where the system is another, `Amx` has no value
     pub(crate) fn new<S: Simd>(registers: &'t mut Option<TileRegisters>) -> Option<Self> {
         let dot = Bf16Dot::new::<S>()?;
         Some(Self { registers: registers.insert(amx()?.tile_registers()), dot })
@@ -172,34 +173,28 @@ impl<'t> Bf16Tiles<'t> {
         let depth = rows.columns();
         let panel = Matrix::new(panel, depth / 2, BLOCK, BLOCK);
         assert!(scores.columns() >= BLOCK, "rows of a panel");
-        let mut room = self.registers.take_room();
-        let whole = if depth == RESIDENT_DEPTH { count / TILE * TILE } else { count / BLOCK * BLOCK };
+        let whole = count / TILE * TILE;
         if depth == RESIDENT_DEPTH {
             self.registers.multiply_resident(rows.take(whole), panel, scores.part(0, whole));
-        }
-        for first in (0..count).step_by(BLOCK) {
-            let count = BLOCK.min(count - first);
-            let rows = rows.skip(first);
-            let mut scores = scores.part(first, count);
-            if depth != RESIDENT_DEPTH && count == BLOCK {
-                let scores = scores.reborrow().into_block(0..BLOCK, 0..BLOCK);
+        } else {
+            for first in (0..whole).step_by(BLOCK) {
+                let (rows, high) = (rows.skip(first), BLOCK.min(whole - first));
+                let scores = scores.part(first, high).into_block(0..high, 0..BLOCK);
                 self.registers.multiply(rows, panel, scores, next_rows(rows));
             }
-            let done = whole.saturating_sub(first).min(count);
-            if done < count {
-                // There may be no room for a whole tile of scores.
-                let high = (count - done).next_multiple_of(TILE);
-                let (rows, sums) = (rows.skip(done), MatrixMut::new(&mut room.0, high, BLOCK, BLOCK));
-                self.registers.multiply(rows, panel, sums, next_rows(rows));
-                for row in done..count {
-                    scores.row(row)[..BLOCK].copy_from_slice(&room.0[(row - done) * BLOCK..][..BLOCK]);
-                }
-            }
-            if MAX || factor != 1.0 {
-                scale_and_maxima::<S, MAX>(simd, factor, scores, largest);
-            }
         }
-        self.registers.give_room(room);
+        if whole < count {
+            // There may be no room for a whole tile of scores.
+            let (rows, mut room) = (rows.skip(whole), self.registers.take_room());
+            self.registers.multiply(rows, panel, MatrixMut::new(&mut room.0, TILE, BLOCK, BLOCK), next_rows(rows));
+            for (row, sums) in (whole..count).zip(room.0.chunks_exact(BLOCK)) {
+                scores.row(row)[..BLOCK].copy_from_slice(sums);
+            }
+            self.registers.give_room(room);
+        }
+        if MAX || factor != 1.0 {
+            scale_and_maxima::<S, MAX>(simd, factor, scores.into_part(count), largest);
+        }
     }
 
     /// As [`Bf16Dot::accumulate`], over as many keys as `weights` has pairs.

@@ -202,13 +202,7 @@ fn left_rows<'m, S: Simd>(
         let pairs = Matrix::new(&*scratch, depth / 2, count, BLOCK).cast::<f32>();
         transposed(simd, pairs, to, depth / 2);
     } else {
-        let to: &mut [u16] = cast_slice_mut(to);
-        for (row, to) in to.chunks_exact_mut(depth).enumerate().take(count) {
-            to.fill(0);
-            for (i, to) in to[..k.len()].iter_mut().enumerate() {
-                *to = from[row * row_stride + i * column_stride].to_bits();
-            }
-        }
+        gather(from, [row_stride, column_stride], [count, k.len()], cast_slice_mut(to), depth);
     }
     Matrix::new(cast_slice_mut::<u32, u16>(to), count.next_multiple_of(TILE), depth, depth)
 }
@@ -236,17 +230,22 @@ fn pack_right<S: Simd>(
     if row_stride == 1 {
         Matrix::new(from, count, k.len(), column_stride).bits().copy_padded(rows, depth);
     } else {
-        for (column, to) in rows.chunks_exact_mut(depth).enumerate().take(count) {
-            to.fill(0);
-            for (i, to) in to[..k.len()].iter_mut().enumerate() {
-                *to = from[i * row_stride + column * column_stride].to_bits();
-            }
-        }
+        gather(from, [column_stride, row_stride], [count, k.len()], rows, depth);
     }
     let pairs = Matrix::new(&*scratch, count, depth / 2, depth / 2).cast::<f32>();
     transposed(simd, pairs, panel, BLOCK);
     if count < BLOCK {
         panel.chunks_exact_mut(BLOCK).for_each(|row| row[count..].fill(0));
+    }
+}
+
+/// Copies \[rows, columns\] of an operand without neighbours to rows that lie `depth` apart, with zeros behind each.
+fn gather(from: &[bf16], strides: [usize; 2], [rows, columns]: [usize; 2], to: &mut [u16], depth: usize) {
+    for (row, to) in to.chunks_exact_mut(depth).enumerate().take(rows) {
+        to.fill(0);
+        for (column, to) in to[..columns].iter_mut().enumerate() {
+            *to = from[row * strides[0] + column * strides[1]].to_bits();
+        }
     }
 }
 

@@ -78,6 +78,7 @@ mod kernels {
 
     use super::WIDTH;
     use crate::gemm::bf16_dot::LANES;
+    use crate::gemm::bf16_dot::avx512::{bits, pairs_of_rows};
     use crate::gemm::microkernel::VECTORS;
     use crate::matrix::Raw;
 
@@ -99,31 +100,6 @@ mod kernels {
         }
         // power · 2^floor(y)
         _mm512_scalef_ps(power, y)
-    }
-
-    /// Two rows as pairs.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn pairs_of_rows(first: __m512, second: __m512) -> __m512i {
-        const ORDER: [u16; 2 * LANES] = {
-            let mut order = [0; 2 * LANES];
-            let mut i = 0;
-            while i < 2 * LANES {
-                order[i] = (i / 2 + i % 2 * LANES) as u16;
-                i += 1;
-            }
-            order
-        };
-        // SAFETY: 32 numbers of 16 bits are a vector.
-        let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
-        _mm512_permutexvar_epi16(order, bits(_mm512_cvtne2ps_pbh(second, first)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn bits(pairs: __m512bh) -> __m512i {
-        // SAFETY: both are 512 bits of which any are allowed.
-        unsafe { std::mem::transmute::<__m512bh, __m512i>(pairs) }
     }
 
     #[inline]
