@@ -90,13 +90,45 @@ pub fn matmul_side_by_side<E: MatmulElement>(
     epilogue: &dyn Epilogue<E>,
 ) -> Result<Vec<E>, Error> {
     let pairs = collected("operands", b.iter().map(|b| (a, *b)))?;
-    let mut groups = collected("operands", pairs.chunks(1).map(|pairs| Group { pairs, first_column: 0 }))?;
+    let groups = collected("operands", pairs.chunks(1))?;
+    matmul_groups(a.dims()[0], &groups, epilogue)
+}
+
+/// \[Σ_i a_0i · b_0i | Σ_i a_1i · b_1i | ...\]: sums of products side by side in one row-major result. It computes linear layers that
+/// share an input, each with the low-rank product that an adapter adds to it.
+///
+/// # Shapes
+///
+/// Σ_i (m, k_gi) · (k_gi, n_g) → (m, n_0 + n_1 + ...). A group without pairs has no columns.
+///
+/// # Errors
+///
+/// As [`matmul_sum`].
+///
+/// # Examples
+///
+/// ```
+/// use attention_kernels::matmul::{Operand, Plain, matmul_groups};
+///
+/// // x · w + (x · a) · b beside x · v
+/// let x = Operand::row_major("x", &[1.0f32, 2.0], 1, 2)?;
+/// let (w, v) = (Operand::row_major("w", &[3.0, 4.0], 2, 1)?, Operand::row_major("v", &[5.0, 6.0], 2, 1)?);
+/// let (xa, b) = (Operand::row_major("x · a", &[0.5], 1, 1)?, Operand::row_major("b", &[8.0], 1, 1)?);
+/// assert_eq!(matmul_groups(1, &[&[(x, w), (xa, b)], &[(x, v)]], &Plain)?, [15.0, 17.0]);
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub fn matmul_groups<E: MatmulElement>(
+    rows: usize,
+    groups: &[&[(Operand<E>, Operand<E>)]],
+    epilogue: &dyn Epilogue<E>,
+) -> Result<Vec<E>, Error> {
+    let mut groups = collected("operands", groups.iter().map(|&pairs| Group { pairs, first_column: 0 }))?;
     let mut n = 0usize;
     for group in &mut groups {
         group.first_column = n;
         n = n.saturating_add(group.columns());
     }
-    Product { dims: [a.dims()[0], n], groups: &groups, epilogue }.result()
+    Product { dims: [rows, n], groups: &groups, epilogue }.result()
 }
 
 /// Σ_i a_i · b_i, summed in the order given: the gradient of an input of which several products were taken.

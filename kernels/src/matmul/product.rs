@@ -197,7 +197,8 @@ impl<E: Number> Product<'_, E> {
 
     fn fill(&self, way: &Way<E>, result: &mut [MaybeUninit<E>]) -> Result<(), Error> {
         let [rows, columns] = self.dims;
-        let k = self.groups[0].pairs.iter().fold(0usize, |sum, (a, _)| sum.saturating_add(a.dims()[1]));
+        let k_of = |group: &Group<E>| group.pairs.iter().fold(0usize, |sum, (a, _)| sum.saturating_add(a.dims()[1]));
+        let k = self.groups.iter().map(k_of).max().unwrap_or(0);
         let work = rows.saturating_mul(columns).saturating_mul(k);
         let has_few_rows = self.groups.iter().all(|group| few_rows::suits(rows, group.pairs));
         let [tile_rows, tile_columns] = self.tile_dims(way, k, rayon::current_num_threads());
