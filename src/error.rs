@@ -194,6 +194,16 @@ pub enum AttentionError {
         /// What it is.
         got: String,
     },
+    /// An adapter that doesn't fit its layer, or a call that can't use it.
+    #[error("adapter {name}: expected {expected}, got {got}")]
+    Adapter {
+        /// The adapter's name.
+        name: String,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
     /// A file that can't be read or written.
     #[error(transparent)]
     File(#[from] FileError),

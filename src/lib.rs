@@ -46,11 +46,13 @@
 //! | 8 | `block/mlp` | the MLP of a block |
 //! | 8 | `block/loss` | cross-entropy of logits, and of a linear layer without all logits at once |
 //! | 8 | `layer/core` | projections, heads, attention, output |
+//! | 10 | `adapter` | fine-tuning by LoRA, on any projection |
+//! | 9 | `adapter/linear` | adapters on any linear layer |
+//! | 8 | `adapter/adapt` | adapters added to a layer, chosen, merged |
 //! | 8 | `layer/kv_cache` | keys and values of the tokens so far |
 //! | 7 | `layer/fused` | self-attention as one operation |
 //! | 7 | `layer/init` | a layer's parameters: checked, created, initialised |
 //! | 7 | `layer/options` | the options and the output of one call of a layer |
-//! | 7 | `layer/projection` | x·Wᵀ + b as one operation |
 //! | 7 | `layer/bias_kv` | keys and values that a layer appends to the given ones |
 //! | 7 | `block/mlp_op` | an MLP as one operation |
 //! | 6 | `checkpoint` | safetensors files with their config, and the layouts of other programs |
@@ -58,11 +60,15 @@
 //! | 5 | `sdpa/reference` | attention with every score in memory: read this first |
 //! | 5 | `sdpa/fused` | attention without a q_len x kv_len matrix: the interface to the kernels; sinks are added after them |
 //! | 5 | `sdpa/cuda` | fused attention by the CUDA kernels |
+//! | 6 | `projection` | a linear layer inside another layer, with its adapters, as one operation |
+//! | 5 | `projection/side_by_side` | linear layers that read the same input, on numbers |
+//! | 4 | `projection/low_rank` | the matrices of one adapter at one linear layer |
+//! | 3 | `adapter/config` | the config of an adapter; which adapter a call uses |
 //! | 6 | `block/branch` | what stands around attention or an MLP: norm, dropout, residual |
+//! | 5 | `block/relay` | a layer as an operation, with gradients of many parameters |
 //! | 5 | `block/norm_layer` | a norm with its parameters |
 //! | 4 | `block/operand` | parameters and results as the kernels take and give them |
 //! | 3 | `block/epilogue` | what a product does to its rows: bias and residual |
-//! | 3 | `block/relay` | gradients of many parameters from one operation |
 //! | 3 | `block/op` | an operation on the CPU as candle wants it: numbers in, numbers and gradients out |
 //! | 4 | `block/activation` | activation functions, plain and gated |
 //! | 4 | `block/dropout` | dropout, alone and with the sum of a residual and its branch |
@@ -93,6 +99,7 @@
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 pub mod block;
 mod check;
 pub mod checkpoint;
@@ -102,6 +109,7 @@ mod gradient;
 mod layer;
 mod mask;
 mod memory;
+mod projection;
 pub mod rotary;
 mod sdpa;
 pub mod simplified;

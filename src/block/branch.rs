@@ -80,6 +80,16 @@ impl OwnBranch {
         }
     }
 
+    /// Whether a parameter of the norm wants a gradient, which takes that of the layer's input.
+    pub(crate) fn wants_input(&self) -> bool {
+        self.norm.iter().flat_map(Norm::parameters).any(|parameter| parameter.track_op())
+    }
+
+    /// [`gradient_of_x`](Self::gradient_of_x) where nobody wants any of it.
+    pub(crate) fn no_gradients<E>(&self) -> (Vec<E>, Vec<Option<Tensor>>) {
+        (vec![], self.norm.iter().flat_map(Norm::parameters).map(|_| None).collect())
+    }
+
     /// The gradient of x from that of the layer's input, and those of the norm's parameters. `grad` is the gradient of the result.
     pub(crate) fn gradient_of_x<E: Dtype>(
         &self,

@@ -5,8 +5,8 @@ use candle_nn::Linear;
 
 use crate::check::{check_device, check_dtype};
 use crate::error::{AttentionError, Result};
-use crate::layer::projection::project;
 use crate::memory;
+use crate::projection::project;
 
 /// x · weightᵀ + bias as one operation with a gradient for x, weight and bias.
 ///
@@ -38,10 +38,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     check(x, weight, bias)?;
     let outputs = weight.dim(0)?;
     let shape = [&x.dims()[..x.rank() - 1], &[outputs]].concat();
-    Ok(project(&Linear::new(weight.clone(), bias.cloned()), x, &shape)?)
+    Ok(project(Linear::new(weight.clone(), bias.cloned()).into(), x, &shape)?)
 }
 
-fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<(), AttentionError> {
+pub(crate) fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<(), AttentionError> {
     let Some(&inputs) = x.dims().last() else {
         return Err(AttentionError::Rank { tensor: "x", expected: "at least 1 axis (..., in)", shape: vec![] });
     };

@@ -12,8 +12,8 @@ use crate::checkpoint::Parameters;
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Init, Parameter};
 use crate::layer::init::create_parameters;
-use crate::layer::projection::project;
 use crate::memory;
+use crate::projection::{Call, Change, Projection, Projections, SideBySide, project};
 
 /// The config of an [`Mlp`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -114,9 +114,9 @@ impl MlpConfig {
 #[derive(Clone, Debug)]
 pub struct Mlp {
     config: MlpConfig,
-    gate: Option<Linear>,
-    up: Linear,
-    down: Linear,
+    gate: Option<Projection>,
+    up: Projection,
+    down: Projection,
 }
 
 impl Mlp {
@@ -135,12 +135,13 @@ impl Mlp {
     /// An MLP with these parameters, which are exactly those of its config.
     pub(crate) fn from_parameters(config: &MlpConfig, parameters: Parameters) -> Result<Self> {
         let find = |name: &str| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
-        let linear = |weight, bias| find(weight).map(|weight| Linear::new(weight, find(bias)));
-        let required = |weight, bias| {
-            linear(weight, bias).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {weight}")))
+        let projection = |name: &'static str| {
+            let weight = find(&format!("{name}.weight"))?;
+            Some(Projection::new(name, Linear::new(weight, find(&format!("{name}.bias")))))
         };
-        let (up, down) = (required("up.weight", "up.bias")?, required("down.weight", "down.bias")?);
-        Ok(Self { config: config.clone(), gate: linear("gate.weight", "gate.bias"), up, down })
+        let required =
+            |name| projection(name).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {name}.weight")));
+        Ok(Self { config: config.clone(), gate: projection("gate"), up: required("up")?, down: required("down")? })
     }
 
     /// The output.
@@ -149,25 +150,28 @@ impl Mlp {
     ///
     /// See [`Mlp`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.forward_in_branch(x, Branch::default())
+        self.forward_in_branch(x, Branch::default(), &Call::default())
     }
 
     /// The output with what stands around the MLP in a block.
-    pub(crate) fn forward_in_branch(&self, x: &Tensor, branch: Branch) -> Result<Tensor> {
+    pub(crate) fn forward_in_branch(&self, x: &Tensor, branch: Branch, call: &Call) -> Result<Tensor> {
         self.check_input(x)?;
+        let MlpConfig { activation, embed_dim, hidden_dim, .. } = self.config;
+        let gate = self.gate.as_ref().map(|gate| gate.call(call)).transpose()?;
+        let (up, down) = (self.up.call(call)?, self.down.call(call)?);
         if x.device().is_cpu() && x.elem_count() > 0 {
-            let Self { config, gate, up, down } = self.clone();
-            let branch = branch.to_owned();
-            return Ok(FusedMlp { activation: config.activation.kernel(), gate, up, down, branch }.forward(x)?);
+            let (is_gated, inner) = (gate.is_some(), SideBySide::new(gate.into_iter().chain([up]))?);
+            let (activation, down, branch) = (activation.kernel(), SideBySide::new([down])?, branch.to_owned());
+            let mlp = FusedMlp { activation, inner, is_gated, down, embed_dim, hidden_dim, branch };
+            return Ok(mlp.forward(x)?);
         }
         let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
-        let hidden =
-            |linear| project(linear, &normed, &[&x.dims()[..x.rank() - 1], &[self.config.hidden_dim]].concat());
-        let hidden = match &self.gate {
-            Some(gate) => gated(self.config.activation, &hidden(gate)?, &hidden(&self.up)?)?,
-            None => self.config.activation.forward(&hidden(&self.up)?)?,
+        let hidden = |linear| project(linear, &normed, &[&x.dims()[..x.rank() - 1], &[hidden_dim]].concat());
+        let hidden = match gate {
+            Some(gate) => gated(activation, &hidden(gate)?, &hidden(up)?)?,
+            None => activation.forward(&hidden(up)?)?,
         };
-        branch.finish(x, project(&self.down, &hidden, x.dims())?)
+        branch.finish(x, project(down, &hidden, x.dims())?)
     }
 
     fn check_input(&self, x: &Tensor) -> Result<(), AttentionError> {
@@ -184,6 +188,11 @@ impl Mlp {
         check_device("input", x, weight)
     }
 
+    /// Whether a call in training drops inputs of an adapter.
+    pub(crate) fn adapter_drops(&self) -> bool {
+        self.up.drops()
+    }
+
     /// The config.
     pub fn config(&self) -> &MlpConfig {
         &self.config
@@ -191,25 +200,26 @@ impl Mlp {
 
     /// embed_dim -> hidden_dim, whose activation multiplies [`up`](Self::up).
     pub fn gate(&self) -> Option<&Linear> {
-        self.gate.as_ref()
+        self.gate.as_ref().map(Projection::linear)
     }
 
     /// embed_dim -> hidden_dim.
     pub fn up(&self) -> &Linear {
-        &self.up
+        self.up.linear()
     }
 
     /// hidden_dim -> embed_dim.
     pub fn down(&self) -> &Linear {
-        &self.down
+        self.down.linear()
     }
 
     /// Every parameter with its name, always in the same order.
     pub fn parameters(&self) -> Vec<(&'static str, &Tensor)> {
-        let linears = [("gate.weight", "gate.bias", self.gate.as_ref())];
-        let linears = linears
-            .into_iter()
-            .chain([("up.weight", "up.bias", Some(&self.up)), ("down.weight", "down.bias", Some(&self.down))]);
+        let linears = [
+            ("gate.weight", "gate.bias", self.gate()),
+            ("up.weight", "up.bias", Some(self.up())),
+            ("down.weight", "down.bias", Some(self.down())),
+        ];
         let mut parameters = Vec::new();
         for (weight, bias, linear) in linears {
             let Some(linear) = linear else { continue };
@@ -217,6 +227,23 @@ impl Mlp {
             parameters.extend(linear.bias().map(|tensor| (bias, tensor)));
         }
         parameters
+    }
+}
+
+impl Projections for Mlp {
+    fn projections(&self) -> Vec<(String, &Projection)> {
+        self.gate.iter().chain([&self.up, &self.down]).map(|x| (x.name().to_string(), x)).collect()
+    }
+
+    fn map_projections(&self, change: &mut Change) -> Result<Self> {
+        let gate = self.gate.as_ref().map(|gate| change(gate.name(), gate)).transpose()?;
+        let (up, down) = (change(self.up.name(), &self.up)?, change(self.down.name(), &self.down)?);
+        Ok(Self { config: self.config.clone(), gate, up, down })
+    }
+
+    fn frozen(&self) -> Self {
+        let gate = self.gate.as_ref().map(Projection::frozen);
+        Self { config: self.config.clone(), gate, up: self.up.frozen(), down: self.down.frozen() }
     }
 }
 

@@ -8,7 +8,7 @@ pub(crate) mod embedding;
 pub(crate) mod epilogue;
 mod files;
 mod layouts;
-mod linear;
+pub(crate) mod linear;
 pub(crate) mod loss;
 mod mlp;
 mod mlp_op;

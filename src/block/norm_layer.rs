@@ -156,6 +156,11 @@ impl Norm {
         std::iter::once(&self.weight).chain(&self.bias).cloned().collect()
     }
 
+    /// The same norm with constants as parameters.
+    pub(crate) fn frozen(&self) -> Self {
+        Self { weight: self.weight.detach(), bias: self.bias.as_ref().map(Tensor::detach), ..self.clone() }
+    }
+
     pub(crate) fn read(&self) -> ReadNorm<'_> {
         ReadNorm { norm: self, weight: Reading::new(&self.weight), bias: self.bias.as_ref().map(Reading::new) }
     }

@@ -9,7 +9,6 @@ use candle_nn::Linear;
 
 use crate::block::op::Dtype;
 use crate::error::AttentionError;
-use crate::memory;
 
 /// A tensor on the CPU, to read.
 pub(crate) struct Reading<'a> {
@@ -45,32 +44,6 @@ impl<'a> Reading<'a> {
             _ => bail!("expected a tensor on the CPU, got one on another device"),
         }
     }
-}
-
-/// Weight (out, in) and bias of a linear layer, to read.
-pub(crate) struct ReadLinear<'a> {
-    weight: Reading<'a>,
-    bias: Option<Reading<'a>>,
-}
-
-impl<'a> ReadLinear<'a> {
-    pub(crate) fn new(linear: &'a Linear) -> Self {
-        Self { weight: Reading::new(linear.weight()), bias: linear.bias().map(Reading::new) }
-    }
-
-    pub(crate) fn weight<E: Dtype>(&self) -> Result<Operand<'_, E>> {
-        self.weight.matrix("weight")
-    }
-
-    pub(crate) fn bias<E: WithDType>(&self) -> Result<Option<&[E]>> {
-        self.bias.as_ref().map(Reading::numbers).transpose()
-    }
-}
-
-/// The same linear layer with a bias that the kernels can read. A copy passes its gradient on.
-pub(crate) fn with_contiguous_bias(linear: &Linear) -> Result<Linear> {
-    let bias = linear.bias().map(|bias| memory::contiguous("bias", bias)).transpose()?;
-    Ok(Linear::new(linear.weight().clone(), bias))
 }
 
 /// A result of the kernels with candle's error.

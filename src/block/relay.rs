@@ -1,4 +1,4 @@
-//! Gradients of many parameters from one operation.
+//! A layer as one operation, with the gradients of many parameters.
 //!
 //! An operation of candle has at most three arguments, and a whole layer has more. Its parameters enter as one argument, a
 //! *relay*: a tensor of one number that a chain of operations makes of all parameters. In the backward pass the layer's
@@ -9,18 +9,22 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail};
 
+use crate::block::op::{Dtype, slice, with_dtype};
+use crate::block::operand::{Reading, tensor};
 use crate::gradient::to_be_added;
+use crate::memory;
 
 /// Gradients on their way from an operation to its parameters, by the thread of the backward pass: several threads may go through
 /// one graph at the same time.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Gradients(Arc<Mutex<HashMap<ThreadId, Vec<Option<Tensor>>>>>);
+struct Gradients(Arc<Mutex<HashMap<ThreadId, Vec<Option<Tensor>>>>>);
 
 impl Gradients {
     /// Leaves the gradients of a call's parameters, in their order: `None` for one that wants none.
-    pub(crate) fn leave(&self, gradients: Vec<Option<Tensor>>) {
+    fn leave(&self, gradients: Vec<Option<Tensor>>) {
         self.lock().insert(thread::current().id(), gradients);
     }
 
@@ -39,7 +43,7 @@ impl Gradients {
 
 /// A relay of these parameters, and the place where their gradients are left. A parameter that wants no gradient is no part of the
 /// chain.
-pub(crate) fn relay(parameters: &[Tensor]) -> Result<(Tensor, Gradients)> {
+fn relay(parameters: &[Tensor]) -> Result<(Tensor, Gradients)> {
     let gradients = Gradients::default();
     let mut relay = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
     let wanted: Vec<_> = parameters.iter().enumerate().filter(|(_, parameter)| parameter.track_op()).collect();
@@ -52,6 +56,62 @@ pub(crate) fn relay(parameters: &[Tensor]) -> Result<(Tensor, Gradients)> {
         };
     }
     Ok((relay, gradients))
+}
+
+/// A layer on the CPU: a function of one tensor, and of parameters whose gradients go through a relay.
+pub(crate) trait Layer: Send + Sync + 'static {
+    /// The operation's name in candle's errors.
+    const NAME: &'static str;
+
+    /// The numbers and the shape of the result.
+    fn forward<E: Dtype>(&self, x: &[E], dims: &[usize]) -> Result<(Vec<E>, Shape)>;
+
+    /// The gradient of x, which is empty unless it is wanted, and those of the parameters, each only if it is wanted.
+    fn backward<E: Dtype>(
+        &self,
+        x: &[E],
+        dims: &[usize],
+        grad: &[E],
+        wants_x: bool,
+    ) -> Result<(Vec<E>, Vec<Option<Tensor>>)>;
+}
+
+/// Applies a layer with these parameters, which stand in the order of their gradients. `x` is copied if it isn't contiguous.
+pub(crate) fn apply<L: Layer>(layer: L, x: &Tensor, parameters: &[Tensor]) -> Result<Tensor> {
+    let x = memory::contiguous("input of a layer", x)?;
+    let (relay, gradients) = relay(parameters)?;
+    x.apply_op2(&relay, Relayed { layer, gradients })
+}
+
+struct Relayed<L> {
+    layer: L,
+    gradients: Gradients,
+}
+
+impl<L: Layer> CustomOp2 for Relayed<L> {
+    fn name(&self) -> &'static str {
+        L::NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        with_dtype!(x.dtype(), E => {
+            let (numbers, shape) = self.layer.forward::<E>(slice(x, layout)?, layout.dims())?;
+            Ok((E::to_cpu_storage_owned(numbers), shape))
+        })
+    }
+
+    fn bwd(&self, x: &Tensor, relay: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grad = memory::contiguous("gradient of a layer", &grad.detach())?;
+        let (detached, wants_x) = (x.detach(), x.track_op());
+        let (x_read, grad_read) = (Reading::new(&detached), Reading::new(&grad));
+        let of_x = with_dtype!(x.dtype(), E => {
+            let grad = grad_read.numbers::<E>()?;
+            let (of_x, gradients) = self.layer.backward::<E>(x_read.numbers()?, x.dims(), grad, wants_x)?;
+            self.gradients.leave(gradients);
+            wants_x.then(|| tensor(of_x, x.shape())).transpose()
+        })?;
+        Ok((of_x.map(to_be_added).transpose()?, of_relay(relay)?))
+    }
 }
 
 /// One or two parameters, and the relay of those before them.
@@ -67,7 +127,7 @@ fn one_number() -> Result<(CpuStorage, Shape)> {
     Ok((CpuStorage::F32(vec![0.0]), Shape::from(1)))
 }
 
-/// The gradient of the relay before, on which nothing depends.
+/// The gradient of a relay, on which nothing depends. It goes nowhere if the relay is a constant.
 fn of_relay(before: &Tensor) -> Result<Option<Tensor>> {
     before.track_op().then(|| before.zeros_like()).transpose()
 }

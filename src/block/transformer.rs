@@ -12,9 +12,10 @@ use crate::block::config::{ATTENTION, MLP, NORMS, NormPlacement, POST_NORMS, Tra
 use crate::block::mlp::Mlp;
 use crate::block::norm_layer::Norm;
 use crate::checkpoint::{LayerConfig, Parameters, prefixed};
-use crate::error::Result;
+use crate::error::{AttentionError, Result};
 use crate::layer::init::{create_parameters, full_name, new_variables};
 use crate::layer::{ForwardOptions, ForwardOutput, KvCache, SelfAttention};
+use crate::projection::{Call, Change, Projection, Projections};
 use crate::rotary::RotaryEmbedding;
 
 /// A transformer block: attention and an MLP, each with its norm, dropout and residual, with a gradient for x and every parameter.
@@ -109,8 +110,9 @@ impl TransformerBlock {
     ///
     /// # Errors
     ///
-    /// Too little memory on the device.
+    /// A block with adapters that aren't merged; too little memory on the device.
     pub fn trainable(&self) -> Result<Self> {
+        self.check_without_adapters()?;
         let copy = Self::from_parameters(&self.config, new_variables(self.parameters())?, "")?;
         let calls = Arc::new(AtomicU64::new(self.dropout_calls.load(Ordering::Relaxed)));
         let attention = self.attention.with_parameters_of(copy.attention);
@@ -161,8 +163,8 @@ impl TransformerBlock {
     /// See [`TransformerBlock`].
     pub fn forward_with(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
         self.attention.check_input(x)?;
-        let seeds = self.dropout(options.train);
-        self.forward_by(x, seeds, self.recompute, |x, branch| self.attention.forward_in_branch(x, options, branch))
+        let call = Call { adapter: &options.adapter, seed: self.call_seed(options.train) };
+        self.forward_by(x, &call, self.recompute, |x, branch| self.attention.forward_in_branch(x, options, branch))
     }
 
     /// An empty cache for decoding a batch of this size.
@@ -198,7 +200,8 @@ impl TransformerBlock {
         self.attention.check_input(x)?;
         // There is no backward pass, for which to keep anything.
         let recompute = true;
-        let output = self.forward_by(&x.detach(), [None; 2], recompute, |x, branch| {
+        let call = Call { adapter: &options.adapter, seed: None };
+        let output = self.forward_by(&x.detach(), &call, recompute, |x, branch| {
             let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
             let output = self.attention.forward_cached_with(&normed, cache, options)?;
             Ok(ForwardOutput { output: branch.finish(x, output.output)?, ..output })
@@ -210,13 +213,14 @@ impl TransformerBlock {
     fn forward_by(
         &self,
         x: &Tensor,
-        [first, second]: [Option<Dropout>; 2],
+        call: &Call,
         recompute: bool,
         attention: impl FnOnce(&Tensor, Branch) -> Result<ForwardOutput>,
     ) -> Result<ForwardOutput> {
+        let [first, second] = self.dropout(call);
         let attended = attention(x, self.branch(0, first, recompute))?;
         let x = self.after(0, x, attended.output, first)?;
-        let output = self.mlp.forward_in_branch(&x, self.branch(1, second, recompute))?;
+        let output = self.mlp.forward_in_branch(&x, self.branch(1, second, recompute), call)?;
         Ok(ForwardOutput { output: self.after(1, &x, output, second)?, ..attended })
     }
 
@@ -241,15 +245,22 @@ impl TransformerBlock {
         }
     }
 
-    /// The dropout of both parts in one call. Every call has seeds of its own.
-    fn dropout(&self, train: bool) -> [Option<Dropout>; 2] {
+    /// The seed of the dropout in one call. Every call has one of its own.
+    fn call_seed(&self, train: bool) -> Option<u64> {
+        let drops = train && (self.config.dropout_p > 0.0 || self.mlp.adapter_drops());
+        drops.then(|| philox::nth_seed(self.dropout_seed, self.dropout_calls.fetch_add(1, Ordering::Relaxed)))
+    }
+
+    /// The dropout of both parts in one call.
+    fn dropout(&self, call: &Call) -> [Option<Dropout>; 2] {
         let p = self.config.dropout_p;
-        if !train || p == 0.0 {
-            return [None; 2];
-        }
-        let call = self.dropout_calls.fetch_add(1, Ordering::Relaxed);
-        let seed = philox::nth_seed(self.dropout_seed, call);
-        [0, 1].map(|part| Some(Dropout { p, seed: philox::nth_seed(seed, part) }))
+        let seed = call.seed.filter(|_| p > 0.0);
+        [0, 1].map(|part| seed.map(|seed| Dropout { p, seed: philox::nth_seed(seed, part) }))
+    }
+
+    /// Refuses a block with adapters that aren't merged.
+    pub(super) fn check_without_adapters(&self) -> Result<(), AttentionError> {
+        self.projections().into_iter().try_for_each(|(_, projection)| projection.check_without_adapters())
     }
 
     /// The config.
@@ -281,9 +292,10 @@ impl TransformerBlock {
         attention.chain(mlp).chain(norms).collect()
     }
 
-    /// The parameters that an optimiser can train, always in the same order.
+    /// The parameters that an optimiser can train, always in the same order: with [adapters](crate::adapter) theirs alone.
     pub fn vars(&self) -> Vec<Var> {
-        let tensors = self.parameters().into_iter().map(|(_, tensor)| tensor);
+        let own = self.parameters().into_iter().map(|(_, tensor)| tensor);
+        let tensors = own.chain(self.adapter_tensors());
         tensors.filter(|tensor| tensor.is_variable()).filter_map(|x| Var::from_tensor(x).ok()).collect()
     }
 
@@ -304,5 +316,30 @@ impl TransformerBlock {
 impl ModuleT for TransformerBlock {
     fn forward_t(&self, x: &Tensor, train: bool) -> CandleResult<Tensor> {
         Ok(TransformerBlock::forward_t(self, x, train)?)
+    }
+}
+
+impl Projections for TransformerBlock {
+    fn projections(&self) -> Vec<(String, &Projection)> {
+        let named = |prefix: &str, (name, projection): (String, _)| (prefixed(prefix, &name), projection);
+        let attention = self.attention.projections().into_iter().map(|x| named(ATTENTION, x));
+        attention.chain(Projections::projections(&self.mlp).into_iter().map(|x| named(MLP, x))).collect()
+    }
+
+    fn map_projections(&self, change: &mut Change) -> Result<Self> {
+        let attention = self.attention.map_projections(&mut |name, x| change(&prefixed(ATTENTION, name), x))?;
+        let mlp = self.mlp.map_projections(&mut |name, x| change(&prefixed(MLP, name), x))?;
+        Ok(Self { attention, mlp, ..self.clone() })
+    }
+
+    fn frozen(&self) -> Self {
+        let norms = |norms: &[Norm; 2]| norms.each_ref().map(Norm::frozen);
+        Self {
+            attention: self.attention.frozen(),
+            mlp: self.mlp.frozen(),
+            norms: norms(&self.norms),
+            post_norms: self.post_norms.as_ref().map(norms),
+            ..self.clone()
+        }
     }
 }

@@ -9,6 +9,7 @@ use crate::layer::core::{Core, batches_fit, score_shape};
 use crate::layer::kv_cache::{KvCache, Staged, check_sequences};
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::memory;
+use crate::projection::Call;
 use crate::rotary::Positions;
 use crate::sdpa::checks::check_bias;
 use crate::sdpa::{AttentionOptions, reference};
@@ -80,16 +81,17 @@ impl Core {
         cache.check_added(added, len)?;
 
         let positions = options.positions(&x, cache.lengths())?;
-        let query = self.queries(&x, &positions)?;
-        let (key, value) = self.keys_and_values([&x, &x], &positions)?;
+        let call = self.call(options);
+        let query = self.queries(&x, &positions, &call)?;
+        let (key, value) = self.keys_and_values([&x, &x], &positions, &call)?;
         let staged = cache.stage(&key, &value)?;
         let (key, value) = staged.key_value()?;
         let scores = score_shape(&query, &key)?;
-        let options = self.attention_options(options, &scores)?;
+        let options = self.attention_options(options, &scores, &call)?;
         if let Some(bias) = &options.attn_bias {
             check_bias(bias, &query, &scores)?;
         }
-        let output = self.attend_heads(&query.detach(), key, value, cached_options(options, &staged)?)?;
+        let output = self.attend_heads(&query.detach(), key, value, cached_options(options, &staged)?, &call)?;
         cache.commit(staged, added);
         output.map(|tensor| if has_batch { Ok(tensor.detach()) } else { tensor.detach().squeeze(0) })
     }
@@ -101,7 +103,7 @@ impl Core {
         let has_batch = memories[0].rank() == 3;
         let batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
         let memories = [&batch(memories[0])?, &batch(memories[1])?];
-        let (key, value) = self.keys_and_values(memories, &Positions::from_offsets(&[0]))?;
+        let (key, value) = self.keys_and_values(memories, &Positions::from_offsets(&[0]), &Call::default())?;
         // The keys of a head are stored contiguously, since every call reads them in this order.
         let by_head = |x: Tensor| memory::contiguous("projected memory", &x.transpose(1, 2)?)?.transpose(1, 2);
         Ok(ProjectedMemory { key: by_head(key)?, value: by_head(value)?, has_batch })
@@ -124,9 +126,10 @@ impl Core {
             };
             return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
         }
-        let query = self.queries(&x_3, &options.positions(&x_3, &[0])?)?;
-        let options = self.attention_options(options, &score_shape(&query, &memory.key)?)?;
-        let output = self.attend_heads(&query, memory.key.clone(), memory.value.clone(), options)?;
+        let call = self.call(options);
+        let query = self.queries(&x_3, &options.positions(&x_3, &[0])?, &call)?;
+        let options = self.attention_options(options, &score_shape(&query, &memory.key)?, &call)?;
+        let output = self.attend_heads(&query, memory.key.clone(), memory.value.clone(), options, &call)?;
         if memory.has_batch { Ok(output) } else { output.map(|tensor| tensor.squeeze(0)) }
     }
 

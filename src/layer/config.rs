@@ -121,6 +121,8 @@ pub(crate) enum Init {
     /// Uniform in ±sqrt(6 / (in + out)); for a vector, in and out are both its length. (Glorot, Bengio, AISTATS 2010,
     /// section 4.2.)
     XavierUniform,
+    /// Uniform in ±1 / sqrt(in), as PEFT initialises the A of an adapter.
+    LoraA,
     Zeros,
     Ones,
 }

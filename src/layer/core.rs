@@ -18,8 +18,8 @@ use crate::layer::config::SelfAttentionConfig;
 use crate::layer::fused::{FusedLayer, HeadSizes};
 use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
-use crate::layer::projection::project;
 use crate::memory;
+use crate::projection::{Adapted, Call, Change, Projection, Projections, SideBySide, project};
 use crate::rotary::{Positions, RotaryEmbedding};
 use crate::sdpa::broadcast::{InputAxes, align_bias, align_mask, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
@@ -30,10 +30,10 @@ use crate::sdpa::{AttentionOptions, AttentionOutput, Backend, attention};
 pub(super) struct Core {
     pub(super) kind: LayerKind,
     pub(super) config: SelfAttentionConfig,
-    pub(super) q_proj: Linear,
-    pub(super) k_proj: Linear,
-    pub(super) v_proj: Linear,
-    pub(super) o_proj: Option<Linear>,
+    pub(super) q_proj: Projection,
+    pub(super) k_proj: Projection,
+    pub(super) v_proj: Projection,
+    pub(super) o_proj: Option<Projection>,
     /// The weights of the norms of queries and of keys.
     qk_norm: Option<(Tensor, Tensor)>,
     sinks: Option<Tensor>,
@@ -58,18 +58,20 @@ impl Core {
         prefix: &str,
     ) -> Result<Self> {
         let find = |name: &str| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
-        let linear = |weight, bias| find(weight).map(|weight| Linear::new(weight, find(bias)));
-        let required = |weight, bias| {
-            linear(weight, bias).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {weight}")))
+        let projection = |name: &'static str| {
+            let weight = find(&format!("{name}.weight"))?;
+            Some(Projection::new(name, Linear::new(weight, find(&format!("{name}.bias")))))
         };
-        let q_proj = required("q_proj.weight", "q_proj.bias")?;
+        let required =
+            |name| projection(name).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {name}.weight")));
+        let q_proj = required("q_proj")?;
         let (dtype, device) = (q_proj.weight().dtype(), q_proj.weight().device());
         let slopes = || init::alibi_slopes(config.num_heads, dtype, device);
         Ok(Self {
             kind,
-            k_proj: required("k_proj.weight", "k_proj.bias")?,
-            v_proj: required("v_proj.weight", "v_proj.bias")?,
-            o_proj: linear("o_proj.weight", "o_proj.bias"),
+            k_proj: required("k_proj")?,
+            v_proj: required("v_proj")?,
+            o_proj: projection("o_proj"),
             qk_norm: find("q_norm.weight").zip(find("k_norm.weight")),
             sinks: find("sinks"),
             bias_kv: BiasKv { learned: find("bias_k").zip(find("bias_v")), zeros: config.add_zero_attn },
@@ -84,6 +86,7 @@ impl Core {
 
     /// A copy of the layer in which every parameter is a new variable.
     pub(super) fn trainable(&self) -> Result<Self> {
+        self.check_without_adapters()?;
         let parameters = init::new_variables(self.parameters())?;
         Ok(self.with_parameters_of(Self::from_parameters(self.kind, &self.config, parameters, "")?))
     }
@@ -113,11 +116,17 @@ impl Core {
 
     /// Refuses a layer whose rotary embedding has no config, since a file would give a layer without it.
     pub(super) fn check_described(&self) -> Result<(), AttentionError> {
+        self.check_without_adapters()?;
         if self.rotary.is_some() && self.config.rotary.is_none() {
             let expected = "one with a RotaryConfig, since a file holds no tables (save_layout saves the parameters)";
             return Err(AttentionError::Config { field: "rotary", expected: expected.into(), got: "tables".into() });
         }
         Ok(())
+    }
+
+    /// Refuses a layer with adapters that aren't merged.
+    pub(super) fn check_without_adapters(&self) -> Result<(), AttentionError> {
+        self.projections().into_iter().try_for_each(|(_, projection)| projection.check_without_adapters())
     }
 
     /// Every parameter with its name, always in the same order, which is that of the config's.
@@ -129,11 +138,11 @@ impl Core {
             ("q_proj.weight", Some(self.q_proj.weight())),
             ("k_proj.weight", Some(self.k_proj.weight())),
             ("v_proj.weight", Some(self.v_proj.weight())),
-            ("o_proj.weight", o_proj.map(Linear::weight)),
+            ("o_proj.weight", o_proj.map(Projection::weight)),
             ("q_proj.bias", self.q_proj.bias()),
             ("k_proj.bias", self.k_proj.bias()),
             ("v_proj.bias", self.v_proj.bias()),
-            ("o_proj.bias", o_proj.and_then(Linear::bias)),
+            ("o_proj.bias", o_proj.and_then(Projection::bias)),
             ("q_norm.weight", q_norm),
             ("k_norm.weight", k_norm),
             ("sinks", self.sinks.as_ref()),
@@ -161,14 +170,15 @@ impl Core {
         let positions = options.positions(x, &[options.position_offset])?;
         let (batch, len, _) = x.dims3()?;
         let shape = ScoreShape { batch, num_heads: self.config.num_heads, q_len: len, kv_len: len };
-        let attention = self.attention_options(options, &shape)?;
-        if let Some(output) = self.attend_at_once(x, &attention, &positions, &shape, branch)? {
+        let call = self.call(options);
+        let attention = self.attention_options(options, &shape, &call)?;
+        if let Some(output) = self.attend_at_once(x, &attention, &positions, &shape, branch, &call)? {
             return Ok(ForwardOutput { output, weights: None, scores: None, logsumexp: None });
         }
         let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
-        let query = self.queries(&normed, &positions)?;
-        let (key, value) = self.keys_and_values([&normed, &normed], &positions)?;
-        let attended = self.attend_heads(&query, key, value, attention)?;
+        let query = self.queries(&normed, &positions, &call)?;
+        let (key, value) = self.keys_and_values([&normed, &normed], &positions, &call)?;
+        let attended = self.attend_heads(&query, key, value, attention, &call)?;
         Ok(ForwardOutput { output: branch.finish(x, attended.output)?, ..attended })
     }
 
@@ -180,6 +190,7 @@ impl Core {
         positions: &Positions,
         shape: &ScoreShape,
         branch: Branch,
+        call: &Call,
     ) -> Result<Option<Tensor>> {
         let config = &self.config;
         let is_served = x.device().is_cpu()
@@ -210,8 +221,8 @@ impl Core {
         };
         let layer = FusedLayer {
             heads,
-            qkv: [&self.q_proj, &self.k_proj, &self.v_proj].map(Linear::clone),
-            out: self.o_proj.clone(),
+            qkv: SideBySide::new([self.q_proj.call(call)?, self.k_proj.call(call)?, self.v_proj.call(call)?])?,
+            out: self.o_proj.as_ref().map(|out| SideBySide::new([out.call(call)?])).transpose()?,
             branch: branch.to_owned(),
             scale: options.scale.unwrap_or(1.0 / (heads.head_dim as f64).sqrt()),
             softcap: options.softcap(),
@@ -245,16 +256,16 @@ impl Core {
 
     /// Attention over checked input with a batch axis.
     fn attend(&self, x: &Tensor, sources: [&Tensor; 2], options: &ForwardOptions) -> Result<ForwardOutput> {
-        let positions = options.positions(x, &[options.position_offset])?;
-        let query = self.queries(x, &positions)?;
-        let (key, value) = self.keys_and_values(sources, &positions)?;
-        let options = self.attention_options(options, &score_shape(&query, &key)?)?;
-        self.attend_heads(&query, key, value, options)
+        let (positions, call) = (options.positions(x, &[options.position_offset])?, self.call(options));
+        let query = self.queries(x, &positions, &call)?;
+        let (key, value) = self.keys_and_values(sources, &positions, &call)?;
+        let options = self.attention_options(options, &score_shape(&query, &key)?, &call)?;
+        self.attend_heads(&query, key, value, options, &call)
     }
 
     /// Queries (batch, len, num_heads, head_dim).
-    pub(super) fn queries(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
-        let query = split_heads(&self.q_proj, x, self.config.num_heads, self.config.head_dim())?;
+    pub(super) fn queries(&self, x: &Tensor, positions: &Positions, call: &Call) -> Result<Tensor> {
+        let query = split_heads(self.q_proj.call(call)?, x, self.config.num_heads, self.config.head_dim())?;
         self.normalise_and_rotate(query, self.qk_norm.as_ref().map(|(q_norm, _)| q_norm), positions)
     }
 
@@ -263,10 +274,11 @@ impl Core {
         &self,
         [key, value]: [&Tensor; 2],
         positions: &Positions,
+        call: &Call,
     ) -> Result<(Tensor, Tensor)> {
         let config = &self.config;
-        let key = split_heads(&self.k_proj, key, config.num_kv_heads(), config.head_dim())?;
-        let value = split_heads(&self.v_proj, value, config.num_kv_heads(), config.value_dim())?;
+        let key = split_heads(self.k_proj.call(call)?, key, config.num_kv_heads(), config.head_dim())?;
+        let value = split_heads(self.v_proj.call(call)?, value, config.num_kv_heads(), config.value_dim())?;
         let k_norm = self.qk_norm.as_ref().map(|(_, k_norm)| k_norm);
         Ok((self.normalise_and_rotate(key, k_norm, positions)?, value))
     }
@@ -290,17 +302,25 @@ impl Core {
         key: Tensor,
         value: Tensor,
         options: AttentionOptions,
+        call: &Call,
     ) -> Result<ForwardOutput> {
         let (key, value, options) = self.bias_kv.append(query, key, value, options)?;
         let attended = attention([query, &key, &value], HeadLayout::Blhd, InputAxes::Tokens, &options)?;
         let (batch, q_len, _, _) = attended.context.dims4()?;
         let output = [batch, q_len, self.config.output_dim()];
         let output = match &self.o_proj {
-            Some(o_proj) => project(o_proj, &attended.context, &output)?,
+            Some(o_proj) => project(o_proj.call(call)?, &attended.context, &output)?,
             None => attended.context.reshape(&output)?,
         };
         let AttentionOutput { weights, scores, logsumexp, .. } = attended;
         Ok(ForwardOutput { output, weights, scores, logsumexp })
+    }
+
+    /// What one call asks of the projections. Each call in training has a seed of its own.
+    pub(super) fn call<'a>(&self, options: &'a ForwardOptions) -> Call<'a> {
+        let drops = options.train && (self.config.dropout_p > 0.0 || self.q_proj.drops());
+        let nth = || philox::nth_seed(self.dropout_seed, self.dropout_calls.fetch_add(1, Ordering::Relaxed));
+        Call { adapter: &options.adapter, seed: drops.then(nth) }
     }
 
     /// The options of one call, for scores of this shape without the extra keys. Mask and bias are aligned with them.
@@ -308,16 +328,13 @@ impl Core {
         &self,
         options: &ForwardOptions,
         scores: &ScoreShape,
+        call: &Call,
     ) -> CandleResult<AttentionOptions> {
         let attn_mask = self.config.mask() & align_mask(&options.attn_mask, scores, InputAxes::Tokens)?;
         let align = |bias| align_bias(bias, scores, InputAxes::Tokens);
         let attn_bias = options.attn_bias.as_ref().map(align).transpose()?;
         let dropout_p = if options.train { self.config.dropout_p } else { 0.0 };
-        let dropout_seed = if dropout_p > 0.0 {
-            philox::nth_seed(self.dropout_seed, self.dropout_calls.fetch_add(1, Ordering::Relaxed))
-        } else {
-            0
-        };
+        let dropout_seed = call.seed.unwrap_or(0);
         Ok(AttentionOptions {
             scale: self.config.scale,
             softcap: self.config.softcap,
@@ -374,6 +391,34 @@ impl Core {
     }
 }
 
+impl Projections for Core {
+    fn projections(&self) -> Vec<(String, &Projection)> {
+        let all = [&self.q_proj, &self.k_proj, &self.v_proj].into_iter().chain(&self.o_proj);
+        all.map(|projection| (projection.name().to_string(), projection)).collect()
+    }
+
+    fn map_projections(&self, change: &mut Change) -> Result<Self> {
+        let mut changed = |projection: &Projection| change(projection.name(), projection);
+        let (q_proj, k_proj) = (changed(&self.q_proj)?, changed(&self.k_proj)?);
+        let (v_proj, o_proj) = (changed(&self.v_proj)?, self.o_proj.as_ref().map(changed).transpose()?);
+        Ok(Self { q_proj, k_proj, v_proj, o_proj, ..self.clone() })
+    }
+
+    fn frozen(&self) -> Self {
+        let detached = |pair: &Option<(Tensor, Tensor)>| pair.as_ref().map(|(a, b)| (a.detach(), b.detach()));
+        Self {
+            q_proj: self.q_proj.frozen(),
+            k_proj: self.k_proj.frozen(),
+            v_proj: self.v_proj.frozen(),
+            o_proj: self.o_proj.as_ref().map(Projection::frozen),
+            qk_norm: detached(&self.qk_norm),
+            sinks: self.sinks.as_ref().map(Tensor::detach),
+            bias_kv: BiasKv { learned: detached(&self.bias_kv.learned), zeros: self.bias_kv.zeros },
+            ..self.clone()
+        }
+    }
+}
+
 /// The scores of queries and keys (batch, len, heads, dim), of which a batch of 1 broadcasts.
 pub(super) fn score_shape(query: &Tensor, key: &Tensor) -> CandleResult<ScoreShape> {
     let (batch, q_len, num_heads, _) = query.dims4()?;
@@ -386,7 +431,7 @@ pub(super) fn batches_fit(input: usize, memory: usize) -> bool {
 }
 
 /// Projects all tokens and splits the result into heads, (batch, len, heads, dim).
-fn split_heads(projection: &Linear, x: &Tensor, heads: usize, dim: usize) -> CandleResult<Tensor> {
+fn split_heads(projection: Adapted, x: &Tensor, heads: usize, dim: usize) -> CandleResult<Tensor> {
     let (batch, len, _) = x.dims3()?;
     project(projection, x, &[batch, len, heads, dim])
 }

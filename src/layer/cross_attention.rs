@@ -14,6 +14,7 @@ use crate::layer::core::Core;
 use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::shared::shared_methods;
+use crate::projection::{Change, Projection, Projections};
 
 /// Cross-attention with trainable projections: every token of one sequence (a decoder's) attends to the tokens of
 /// another, the memory (an encoder's output).

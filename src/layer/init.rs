@@ -52,18 +52,21 @@ fn ask_for_memory(parameters: &[Parameter], vb: &VarBuilder) -> Result<(), Atten
 fn create_one(parameter: &Parameter, seed: u64, vb: &VarBuilder) -> CandleResult<Tensor> {
     let Parameter { name, shape, init } = parameter;
     let bound = match shape[..] {
+        [_, inputs] if *init == Init::LoraA => 1.0 / (inputs as f64).sqrt(),
         [outputs, inputs] => (6.0 / (inputs + outputs) as f64).sqrt(),
         [entries] => (6.0 / (entries + entries) as f64).sqrt(),
         _ => 0.0,
     };
     let (hint, count) = match init {
-        Init::XavierUniform => (candle_nn::Init::Uniform { lo: -bound, up: bound }, shape.iter().product()),
+        Init::XavierUniform | Init::LoraA => {
+            (candle_nn::Init::Uniform { lo: -bound, up: bound }, shape.iter().product())
+        }
         Init::Zeros => (candle_nn::Init::Const(0.0), 0),
         Init::Ones => (candle_nn::Init::Const(1.0), 0),
     };
     let is_new = !vb.contains_tensor(name);
     let tensor = vb.get_with_hints(shape.as_slice(), name, hint)?;
-    if is_new && *init == Init::XavierUniform && tensor.is_variable() {
+    if is_new && count > 0 && tensor.is_variable() {
         // candle's CPU generator can't be seeded, so its numbers are replaced.
         let seed = philox::named_seed(seed, &full_name(&vb.prefix(), name));
         let mut numbers = reserve("initial numbers of a parameter", count).map_err(AttentionError::from)?;

@@ -9,7 +9,6 @@ mod fused;
 pub(crate) mod init;
 mod kv_cache;
 mod options;
-pub(crate) mod projection;
 mod self_attention;
 mod shared;
 

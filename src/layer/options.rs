@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use crate::adapter::config::AdapterChoice;
 use crate::error::{AttentionError, Error, Result};
 use crate::mask::Mask;
 use crate::rotary::Positions;
@@ -26,6 +27,8 @@ pub struct ForwardOptions {
     pub position_ids: Option<Tensor>,
     /// Which implementation computes the attention.
     pub backend: Backend,
+    /// Which [adapter](crate::adapter) is used.
+    pub adapter: AdapterChoice,
     /// Whether to return [`ForwardOutput::weights`]. This changes no other number.
     pub return_weights: bool,
     /// Which [`ForwardOutput::scores`] to return, if any. This changes no other number.

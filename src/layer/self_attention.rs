@@ -15,6 +15,7 @@ use crate::layer::init;
 use crate::layer::kv_cache::KvCache;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::shared::shared_methods;
+use crate::projection::{Change, Projection, Projections};
 use crate::rotary::RotaryEmbedding;
 
 /// Self-attention with trainable projections: every token of a sequence attends to the tokens of the same sequence.

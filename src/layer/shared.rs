@@ -71,7 +71,7 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// Too little memory on the device.
+            /// A layer with adapters that aren't merged; too little memory on the device.
             pub fn trainable(&self) -> Result<Self> {
                 Ok(Self(self.0.trainable()?))
             }
@@ -83,22 +83,22 @@ macro_rules! shared_methods {
 
             /// W_Q: embed_dim -> num_heads · head_dim.
             pub fn q_proj(&self) -> &Linear {
-                &self.0.q_proj
+                self.0.q_proj.linear()
             }
 
             /// W_K: kv_dim -> num_kv_heads · head_dim.
             pub fn k_proj(&self) -> &Linear {
-                &self.0.k_proj
+                self.0.k_proj.linear()
             }
 
             /// W_V: value_input_dim -> num_kv_heads · value_dim.
             pub fn v_proj(&self) -> &Linear {
-                &self.0.v_proj
+                self.0.v_proj.linear()
             }
 
             /// W_O: num_heads · value_dim -> embed_dim.
             pub fn o_proj(&self) -> Option<&Linear> {
-                self.0.o_proj.as_ref()
+                self.0.o_proj.as_ref().map(Projection::linear)
             }
 
             /// Every parameter with its name, always in the same order.
@@ -107,9 +107,11 @@ macro_rules! shared_methods {
             }
 
             /// The parameters that an optimiser can train, always in the same order. These are all parameters of a
-            /// layer that was loaded or built on a `VarMap`, and none of one built on a read-only `VarBuilder`.
+            /// layer that was loaded or built on a `VarMap`, and none of one built on a read-only `VarBuilder`. With
+            /// [adapters](crate::adapter) they are theirs alone.
             pub fn vars(&self) -> Vec<Var> {
-                let tensors = self.0.parameters().into_iter().map(|(_, tensor)| tensor);
+                let own = self.0.parameters().into_iter().map(|(_, tensor)| tensor);
+                let tensors = own.chain(self.0.adapter_tensors());
                 tensors.filter(|tensor| tensor.is_variable()).filter_map(|x| Var::from_tensor(x).ok()).collect()
             }
 
@@ -130,8 +132,8 @@ macro_rules! shared_methods {
             /// # Errors
             ///
             /// A folder that can't be written to, or a full disk; parameters that are NaN or infinite, since no layer
-            /// could load them; a rotary embedding from tables, which a file doesn't hold. An earlier file is then
-            /// unchanged.
+            /// could load them; a rotary embedding from tables, or adapters that aren't merged, which a file doesn't
+            /// hold. An earlier file is then unchanged.
             pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
                 Ok(attention_files::write(path.as_ref(), &self.to_bytes()?)?)
             }
@@ -141,7 +143,7 @@ macro_rules! shared_methods {
             /// # Errors
             ///
             /// Parameters that can't be copied from their device, or that are NaN or infinite; a rotary embedding from
-            /// tables, which a file doesn't hold.
+            /// tables, or adapters that aren't merged, which a file doesn't hold.
             pub fn to_bytes(&self) -> Result<Vec<u8>> {
                 checkpoint::to_bytes(&self.0.header()?, self.0.parameters())
             }
@@ -151,8 +153,9 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// A layer with parameters that the layout has no name for.
+            /// A layer with adapters that aren't merged, or with parameters that the layout has no name for.
             pub fn to_layout(&self, layout: Layout) -> Result<Vec<(String, Tensor)>> {
+                self.0.check_without_adapters()?;
                 checkpoint::to_tensors(&checkpoint::Plan::of_attention(layout, &self.0.config)?, &self.0.parameters())
             }
 
@@ -165,6 +168,20 @@ macro_rules! shared_methods {
             pub fn save_layout(&self, layout: Layout, prefix: &str, path: impl AsRef<Path>) -> Result<()> {
                 let bytes = checkpoint::to_file(&self.to_layout(layout)?, prefix)?;
                 Ok(attention_files::write(path.as_ref(), &bytes)?)
+            }
+        }
+
+        impl Projections for $Layer {
+            fn projections(&self) -> Vec<(String, &Projection)> {
+                self.0.projections()
+            }
+
+            fn map_projections(&self, change: &mut Change) -> Result<Self> {
+                Ok(Self(self.0.map_projections(change)?))
+            }
+
+            fn frozen(&self) -> Self {
+                Self(self.0.frozen())
             }
         }
     };

@@ -13,8 +13,8 @@ use super::{CrossEntropyOptions, cross_entropy};
 use crate::block::op::{Dtype, Function, Gradient, apply};
 use crate::check::{check_device, check_dtype};
 use crate::error::{AttentionError, Result};
-use crate::layer::projection::project;
 use crate::memory;
+use crate::projection::project;
 
 /// The cross-entropy of logits = hidden · weightᵀ + bias, as [`cross_entropy`] computes it, without ever holding all logits.
 ///
@@ -61,7 +61,8 @@ pub fn linear_cross_entropy(
     check_device("targets", targets, hidden)?;
     let labels = labels::read(targets, rows, vocabulary, options.ignore_index)?;
     if !hidden.device().is_cpu() {
-        let logits = project(&Linear::new(weight.clone(), bias.cloned()), hidden, &[rows, &[vocabulary]].concat())?;
+        let logits =
+            project(Linear::new(weight.clone(), bias.cloned()).into(), hidden, &[rows, &[vocabulary]].concat())?;
         return cross_entropy(&logits, targets, options);
     }
     let wanted =

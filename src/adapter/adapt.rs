@@ -1,0 +1,228 @@
+//! [`Adapt`]: adapters added to a layer, chosen, merged.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+
+use crate::adapter::config::LoraConfig;
+use crate::checkpoint::is_finite;
+use crate::error::{AttentionError, Result};
+use crate::layer::config::{Init, Parameter};
+use crate::layer::init::create_parameters;
+use crate::projection::{Adapter, LowRank, Projection, Projections};
+
+/// A layer that can have adapters: [`SelfAttention`](crate::SelfAttention), [`CrossAttention`](crate::CrossAttention),
+/// [`TransformerBlock`](crate::block::TransformerBlock), [`Mlp`](crate::block::Mlp) and [`LoraLinear`](crate::adapter::LoraLinear).
+///
+/// The methods return a new layer, which shares the tensors of the old one. All parameters of the new layer but those of its adapters are
+/// constants: no gradient of them is computed. See [the module](crate::adapter) for an example.
+pub trait Adapt: Projections + Clone {
+    /// This layer with a LoRA adapter more, which becomes the active one. For each target, `lora_A.weight` (rank, in) and
+    /// `lora_B.weight` (out, rank) are read from `vb` or created in it, under the target's name: `q_proj.lora_A.weight` of an
+    /// attention, `attention.q_proj.lora_A.weight` and `mlp.up.lora_A.weight` of a block. New A are uniform in ±1/sqrt(in), new B are
+    /// zero, so that a new adapter changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// A config that can't be used (see [`LoraConfig::validate`]); a target that the layer doesn't have; a rank above the smaller size of
+    /// a target's weight; a name that is empty or that another adapter has; an adapter that is merged; a `vb` of another dtype or device
+    /// than the layer's parameters; tensors that `vb` holds in another shape, or that aren't finite. No parameter is then created.
+    fn with_lora(&self, name: &str, config: &LoraConfig, vb: VarBuilder) -> Result<Self> {
+        config.check()?;
+        check_name(self, name)?;
+        check_targets(self, config)?;
+        check_builder(self, &vb)?;
+        let parameters = create_parameters(wanted(self, config)?, |_| config.seed, &vb)?;
+        let find = |name: String| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
+        let scale = config.scale();
+        attach(self, name, config, |target| {
+            let (a, b) = (find(format!("{target}.{LORA_A}"))?, find(format!("{target}.{LORA_B}"))?);
+            Some(LowRank { a, b, scale })
+        })
+    }
+
+    /// The names of the adapters, in the order in which they were added.
+    fn adapters(&self) -> Vec<String> {
+        let projections = self.projections();
+        let first = projections.first().map_or(&[][..], |(_, projection)| projection.adapters());
+        first.iter().map(|adapter| adapter.name.to_string()).collect()
+    }
+
+    /// The name of the adapter that calls use which choose none.
+    fn active_adapter(&self) -> Option<String> {
+        self.projections().first().and_then(|(_, projection)| projection.active()).map(|name| name.to_string())
+    }
+
+    /// The config of an adapter.
+    ///
+    /// # Errors
+    ///
+    /// A name that no adapter has.
+    fn adapter_config(&self, name: &str) -> Result<LoraConfig> {
+        match self.projections().first() {
+            Some((_, projection)) => Ok(LoraConfig::clone(&projection.adapter(name)?.config)),
+            None => Err(unknown(name).into()),
+        }
+    }
+
+    /// The matrices of an adapter with their names in the layer, always in the same order.
+    ///
+    /// # Errors
+    ///
+    /// A name that no adapter has.
+    fn adapter_parameters(&self, name: &str) -> Result<Vec<(String, Tensor)>> {
+        let mut parameters = Vec::new();
+        for (target, projection) in self.projections() {
+            if let Some(LowRank { a, b, .. }) = &projection.adapter(name)?.low_rank {
+                parameters.push((format!("{target}.{LORA_A}"), a.clone()));
+                parameters.push((format!("{target}.{LORA_B}"), b.clone()));
+            }
+        }
+        Ok(parameters)
+    }
+
+    /// This layer with another active adapter, or with none.
+    ///
+    /// # Errors
+    ///
+    /// A name that no adapter has.
+    fn with_active_adapter(&self, name: Option<&str>) -> Result<Self> {
+        self.map_projections(&mut |_, projection| projection.with_active(name))
+    }
+
+    /// This layer without an adapter. If it was the active one, no adapter is active.
+    ///
+    /// # Errors
+    ///
+    /// A name that no adapter has; an adapter that is merged.
+    fn without_adapter(&self, name: &str) -> Result<Self> {
+        self.map_projections(&mut |_, projection| projection.without_adapter(name))
+    }
+
+    /// This layer with W + s · B · A as the weight of each target: as fast as a layer without adapters, with which it shares the methods
+    /// that save it. Calls can use no other adapter until [`unmerge`](Self::unmerge).
+    ///
+    /// # Errors
+    ///
+    /// A name that no adapter has; an adapter that is merged already; a sum that isn't finite; too little memory.
+    fn merge(&self, name: &str) -> Result<Self> {
+        self.map_projections(&mut |target, projection| {
+            let merged = projection.merge(name)?;
+            if !is_finite(merged.weight())? {
+                let expected = format!("a finite sum with the weight of {target}");
+                let got = "NaN or infinity".to_string();
+                return Err(AttentionError::Adapter { name: name.into(), expected, got }.into());
+            }
+            Ok(merged)
+        })
+    }
+
+    /// This layer with the merged adapter apart from the weights again. The weights are those of before, up to the rounding of a sum and a
+    /// difference. A layer without a merged adapter stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// Too little memory.
+    fn unmerge(&self) -> Result<Self> {
+        self.map_projections(&mut |_, projection| projection.unmerge())
+    }
+}
+
+impl<L: Projections + Clone> Adapt for L {}
+
+/// The names of the matrices behind that of their linear layer, as in PEFT's files.
+pub(crate) const LORA_A: &str = "lora_A.weight";
+pub(crate) const LORA_B: &str = "lora_B.weight";
+
+/// The layer as constants, with an adapter more.
+pub(crate) fn attach<L: Projections>(
+    layer: &L,
+    name: &str,
+    config: &LoraConfig,
+    mut low_rank: impl FnMut(&str) -> Option<LowRank>,
+) -> Result<L> {
+    let (name, config): (Arc<str>, _) = (name.into(), Arc::new(config.clone()));
+    layer.frozen().map_projections(&mut |target, projection| {
+        let adapter = Adapter { name: name.clone(), config: config.clone(), low_rank: low_rank(target) };
+        Ok(projection.with_adapter(adapter))
+    })
+}
+
+/// Refuses the name of a new adapter, or an adapter beside one that is merged.
+pub(crate) fn check_name<L: Projections>(layer: &L, name: &str) -> Result<(), AttentionError> {
+    let refused = |expected: &str, got: &str| {
+        Err(AttentionError::Adapter { name: name.into(), expected: expected.into(), got: got.into() })
+    };
+    if name.is_empty() {
+        return refused("a name", "an empty one");
+    }
+    for (_, projection) in layer.projections() {
+        projection.check_not_merged()?;
+        if projection.adapter(name).is_ok() {
+            return refused("a name that no other adapter has", "one that is there already");
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a `VarBuilder` of another dtype or device than the layer's.
+fn check_builder<L: Projections>(layer: &L, vb: &VarBuilder) -> Result<(), AttentionError> {
+    let tensor = "VarBuilder of an adapter";
+    for (_, projection) in layer.projections() {
+        let weight = projection.weight();
+        if vb.dtype() != weight.dtype() {
+            let expected = format!("{:?}, that of the layer's parameters", weight.dtype());
+            return Err(AttentionError::DType { tensor, expected, got: vb.dtype() });
+        }
+        let (expected, got) = (weight.device().location(), vb.device().location());
+        if expected != got {
+            return Err(AttentionError::Device { tensor, expected, got });
+        }
+    }
+    Ok(())
+}
+
+fn unknown(name: &str) -> AttentionError {
+    AttentionError::Adapter { name: name.into(), expected: "a layer with adapters".into(), got: "one without".into() }
+}
+
+/// Refuses targets that the layer doesn't have.
+fn check_targets<L: Projections>(layer: &L, config: &LoraConfig) -> Result<(), AttentionError> {
+    let names: Vec<_> = layer.projections().into_iter().map(|(name, _)| name).collect();
+    for target in &config.targets {
+        let alone = LoraConfig { targets: vec![*target], ..config.clone() };
+        if !names.iter().any(|name| L::is_target(name, &alone)) {
+            let expected = format!("linear layers that there are: {}", names.join(", "));
+            return Err(AttentionError::Config { field: "lora.targets", expected, got: target.to_string() });
+        }
+    }
+    Ok(())
+}
+
+/// The parameters of a new adapter.
+fn wanted<L: Projections>(layer: &L, config: &LoraConfig) -> Result<Vec<Parameter>, AttentionError> {
+    let mut parameters = Vec::new();
+    for (name, projection) in layer.projections().into_iter().filter(|(name, _)| L::is_target(name, config)) {
+        let [outputs, inputs] = check_rank(&name, projection, config.rank)?;
+        let a =
+            Parameter { name: format!("{name}.{LORA_A}").into(), shape: vec![config.rank, inputs], init: Init::LoraA };
+        let b =
+            Parameter { name: format!("{name}.{LORA_B}").into(), shape: vec![outputs, config.rank], init: Init::Zeros };
+        parameters.extend([a, b]);
+    }
+    Ok(parameters)
+}
+
+/// The sizes of a target's weight, which the rank must fit.
+pub(crate) fn check_rank(name: &str, projection: &Projection, rank: usize) -> Result<[usize; 2], AttentionError> {
+    let dims = projection.weight().dims();
+    let largest = dims.iter().copied().min().unwrap_or(0);
+    match *dims {
+        [outputs, inputs] if (1..=largest).contains(&rank) => Ok([outputs, inputs]),
+        _ => {
+            let expected = format!("1 to {largest} for {name}, whose weight is {dims:?}");
+            Err(AttentionError::Config { field: "lora.rank", expected, got: rank.to_string() })
+        }
+    }
+}

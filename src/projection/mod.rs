@@ -1,0 +1,226 @@
+//! [`Projection`]: a linear layer inside another layer, with the adapters that were added to it.
+
+mod low_rank;
+mod op;
+mod side_by_side;
+
+use std::sync::Arc;
+
+use attention_kernels::{Dropout, philox};
+use candle_core::Tensor;
+use candle_nn::Linear;
+
+use crate::adapter::config::{AdapterChoice, LoraConfig};
+use crate::error::{AttentionError, Result};
+pub(crate) use low_rank::LowRank;
+pub(crate) use op::project;
+pub(crate) use side_by_side::{Adapted, Reduced, SideBySide};
+
+/// An adapter at one linear layer.
+#[derive(Clone, Debug)]
+pub(crate) struct Adapter {
+    pub(crate) name: Arc<str>,
+    pub(crate) config: Arc<LoraConfig>,
+    /// `None` where this linear layer is no target.
+    pub(crate) low_rank: Option<LowRank>,
+}
+
+/// What one call of a layer asks of its projections.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Call<'a> {
+    pub(crate) adapter: &'a AdapterChoice,
+    /// The seed of the call's dropout, in training only.
+    pub(crate) seed: Option<u64>,
+}
+
+impl Default for Call<'_> {
+    fn default() -> Self {
+        Self { adapter: &AdapterChoice::Active, seed: None }
+    }
+}
+
+/// Changes one projection of a layer, whose name in the layer it is given.
+pub(crate) type Change<'a> = dyn FnMut(&str, &Projection) -> Result<Projection> + 'a;
+
+/// A layer of projections.
+#[doc(hidden)]
+pub trait Projections: Sized {
+    /// Every projection with its name in the layer, as `attention.q_proj`, always in the same order.
+    fn projections(&self) -> Vec<(String, &Projection)>;
+
+    /// The same layer with other projections.
+    fn map_projections(&self, change: &mut Change) -> Result<Self>;
+
+    /// The same layer with constants as parameters, but for those of adapters.
+    fn frozen(&self) -> Self;
+
+    /// The matrices of all adapters.
+    fn adapter_tensors(&self) -> Vec<&Tensor> {
+        self.projections().into_iter().flat_map(|(_, projection)| projection.adapter_tensors()).collect()
+    }
+
+    /// Whether an adapter belongs to the projection of this name.
+    fn is_target(name: &str, config: &LoraConfig) -> bool {
+        config.targets.iter().any(|target| name.rsplit('.').next() == Some(target.name()))
+    }
+}
+
+/// A linear layer with its adapters. All projections of a model that was adapted as a whole have adapters of the same names.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// Its name in the layer, as `q_proj`.
+    name: &'static str,
+    linear: Linear,
+    adapters: Vec<Adapter>,
+    active: Option<Arc<str>>,
+    /// The adapter that is a part of the weight.
+    merged: Option<Arc<str>>,
+}
+
+impl Projection {
+    pub(crate) fn new(name: &'static str, linear: Linear) -> Self {
+        Self { name, linear, adapters: vec![], active: None, merged: None }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The linear layer without adapters that aren't merged.
+    pub(crate) fn linear(&self) -> &Linear {
+        &self.linear
+    }
+
+    pub(crate) fn weight(&self) -> &Tensor {
+        self.linear.weight()
+    }
+
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
+        self.linear.bias()
+    }
+
+    pub(crate) fn adapters(&self) -> &[Adapter] {
+        &self.adapters
+    }
+
+    pub(crate) fn active(&self) -> Option<&Arc<str>> {
+        self.active.as_ref()
+    }
+
+    /// The adapters' matrices, with their names in the layer but for the adapter's own.
+    pub(crate) fn adapter_tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.adapters
+            .iter()
+            .filter_map(|adapter| adapter.low_rank.as_ref())
+            .flat_map(|low_rank| [&low_rank.a, &low_rank.b])
+    }
+
+    /// The adapter of this name.
+    pub(crate) fn adapter(&self, name: &str) -> Result<&Adapter, AttentionError> {
+        self.adapters.iter().find(|adapter| &*adapter.name == name).ok_or_else(|| {
+            let known: Vec<_> = self.adapters.iter().map(|adapter| &*adapter.name).collect();
+            let expected = if known.is_empty() {
+                "no name, since there is no adapter".into()
+            } else {
+                format!("one of {}", known.join(", "))
+            };
+            AttentionError::Adapter { name: name.into(), expected, got: "none of this name".into() }
+        })
+    }
+
+    /// The linear layer in one call.
+    pub(crate) fn call(&self, call: &Call) -> Result<Adapted, AttentionError> {
+        let name = match call.adapter {
+            AdapterChoice::Active => self.active.as_deref(),
+            AdapterChoice::Base => None,
+            AdapterChoice::Named(name) => Some(name.as_str()),
+        };
+        let adapter = name.map(|name| self.adapter(name)).transpose()?;
+        let plain = || Adapted::from(self.linear.clone());
+        if let Some(merged) = &self.merged {
+            if name == Some(merged) {
+                return Ok(plain());
+            }
+            let expected = "it alone to be used, since it is merged into the weights".to_string();
+            let got = name.map_or("a call without adapter".into(), |name| format!("a call with adapter {name}"));
+            return Err(AttentionError::Adapter { name: merged.to_string(), expected, got });
+        }
+        let Some(Adapter { config, low_rank: Some(low_rank), .. }) = adapter else { return Ok(plain()) };
+        let dropout = call.seed.filter(|_| config.dropout_p > 0.0);
+        let dropout = dropout.map(|seed| Dropout { p: config.dropout_p, seed: philox::named_seed(seed, self.name) });
+        Ok(Adapted { linear: self.linear.clone(), low_rank: Some(low_rank.clone()), dropout })
+    }
+
+    /// Whether a call in training drops inputs of an adapter.
+    pub(crate) fn drops(&self) -> bool {
+        self.adapters.iter().any(|adapter| adapter.config.dropout_p > 0.0)
+    }
+
+    /// The same linear layer as a constant.
+    pub(crate) fn frozen(&self) -> Self {
+        let linear = Linear::new(self.weight().detach(), self.bias().map(Tensor::detach));
+        Self { linear, ..self.clone() }
+    }
+
+    /// With one adapter more, which becomes the active one.
+    pub(crate) fn with_adapter(&self, adapter: Adapter) -> Self {
+        let active = Some(adapter.name.clone());
+        let adapters = self.adapters.iter().cloned().chain([adapter]).collect();
+        Self { adapters, active, ..self.clone() }
+    }
+
+    /// Without the adapter of this name.
+    pub(crate) fn without_adapter(&self, name: &str) -> Result<Self> {
+        self.adapter(name)?;
+        self.check_not_merged()?;
+        let adapters = self.adapters.iter().filter(|adapter| &*adapter.name != name).cloned().collect();
+        let active = self.active.clone().filter(|active| **active != *name);
+        Ok(Self { adapters, active, ..self.clone() })
+    }
+
+    /// With this adapter as the active one.
+    pub(crate) fn with_active(&self, name: Option<&str>) -> Result<Self> {
+        let active = name.map(|name| self.adapter(name).map(|adapter| adapter.name.clone())).transpose()?;
+        Ok(Self { active, ..self.clone() })
+    }
+
+    /// With the adapter of this name as a part of the weight.
+    pub(crate) fn merge(&self, name: &str) -> Result<Self> {
+        let name = self.adapter(name)?.name.clone();
+        self.check_not_merged()?;
+        self.with_changed_weight(&name, 1.0, Some(name.clone()))
+    }
+
+    /// With the merged adapter apart from the weight again.
+    pub(crate) fn unmerge(&self) -> Result<Self> {
+        match &self.merged {
+            Some(name) => self.with_changed_weight(name, -1.0, None),
+            None => Ok(self.clone()),
+        }
+    }
+
+    fn with_changed_weight(&self, name: &Arc<str>, sign: f64, merged: Option<Arc<str>>) -> Result<Self> {
+        let linear = match &self.adapter(name)?.low_rank {
+            Some(low_rank) => Linear::new(low_rank.added_to(self.weight(), sign)?, self.bias().cloned()),
+            None => self.linear.clone(),
+        };
+        Ok(Self { linear, active: Some(name.clone()), merged, ..self.clone() })
+    }
+
+    /// Refuses an adapter that isn't merged.
+    pub(crate) fn check_without_adapters(&self) -> Result<(), AttentionError> {
+        match self.adapters.first() {
+            Some(Adapter { name, .. }) if self.merged.is_none() => {
+                let expected = "one that is merged into the weights, or none".to_string();
+                Err(AttentionError::Adapter { name: name.to_string(), expected, got: "one beside them".into() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn check_not_merged(&self) -> Result<(), AttentionError> {
+        let Some(merged) = &self.merged else { return Ok(()) };
+        let expected = "an adapter apart from the weights (unmerge it first)".to_string();
+        Err(AttentionError::Adapter { name: merged.to_string(), expected, got: "one that is merged".into() })
+    }
+}
