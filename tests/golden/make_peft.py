@@ -107,7 +107,7 @@ KINDS = [
         },
     ),
     Kind(
-        # A regular expression, of which the whole name of a module must be an instance; no task, so there is an `auto_mapping`.
+        # A regular expression that must match a module's whole name. No task, so there is an `auto_mapping`.
         "bert_regex", hf.BertModel, bert, "encoder.layer",
         {
             "r": 3, "lora_alpha": 4, "use_rslora": True,
@@ -231,20 +231,31 @@ def layer_names(kind):
     return [f"{kind.layers}.{i}" for i in range(2)]
 
 
-def run_layers(kind, model, x):
-    """The outputs of both layers, the second on that of the first. `model` is the base model, with an adapter or without."""
-    names = layer_names(kind)
-    seen = watch(model, names)
+def layers_of(kind, model):
+    """The two layers as functions of hidden states. `model` is the base model, with an adapter or without, and the mask and the
+    rotary angles that it hands to its layers belong to the functions."""
+    seen = watch(model, layer_names(kind))
     with torch.no_grad():
         model(input_ids=torch.ones(BATCH, LENGTH, dtype=torch.long), use_cache=False)
-    outputs = []
-    for name in names:
-        args, kwargs = seen[name]
-        # The mask and the rotary angles are the model's own; the hidden states aren't.
+
+    def function(name, args, kwargs):
         args = args[1:] if args else args
         kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        x = model.get_submodule(name)(x, *args, **kwargs)
-        x = x[0] if isinstance(x, tuple) else x
+
+        def run(x):
+            output = model.get_submodule(name)(x, *args, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        return run
+
+    return [function(name, *seen[name]) for name in layer_names(kind)]
+
+
+def run_layers(layers, x):
+    """The outputs of the layers, each on that of the one before."""
+    outputs = []
+    for layer in layers:
+        x = layer(x)
         outputs.append(x)
     return outputs
 
@@ -253,10 +264,10 @@ def output_tensors(kind, x):
     model = load_adapter(kind, torch.float64)
     ways = {}
     with float64_for_float32(), torch.no_grad():
-        ways["active"] = run_layers(kind, model.get_base_model(), x)
+        ways["active"] = run_layers(layers_of(kind, model.get_base_model()), x)
         with model.disable_adapter():
-            ways["disabled"] = run_layers(kind, model.get_base_model(), x)
-        ways["merged"] = run_layers(kind, model.merge_and_unload(), x)
+            ways["disabled"] = run_layers(layers_of(kind, model.get_base_model()), x)
+        ways["merged"] = run_layers(layers_of(kind, model.merge_and_unload()), x)
     for active, disabled, merged in zip(*ways.values()):
         assert (active - merged).abs().max() < 1e-12, f"{kind.name}: merging changes the output"
         assert (active - disabled).abs().max() > 0.1, f"{kind.name}: the adapter does little"
@@ -264,15 +275,15 @@ def output_tensors(kind, x):
 
 
 def train(kind, model, x, target):
+    layers = layers_of(kind, model.get_base_model())
     parameters = adapter_parameters(model)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len([name for name in trainable if ".lora_" in name]) == len(parameters)
+    assert all(parameter.requires_grad for parameter in parameters.values())
     options = {name: value for name, value in TRAIN.items() if name != "steps"}
     optimizer = torch.optim.AdamW(parameters.values(), **options)
     losses, tensors = [], {}
     for step in range(TRAIN["steps"]):
         optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(run_layers(kind, model.get_base_model(), x)[-1], target)
+        loss = torch.nn.functional.mse_loss(run_layers(layers, x)[-1], target)
         loss.backward()
         losses.append(loss.detach())
         if step == 0:
