@@ -56,6 +56,7 @@
 //! | 3 | `softmax/bf16` | the softmax of scores computed by tiles, which rounds weights to bf16 |
 //! | 3 | `embedding`, `optimizer` | rows of a table, and their gradient; steps of AdamW, and norms |
 //! | 3 | `rotary` | rotary position embedding, in place |
+//! | 3 | `quantised` | matrices in blocks of a few bits a number |
 //! | 2 | `gemm/bf16_dot` | products of bf16 in pairs (AVX512-BF16) |
 //! | 2 | `gemm/nan_safe` | sums to which a weight of zero adds nothing |
 //! | 2 | `softmax` | every softmax: online, of splits, and backward; a row's maximum (plain scores: inside `gemm`) |
@@ -106,6 +107,7 @@ pub mod philox;
 mod pointwise;
 mod prefill;
 mod problem;
+pub mod quantised;
 pub mod residual;
 pub mod rotary;
 mod schedule;

@@ -7,6 +7,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use half::bf16;
+use half::slice::HalfBitsSliceExt;
 use pulp::bytemuck::cast_slice_mut;
 use pulp::{Simd, WithSimd};
 
@@ -55,7 +56,7 @@ struct Memory<'m> {
     right: &'m mut [u32],
     /// A block of rows \[32\]\[depth / 2\].
     left: &'m mut [u32],
-    /// A block or a panel before it is transposed.
+    /// A block or a panel before it is transposed, or what is decoded of a quantised operand.
     scratch: &'m mut [u32],
     /// Rows of whole panels: all of the tile's in whole blocks, or one block of them.
     sums: &'m mut [f32],
@@ -86,11 +87,8 @@ impl WithSimd for Compute<'_, '_, '_> {
         let mut done = 0;
         for (a, b) in self.tile.pairs {
             for (k, depth) in k_blocks(a.dims()[1]) {
-                let panels = memory.right.chunks_exact_mut(BLOCK * depth / 2);
-                for (first, panel) in self.tile.columns.clone().step_by(BLOCK).zip(panels) {
-                    let columns = first..self.tile.columns.end.min(first + BLOCK);
-                    pack_right(simd, tiles.dot(), b, k.clone(), depth, columns, memory.scratch, panel);
-                }
+                let columns = self.tile.columns.clone();
+                pack_panels(simd, tiles.dot(), b, k.clone(), depth, columns, &mut memory);
                 let step = Step { a, k, depth, is_first: done == 0, is_last: done + 1 == steps };
                 self.step(simd, tiles, &step, &mut memory);
                 done += 1;
@@ -207,6 +205,27 @@ fn left_rows<'m, S: Simd>(
     Matrix::new(cast_slice_mut::<u32, u16>(to), count.next_multiple_of(TILE), depth, depth)
 }
 
+/// Packs the panels of a step.
+#[inline(always)]
+fn pack_panels<S: Simd>(
+    simd: S,
+    dot: Bf16Dot,
+    b: &Operand<bf16>,
+    k: Range<usize>,
+    depth: usize,
+    columns: Range<usize>,
+    memory: &mut Memory,
+) {
+    if b.is_quantised() && b.strides()[1] == 1 {
+        return pack_decoded_rows(dot, b, k, depth, columns, memory);
+    }
+    let panels = memory.right.chunks_exact_mut(BLOCK * depth / 2);
+    for (first, panel) in columns.clone().step_by(BLOCK).zip(panels) {
+        let of_panel = first..columns.end.min(first + BLOCK);
+        pack_right(simd, dot, b, k.clone(), depth, of_panel, memory.scratch, panel);
+    }
+}
+
 /// Columns of the right operand as a panel \[depth / 2\]\[32\] of pairs, with zeros around them.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // a part of an operand, and where it goes
@@ -227,7 +246,10 @@ fn pack_right<S: Simd>(
     }
     // Rows of pairs, and these transposed.
     let rows: &mut [u16] = cast_slice_mut(scratch);
-    if row_stride == 1 {
+    if b.is_quantised() {
+        rows.chunks_exact_mut(depth).take(count).for_each(|row| row[k.len()..].fill(0));
+        b.decode_to::<bf16>(k, columns, rows.reinterpret_cast_mut(), depth);
+    } else if row_stride == 1 {
         Matrix::new(from, count, k.len(), column_stride).bits().copy_padded(rows, depth);
     } else {
         gather(from, [column_stride, row_stride], [count, k.len()], rows, depth);
@@ -236,6 +258,34 @@ fn pack_right<S: Simd>(
     transposed(simd, pairs, panel, BLOCK);
     if count < BLOCK {
         panel.chunks_exact_mut(BLOCK).for_each(|row| row[count..].fill(0));
+    }
+}
+
+/// Packs all panels of a quantised right operand whose rows are in one piece each. A few rows are decoded at a time, in the order in
+/// which they lie in memory.
+#[inline(always)]
+fn pack_decoded_rows(
+    dot: Bf16Dot,
+    b: &Operand<bf16>,
+    k: Range<usize>,
+    depth: usize,
+    columns: Range<usize>,
+    memory: &mut Memory,
+) {
+    let rows: &mut [u16] = cast_slice_mut(memory.scratch);
+    let count = columns.len();
+    // Whole pairs. The scratch has room for two rows, since a tile has at most 512 columns and a block of k at least 32 rows.
+    let at_once = (rows.len() / count).min(BLOCK) / 2 * 2;
+    for first in k.clone().step_by(at_once) {
+        let end = k.end.min(first + at_once);
+        b.decode_to::<bf16>(first..end, columns.clone(), rows.reinterpret_cast_mut(), count);
+        let decoded = Matrix::new(&*rows, end - first, count, count);
+        // Zeros behind the last row.
+        let (done, end_of_panel) = (first - k.start, if end == k.end { depth } else { end - k.start });
+        for (start, panel) in (0..count).step_by(BLOCK).zip(memory.right.chunks_exact_mut(BLOCK * depth / 2)) {
+            let part = decoded.block(0..end - first, start..count.min(start + BLOCK));
+            interleave(dot, part, end_of_panel - done, &mut panel[done / 2 * BLOCK..]);
+        }
     }
 }
 

@@ -39,7 +39,9 @@ pub(super) fn suits<E: Number>(rows: usize, pairs: &[(Operand<E>, Operand<E>)]) 
 /// Numbers of scratch for rows of the left operand, and for those of the right one.
 pub(super) fn scratch_sizes<E: Number>(rows: usize, columns: usize, pairs: &[(Operand<E>, Operand<E>)]) -> [usize; 2] {
     let k = pairs.iter().map(|(a, _)| a.dims()[1]).max().unwrap_or(0);
-    if E::as_floats(&[]).is_some() { [rows * k, 0] } else { [rows * k, (MAX_DOTS * k).max(K_BLOCK * columns)] }
+    let is_quantised = pairs.iter().any(|(_, b)| b.is_quantised());
+    let is_read_in_place = E::as_floats(&[]).is_some() && !is_quantised;
+    if is_read_in_place { [rows * k, 0] } else { [rows * k, (MAX_DOTS * k).max(K_BLOCK * columns)] }
 }
 
 /// Columns whose dot products are computed at a time.
@@ -59,6 +61,9 @@ pub(super) fn add_product<E: Number>(
     }
     let arch = instruction_set();
     let a = rows_of(a, rows, k, left);
+    if b.is_quantised() {
+        return add_decoded(a, b, columns, right, sums);
+    }
     let [row_stride, column_stride] = b.strides();
     if row_stride == 1 {
         let weights = Matrix::new(b.from(0, columns.start), columns.len(), k, column_stride);
@@ -78,6 +83,33 @@ pub(super) fn add_product<E: Number>(
         let count = K_BLOCK.min(k - first);
         let weights = Matrix::new(b.from(first, columns.start), count, columns.len(), row_stride);
         let weights = weights.downcast().unwrap_or_else(|| widen_rows(weights, right));
+        arch.dispatch(AddRows { a, first, weights, sums: sums.reborrow() });
+    }
+}
+
+/// sums += a · b, for columns `columns` of a quantised b. It is decoded a strip at a time, which stays in the second-level cache.
+fn add_decoded<E: Number>(
+    a: Matrix<E::Float>,
+    b: &Operand<E>,
+    columns: Range<usize>,
+    strip: &mut [E::Float],
+    mut sums: MatrixMut<E::Float>,
+) {
+    let (arch, rows, k) = (instruction_set(), a.rows(), a.columns());
+    if b.strides()[0] == 1 {
+        for first in columns.clone().step_by(MAX_DOTS) {
+            let end = columns.end.min(first + MAX_DOTS);
+            b.decode_to(0..k, first..end, strip, k);
+            let weights = Matrix::new(&*strip, end - first, k, k);
+            let sums = sums.reborrow().into_block(0..rows, first - columns.start..end - columns.start);
+            arch.dispatch(AddDots { a, weights, sums });
+        }
+        return;
+    }
+    for first in (0..k).step_by(K_BLOCK) {
+        let end = k.min(first + K_BLOCK);
+        b.decode_to(first..end, columns.clone(), strip, columns.len());
+        let weights = Matrix::new(&*strip, end - first, columns.len(), columns.len());
         arch.dispatch(AddRows { a, first, weights, sums: sums.reborrow() });
     }
 }

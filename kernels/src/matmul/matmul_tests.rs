@@ -10,13 +10,13 @@ use crate::gemm::microkernel::tests::numbers;
 use crate::simd::SimdFloat;
 
 /// `count` numbers in [-1, 1).
-fn narrow<E: Number>(seed: u64, count: usize) -> Vec<E> {
+pub(super) fn narrow<E: Number>(seed: u64, count: usize) -> Vec<E> {
     numbers::<E::Float>(seed, count).into_iter().map(E::narrow).collect()
 }
 
 /// How the elements of an operand lie in memory.
 #[derive(Clone, Copy, Debug)]
-enum Order {
+pub(super) enum Order {
     Rows,
     Columns,
     /// Rows with gaps.
@@ -27,14 +27,14 @@ enum Order {
 
 const ORDERS: [Order; 4] = [Order::Rows, Order::Columns, Order::Wide, Order::Loose];
 
-struct Stored<E> {
-    data: Vec<E>,
-    dims: [usize; 2],
-    strides: [usize; 2],
+pub(super) struct Stored<E> {
+    pub(super) data: Vec<E>,
+    pub(super) dims: [usize; 2],
+    pub(super) strides: [usize; 2],
 }
 
 impl<E: Number> Stored<E> {
-    fn new(seed: u64, dims: [usize; 2], order: Order) -> Self {
+    pub(super) fn new(seed: u64, dims: [usize; 2], order: Order) -> Self {
         let [rows, columns] = dims;
         let strides = match order {
             Order::Rows => [columns, 1],
@@ -46,8 +46,14 @@ impl<E: Number> Stored<E> {
         Self { data: narrow(seed, len), dims, strides }
     }
 
-    fn operand(&self) -> Operand<'_, E> {
+    pub(super) fn operand(&self) -> Operand<'_, E> {
         Operand::new("test", &self.data, self.dims, self.strides).unwrap()
+    }
+
+    /// The same numbers.
+    pub(super) fn in_f64(&self) -> Stored<f64> {
+        let Self { dims, strides, .. } = *self;
+        Stored { data: self.data.iter().map(|x| x.widen().to_f64()).collect(), dims, strides }
     }
 
     fn at(&self, row: usize, column: usize) -> f64 {
@@ -56,7 +62,7 @@ impl<E: Number> Stored<E> {
 }
 
 /// Σ over pairs, and the sum of the products' sizes, to which an error is relative.
-fn naive<E: Number>(pairs: &[(&Stored<E>, &Stored<E>)], row: usize, column: usize) -> (f64, f64) {
+pub(super) fn naive<E: Number>(pairs: &[(&Stored<E>, &Stored<E>)], row: usize, column: usize) -> (f64, f64) {
     let mut sums = (0.0, 0.0);
     for (a, b) in pairs {
         for i in 0..a.dims[1] {
@@ -79,7 +85,7 @@ fn tolerance<E: Number>() -> (f64, f64) {
     }
 }
 
-fn check<E: Number>(what: &str, got: E, (expected, size): (f64, f64)) {
+pub(super) fn check<E: Number>(what: &str, got: E, (expected, size): (f64, f64)) {
     let (relative, of_size) = tolerance::<E>();
     let error = (got.widen().to_f64() - expected).abs();
     let bound = relative * expected.abs() + of_size * size + f64::from(f16::MIN_POSITIVE_SUBNORMAL);
@@ -261,7 +267,7 @@ fn nan_and_infinity_go_where_ieee_754_says() {
     }
 }
 
-fn in_pool<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
+pub(super) fn in_pool<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
 }
 

@@ -22,7 +22,7 @@ use crate::simd::{MAX_LANES, SimdFloat, prefetch, prefetch_to_second_level};
 const VECTORS: usize = 2;
 
 /// The most columns of a panel with any instruction set.
-const MAX_WIDTH: usize = VECTORS * MAX_LANES;
+pub(super) const MAX_WIDTH: usize = VECTORS * MAX_LANES;
 
 /// The most rows of a block with any instruction set.
 pub(super) const MAX_ROWS: usize = 12;

@@ -1,6 +1,7 @@
 //! Matrix products: the linear layers of a transformer, forward (x · wᵀ) and backward (dy · w and dyᵀ · x).
 //!
-//! The operands have any strides, the result is row-major. f16 and bf16 are multiplied and summed in f32, and rounded once, after
+//! The operands have any strides, the result is row-major. A right operand may also be in quantised blocks, which are decoded a part at
+//! a time: see [`Operand::quantised`]. f16 and bf16 are multiplied and summed in f32, and rounded once, after
 //! the epilogue; products of bf16 by AMX count denormal numbers as zero. How the result is cut into tiles depends on the number of threads, but the order in which the sums of an
 //! element are added doesn't: the same input gives the same bits for any number of threads.
 //!
@@ -162,3 +163,7 @@ pub fn matmul_sum<E: MatmulElement>(
 #[cfg(test)]
 #[path = "matmul_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "quantised_tests.rs"]
+mod quantised_tests;

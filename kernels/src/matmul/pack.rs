@@ -7,9 +7,9 @@ use pulp::{Simd, WithSimd};
 use crate::dtype::Number;
 use crate::gemm::transpose::transpose;
 use crate::matmul::Operand;
-use crate::matmul::microkernel::{Blocks, panel_width};
+use crate::matmul::microkernel::{Blocks, MAX_WIDTH, panel_width};
 use crate::matrix::{Matrix, MatrixMut};
-use crate::simd::SimdFloat;
+use crate::simd::{SimdFloat, instruction_set};
 
 /// How many rows ahead memory is asked for while rows are packed.
 const ROWS_AHEAD: usize = 8;
@@ -26,10 +26,77 @@ pub(super) fn direct_right<'a, E: Number>(
     rows: usize,
 ) -> Option<Matrix<'a, E::Float>> {
     let [row_stride, column_stride] = b.strides();
-    if column_stride != 1 || rows > MAX_ROWS_OF_DIRECT {
+    if column_stride != 1 || rows > MAX_ROWS_OF_DIRECT || b.is_quantised() {
         return None;
     }
     Matrix::new(b.from(k.start, columns.start), k.len(), columns.len(), row_stride).downcast()
+}
+
+/// Columns of a quantised right operand that are decoded at a time, if each column is in one piece. They fill whole panels of any
+/// width.
+pub(super) const DECODED_COLUMNS: usize = MAX_WIDTH;
+
+/// The most rows that are decoded at a time, if each row is in one piece: those of a tile stay in a first-level cache.
+const DECODED_ROWS: usize = 16;
+
+/// As [`PackRight`], for a right operand of any kind. A quantised one is decoded a part at a time, in the order in which it lies in
+/// memory. For it, `wide` has room for `DECODED_COLUMNS` rows of `k`.
+pub(super) fn pack_right<E: Number>(
+    b: &Operand<E>,
+    k: Range<usize>,
+    columns: Range<usize>,
+    panels: &mut [E::Float],
+    wide: &mut [E::Float],
+) {
+    let (arch, len, start) = (instruction_set(), k.len(), k.start);
+    if !b.is_quantised() {
+        return arch.dispatch(PackRight { b, k, columns, panels, wide });
+    }
+    if b.strides()[1] == 1 {
+        let count = columns.len();
+        let at_once = (wide.len() / count).min(DECODED_ROWS);
+        for first in k.clone().step_by(at_once) {
+            let end = k.end.min(first + at_once);
+            b.decode_to(first..end, columns.clone(), wide, count);
+            let rows = Matrix::new(&*wide, end - first, count, count);
+            arch.dispatch(PackRows { rows, first: first - start, len, panels: &mut *panels });
+        }
+        return;
+    }
+    let starts = columns.clone().step_by(DECODED_COLUMNS);
+    for (first, panels) in starts.zip(panels.chunks_mut(DECODED_COLUMNS * len)) {
+        let count = DECODED_COLUMNS.min(columns.end - first);
+        let decoded = b.decoded(k.clone(), first..first + count, wide);
+        // Numbers that are computed with aren't widened.
+        let wide = &mut [];
+        arch.dispatch(PackRight { b: &decoded, k: 0..len, columns: 0..count, panels, wide });
+    }
+}
+
+/// Packs rows as the rows `first` and those behind it of panels of `len` rows.
+struct PackRows<'a, R> {
+    rows: Matrix<'a, R>,
+    first: usize,
+    len: usize,
+    panels: &'a mut [R],
+}
+
+impl<R: SimdFloat + Number<Float = R>> WithSimd for PackRows<'_, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { rows, first, len, panels } = self;
+        let width = panel_width::<R, S>();
+        let (whole, rest) = (rows.columns() / width, rows.columns() % width);
+        for i in 0..rows.rows() {
+            let to = &mut panels[(first + i) * width..];
+            scatter::<R>(rows.row(i), to, width, len * width, &mut []);
+            if rest > 0 {
+                to[whole * len * width..][rest..width].fill(R::ZERO);
+            }
+        }
+    }
 }
 
 /// Packs the rows `k` of the right operand's columns as panels \[k\]\[W\], zeros in the lanes behind the last column.

@@ -139,6 +139,10 @@ impl<E: Number> Product<'_, E> {
     fn check(&self) -> Result<(), Error> {
         for group in self.groups {
             for (a, b) in group.pairs {
+                if a.is_quantised() {
+                    let (what, expected) = ("left operand of a product", "a matrix of numbers");
+                    return Err(Error::Option { what, expected, got: format!("the {} in quantised blocks", a.what()) });
+                }
                 let expected = [[self.dims[0], a.dims()[1]], [a.dims()[1], group.columns()]];
                 for (operand, expected) in [a, b].into_iter().zip(expected) {
                     let [rows, columns] = operand.dims();

@@ -7,7 +7,7 @@ use std::ops::Range;
 use crate::dtype::{Number, Sink};
 use crate::error::Error;
 use crate::matmul::microkernel::{Ahead, Base, BlockDims, Blocks, MAX_ROWS, MultiplyBlock, Right};
-use crate::matmul::pack::{PackLeft, PackLeftBlock, PackRight, direct_right, packs_all_rows};
+use crate::matmul::pack::{DECODED_COLUMNS, PackLeft, PackLeftBlock, direct_right, pack_right, packs_all_rows};
 use crate::matmul::{Epilogue, Operand, few_rows};
 use crate::matrix::{Matrix, MatrixMut};
 use crate::scratch::{Scratch, pieces};
@@ -34,7 +34,7 @@ pub(super) struct Tile<'a, E: Number> {
 struct Memory<'m, R> {
     right: &'m mut [R],
     left: &'m mut [R],
-    /// What is widened before it is packed: columns of a panel, a block of the left operand, or a row or column of a tile.
+    /// What is widened or decoded before it is packed: columns of a panel, a block of the left operand, or a row or column of a tile.
     wide: &'m mut [R],
     /// The sums, unless the result itself holds them.
     sums: MatrixMut<'m, MaybeUninit<R>>,
@@ -70,7 +70,9 @@ impl<E: Number> Tile<'_, E> {
         let own = if steps <= 1 && result.floats().is_some() { 0 } else { rows * columns };
         let left_rows = if self.pairs.iter().any(|(a, _)| packs_all_rows(a)) { rows } else { MAX_ROWS };
         let k = self.pairs.iter().map(|(a, _)| a.dims()[1].min(K_BLOCK)).max().unwrap_or(0);
-        let wide = (width.max(MAX_ROWS) * k).max(left_rows).max(columns);
+        let is_quantised = self.pairs.iter().any(|(_, b)| b.is_quantised());
+        let panel = if is_quantised { DECODED_COLUMNS } else { width };
+        let wide = (panel.max(MAX_ROWS) * k).max(left_rows).max(columns);
         let mut scratch = None;
         pieces!(scratch, E::Float:
             right: columns.next_multiple_of(width) * k, left: left_rows * k, wide: wide, sums: own);
@@ -129,7 +131,7 @@ impl<E: Number> Tile<'_, E> {
         if first < columns {
             let columns = self.columns.start + first..self.columns.end;
             let panels = &mut panels[first * k.len()..];
-            arch.dispatch(PackRight { b, k: k.clone(), columns, panels, wide: memory.wide });
+            pack_right(b, k.clone(), columns, panels, memory.wide);
         }
         let right = Right { direct, packed: panels };
         let at_once = packs_all_rows(a);
