@@ -46,7 +46,9 @@
 //! | 8 | `block/mlp` | the MLP of a block |
 //! | 8 | `block/loss` | cross-entropy of logits, and of a linear layer without all logits at once |
 //! | 8 | `layer/core` | projections, heads, attention, output |
-//! | 10 | `adapter` | fine-tuning by LoRA, on any projection |
+//! | 15 | `quantised` | weights in 8 and 4 bits, and GGUF files |
+//! | 15 | `adapter` | fine-tuning by LoRA, on any projection |
+//! | 15 | `adapter/peft` | adapters in the files that PEFT writes |
 //! | 9 | `adapter/linear` | adapters on any linear layer |
 //! | 8 | `adapter/adapt` | adapters added to a layer, chosen, merged |
 //! | 8 | `layer/kv_cache` | keys and values of the tokens so far |
@@ -62,6 +64,7 @@
 //! | 5 | `sdpa/cuda` | fused attention by the CUDA kernels |
 //! | 6 | `projection` | a linear layer inside another layer, with its adapters, as one operation |
 //! | 5 | `projection/side_by_side` | linear layers that read the same input, on numbers |
+//! | 4 | `projection/quantised` | a weight in quantised blocks |
 //! | 4 | `projection/low_rank` | the matrices of one adapter at one linear layer |
 //! | 3 | `adapter/config` | the config of an adapter; which adapter a call uses |
 //! | 6 | `block/branch` | what stands around attention or an MLP: norm, dropout, residual |
@@ -110,6 +113,7 @@ mod layer;
 mod mask;
 mod memory;
 mod projection;
+pub mod quantised;
 pub mod rotary;
 mod sdpa;
 pub mod simplified;
@@ -137,3 +141,8 @@ pub mod cuda_testing {
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// So are those in the guide to fine-tuning.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/fine_tuning.md")]
+struct FineTuning;

@@ -38,7 +38,7 @@ pub trait Adapt: Projections + Clone {
         let scale = config.scale();
         attach(self, name, config, |target| {
             let (a, b) = (find(format!("{target}.{LORA_A}"))?, find(format!("{target}.{LORA_B}"))?);
-            Some(LowRank { a, b, scale })
+            Some(LowRank { a, b, scale, input: None })
         })
     }
 
@@ -66,18 +66,20 @@ pub trait Adapt: Projections + Clone {
         }
     }
 
-    /// The matrices of an adapter with their names in the layer, always in the same order.
+    /// The matrices of an adapter with their names in the layer, always in the same order. One that several projections share stands
+    /// once, under the first name.
     ///
     /// # Errors
     ///
     /// A name that no adapter has.
     fn adapter_parameters(&self, name: &str) -> Result<Vec<(String, Tensor)>> {
-        let mut parameters = Vec::new();
+        let mut parameters: Vec<(String, Tensor)> = Vec::new();
         for (target, projection) in self.projections() {
-            if let Some(LowRank { a, b, .. }) = &projection.adapter(name)?.low_rank {
+            let Some(LowRank { a, b, .. }) = &projection.adapter(name)?.low_rank else { continue };
+            if parameters.iter().all(|(_, other)| other.id() != a.id()) {
                 parameters.push((format!("{target}.{LORA_A}"), a.clone()));
-                parameters.push((format!("{target}.{LORA_B}"), b.clone()));
             }
+            parameters.push((format!("{target}.{LORA_B}"), b.clone()));
         }
         Ok(parameters)
     }

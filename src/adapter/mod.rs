@@ -46,7 +46,9 @@
 mod adapt;
 pub(crate) mod config;
 mod linear;
+mod peft;
 
 pub use adapt::Adapt;
 pub use config::{AdapterChoice, LoraConfig, Target};
 pub use linear::LoraLinear;
+pub use peft::{InLayout, PeftAdapter, PeftExtras, load_peft, save_peft};

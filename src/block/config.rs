@@ -67,7 +67,7 @@ impl TransformerBlockConfig {
     }
 
     /// As [`validate`](Self::validate), for a block in this dtype.
-    pub(super) fn check_for(&self, dtype: DType) -> Result<(), AttentionError> {
+    pub(crate) fn check_for(&self, dtype: DType) -> Result<(), AttentionError> {
         self.check()?;
         init::check(LayerKind::SelfAttention, &self.attention, dtype)?;
         self.norm.check(dtype)

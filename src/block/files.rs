@@ -72,7 +72,7 @@ impl TransformerBlock {
     /// As [`SelfAttention::to_bytes`](crate::SelfAttention::to_bytes).
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         self.attention().check_described()?;
-        self.check_without_adapters()?;
+        self.check_plain()?;
         let header = Header { layer: LayerKind::TransformerBlock, config: self.config() };
         checkpoint::to_bytes(&header, self.parameters())
     }
@@ -132,9 +132,9 @@ impl TransformerBlock {
     ///
     /// # Errors
     ///
-    /// A block with adapters that aren't merged, or with parameters that the layout has no name for; otherwise as [`from_layout`](Self::from_layout).
+    /// A block with weights in blocks or adapters that aren't merged, or with parameters that the layout has no name for; otherwise as [`from_layout`](Self::from_layout).
     pub fn to_layout(&self, layout: Layout) -> Result<Vec<(String, Tensor)>> {
-        self.check_without_adapters()?;
+        self.check_plain()?;
         checkpoint::to_tensors(&plan(layout, self.config())?, &self.parameters())
     }
 

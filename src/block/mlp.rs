@@ -216,14 +216,14 @@ impl Mlp {
     /// Every parameter with its name, always in the same order.
     pub fn parameters(&self) -> Vec<(&'static str, &Tensor)> {
         let linears = [
-            ("gate.weight", "gate.bias", self.gate()),
-            ("up.weight", "up.bias", Some(self.up())),
-            ("down.weight", "down.bias", Some(self.down())),
+            ("gate.weight", "gate.bias", self.gate.as_ref()),
+            ("up.weight", "up.bias", Some(&self.up)),
+            ("down.weight", "down.bias", Some(&self.down)),
         ];
         let mut parameters = Vec::new();
         for (weight, bias, linear) in linears {
             let Some(linear) = linear else { continue };
-            parameters.push((weight, linear.weight()));
+            parameters.extend(linear.weight_parameter().map(|tensor| (weight, tensor)));
             parameters.extend(linear.bias().map(|tensor| (bias, tensor)));
         }
         parameters

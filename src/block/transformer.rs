@@ -9,9 +9,10 @@ use candle_nn::{ModuleT, VarBuilder};
 
 use crate::block::branch::Branch;
 use crate::block::config::{ATTENTION, MLP, NORMS, NormPlacement, POST_NORMS, TransformerBlockConfig};
+use crate::block::layouts::plan;
 use crate::block::mlp::Mlp;
 use crate::block::norm_layer::Norm;
-use crate::checkpoint::{LayerConfig, Parameters, prefixed};
+use crate::checkpoint::{LayerConfig, Layout, Parameters, Plan, prefixed};
 use crate::error::{AttentionError, Result};
 use crate::layer::init::{create_parameters, full_name, new_variables};
 use crate::layer::{ForwardOptions, ForwardOutput, KvCache, SelfAttention};
@@ -81,7 +82,7 @@ impl TransformerBlock {
     }
 
     /// A block with these parameters, which are exactly those of its config. `prefix` is its name in the model.
-    pub(super) fn from_parameters(
+    pub(crate) fn from_parameters(
         config: &TransformerBlockConfig,
         parameters: Parameters,
         prefix: &str,
@@ -110,9 +111,9 @@ impl TransformerBlock {
     ///
     /// # Errors
     ///
-    /// A block with adapters that aren't merged; too little memory on the device.
+    /// A block with weights in blocks, or with adapters that aren't merged; too little memory on the device.
     pub fn trainable(&self) -> Result<Self> {
-        self.check_without_adapters()?;
+        self.check_plain()?;
         let copy = Self::from_parameters(&self.config, new_variables(self.parameters())?, "")?;
         let calls = Arc::new(AtomicU64::new(self.dropout_calls.load(Ordering::Relaxed)));
         let attention = self.attention.with_parameters_of(copy.attention);
@@ -258,9 +259,14 @@ impl TransformerBlock {
         [0, 1].map(|part| seed.map(|seed| Dropout { p, seed: philox::nth_seed(seed, part) }))
     }
 
-    /// Refuses a block with adapters that aren't merged.
-    pub(super) fn check_without_adapters(&self) -> Result<(), AttentionError> {
-        self.projections().into_iter().try_for_each(|(_, projection)| projection.check_without_adapters())
+    /// The tensors of the block in a layout.
+    pub(crate) fn plan(&self, layout: Layout) -> Result<Plan, AttentionError> {
+        plan(layout, &self.config)
+    }
+
+    /// Refuses what a file of this crate doesn't hold: weights in blocks, and adapters that aren't merged.
+    pub(super) fn check_plain(&self) -> Result<(), AttentionError> {
+        self.projections().into_iter().try_for_each(|(_, projection)| projection.check_plain())
     }
 
     /// The config.

@@ -29,10 +29,13 @@ use crate::layer::config::{Name, Parameter, SelfAttentionConfig};
 use crate::memory;
 use header::{check_header, sort_header};
 pub use layout::Layout;
-pub(crate) use layout::{Entry, Plan, Table, Wanted, from_file, from_var_builder, prefixed, to_file, to_tensors};
+pub(crate) use layout::{
+    Entry, Module, Plan, Table, Wanted, from_file, from_var_builder, prefixed, to_file, to_tensors,
+};
 pub use layout_file::LayoutFile;
-use parameter::{Refused, check_finite};
-pub(crate) use parameter::{check_built, is_finite};
+pub(crate) use parameter::Refused;
+use parameter::check_finite;
+pub(crate) use parameter::{cast, check_built, is_finite};
 pub use weights::var_builder;
 
 /// Parameters by their names.

@@ -86,7 +86,7 @@ impl Core {
 
     /// A copy of the layer in which every parameter is a new variable.
     pub(super) fn trainable(&self) -> Result<Self> {
-        self.check_without_adapters()?;
+        self.check_plain()?;
         let parameters = init::new_variables(self.parameters())?;
         Ok(self.with_parameters_of(Self::from_parameters(self.kind, &self.config, parameters, "")?))
     }
@@ -116,7 +116,7 @@ impl Core {
 
     /// Refuses a layer whose rotary embedding has no config, since a file would give a layer without it.
     pub(super) fn check_described(&self) -> Result<(), AttentionError> {
-        self.check_without_adapters()?;
+        self.check_plain()?;
         if self.rotary.is_some() && self.config.rotary.is_none() {
             let expected = "one with a RotaryConfig, since a file holds no tables (save_layout saves the parameters)";
             return Err(AttentionError::Config { field: "rotary", expected: expected.into(), got: "tables".into() });
@@ -124,9 +124,9 @@ impl Core {
         Ok(())
     }
 
-    /// Refuses a layer with adapters that aren't merged.
-    pub(super) fn check_without_adapters(&self) -> Result<(), AttentionError> {
-        self.projections().into_iter().try_for_each(|(_, projection)| projection.check_without_adapters())
+    /// Refuses what a file of this crate doesn't hold: weights in blocks, and adapters that aren't merged.
+    pub(super) fn check_plain(&self) -> Result<(), AttentionError> {
+        self.projections().into_iter().try_for_each(|(_, projection)| projection.check_plain())
     }
 
     /// Every parameter with its name, always in the same order, which is that of the config's.
@@ -135,10 +135,10 @@ impl Core {
         let (q_norm, k_norm) = self.qk_norm.as_ref().map(|(q, k)| (q, k)).unzip();
         let (bias_k, bias_v) = self.bias_kv.learned.as_ref().map(|(k, v)| (k, v)).unzip();
         let all = [
-            ("q_proj.weight", Some(self.q_proj.weight())),
-            ("k_proj.weight", Some(self.k_proj.weight())),
-            ("v_proj.weight", Some(self.v_proj.weight())),
-            ("o_proj.weight", o_proj.map(Projection::weight)),
+            ("q_proj.weight", self.q_proj.weight_parameter()),
+            ("k_proj.weight", self.k_proj.weight_parameter()),
+            ("v_proj.weight", self.v_proj.weight_parameter()),
+            ("o_proj.weight", o_proj.and_then(Projection::weight_parameter)),
             ("q_proj.bias", self.q_proj.bias()),
             ("k_proj.bias", self.k_proj.bias()),
             ("v_proj.bias", self.v_proj.bias()),

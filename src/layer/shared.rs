@@ -71,7 +71,7 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// A layer with adapters that aren't merged; too little memory on the device.
+            /// A layer with weights in blocks, or with adapters that aren't merged; too little memory on the device.
             pub fn trainable(&self) -> Result<Self> {
                 Ok(Self(self.0.trainable()?))
             }
@@ -132,7 +132,7 @@ macro_rules! shared_methods {
             /// # Errors
             ///
             /// A folder that can't be written to, or a full disk; parameters that are NaN or infinite, since no layer
-            /// could load them; a rotary embedding from tables, or adapters that aren't merged, which a file doesn't
+            /// could load them; a rotary embedding from tables, weights in blocks, or adapters that aren't merged, which a file doesn't
             /// hold. An earlier file is then unchanged.
             pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
                 Ok(attention_files::write(path.as_ref(), &self.to_bytes()?)?)
@@ -143,7 +143,7 @@ macro_rules! shared_methods {
             /// # Errors
             ///
             /// Parameters that can't be copied from their device, or that are NaN or infinite; a rotary embedding from
-            /// tables, or adapters that aren't merged, which a file doesn't hold.
+            /// tables, weights in blocks, or adapters that aren't merged, which a file doesn't hold.
             pub fn to_bytes(&self) -> Result<Vec<u8>> {
                 checkpoint::to_bytes(&self.0.header()?, self.0.parameters())
             }
@@ -153,9 +153,9 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// A layer with adapters that aren't merged, or with parameters that the layout has no name for.
+            /// A layer with weights in blocks or adapters that aren't merged, or with parameters that the layout has no name for.
             pub fn to_layout(&self, layout: Layout) -> Result<Vec<(String, Tensor)>> {
-                self.0.check_without_adapters()?;
+                self.0.check_plain()?;
                 checkpoint::to_tensors(&checkpoint::Plan::of_attention(layout, &self.0.config)?, &self.0.parameters())
             }
 

@@ -1,5 +1,7 @@
 //! [`LowRank`]: the matrices of one adapter at one linear layer.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 
 use crate::check::compute_dtype;
@@ -13,6 +15,8 @@ pub(crate) struct LowRank {
     /// (out, rank)
     pub(crate) b: Tensor,
     pub(crate) scale: f64,
+    /// What its dropout is named after, if not after its projection: projections that share A share its input.
+    pub(crate) input: Option<Arc<str>>,
 }
 
 impl LowRank {

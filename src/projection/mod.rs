@@ -2,6 +2,7 @@
 
 mod low_rank;
 mod op;
+mod quantised;
 mod side_by_side;
 
 use std::sync::Arc;
@@ -10,10 +11,13 @@ use attention_kernels::{Dropout, philox};
 use candle_core::Tensor;
 use candle_nn::Linear;
 
+use attention_kernels::quantised::Format;
+
 use crate::adapter::config::{AdapterChoice, LoraConfig};
 use crate::error::{AttentionError, Result};
 pub(crate) use low_rank::LowRank;
 pub(crate) use op::project;
+pub(crate) use quantised::{Quantised, format_of, placeholder};
 pub(crate) use side_by_side::{Adapted, Reduced, SideBySide};
 
 /// An adapter at one linear layer.
@@ -54,9 +58,15 @@ pub trait Projections: Sized {
     /// The same layer with constants as parameters, but for those of adapters.
     fn frozen(&self) -> Self;
 
-    /// The matrices of all adapters.
+    /// The matrices of all adapters. One that several projections share stands once.
     fn adapter_tensors(&self) -> Vec<&Tensor> {
-        self.projections().into_iter().flat_map(|(_, projection)| projection.adapter_tensors()).collect()
+        let mut tensors: Vec<&Tensor> = Vec::new();
+        for tensor in self.projections().into_iter().flat_map(|(_, projection)| projection.adapter_tensors()) {
+            if tensors.iter().all(|other| other.id() != tensor.id()) {
+                tensors.push(tensor);
+            }
+        }
+        tensors
     }
 
     /// Whether an adapter belongs to the projection of this name.
@@ -71,6 +81,8 @@ pub struct Projection {
     /// Its name in the layer, as `q_proj`.
     name: &'static str,
     linear: Linear,
+    /// The weight, if it is in blocks; that of `linear` is then a placeholder.
+    quantised: Option<Arc<Quantised>>,
     adapters: Vec<Adapter>,
     active: Option<Arc<str>>,
     /// The adapter that is a part of the weight.
@@ -79,7 +91,7 @@ pub struct Projection {
 
 impl Projection {
     pub(crate) fn new(name: &'static str, linear: Linear) -> Self {
-        Self { name, linear, adapters: vec![], active: None, merged: None }
+        Self { name, linear, quantised: None, adapters: vec![], active: None, merged: None }
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -93,6 +105,11 @@ impl Projection {
 
     pub(crate) fn weight(&self) -> &Tensor {
         self.linear.weight()
+    }
+
+    /// The weight, unless it is in blocks.
+    pub(crate) fn weight_parameter(&self) -> Option<&Tensor> {
+        self.quantised.is_none().then(|| self.weight())
     }
 
     pub(crate) fn bias(&self) -> Option<&Tensor> {
@@ -136,7 +153,7 @@ impl Projection {
             AdapterChoice::Named(name) => Some(name.as_str()),
         };
         let adapter = name.map(|name| self.adapter(name)).transpose()?;
-        let plain = || Adapted::from(self.linear.clone());
+        let plain = || Adapted { quantised: self.quantised.clone(), ..Adapted::from(self.linear.clone()) };
         if let Some(merged) = &self.merged {
             if name == Some(merged) {
                 return Ok(plain());
@@ -147,8 +164,9 @@ impl Projection {
         }
         let Some(Adapter { config, low_rank: Some(low_rank), .. }) = adapter else { return Ok(plain()) };
         let dropout = call.seed.filter(|_| config.dropout_p > 0.0);
-        let dropout = dropout.map(|seed| Dropout { p: config.dropout_p, seed: philox::named_seed(seed, self.name) });
-        Ok(Adapted { linear: self.linear.clone(), low_rank: Some(low_rank.clone()), dropout })
+        let input = low_rank.input.as_deref().unwrap_or(self.name);
+        let dropout = dropout.map(|seed| Dropout { p: config.dropout_p, seed: philox::named_seed(seed, input) });
+        Ok(Adapted { low_rank: Some(low_rank.clone()), dropout, ..plain() })
     }
 
     /// Whether a call in training drops inputs of an adapter.
@@ -201,14 +219,62 @@ impl Projection {
 
     fn with_changed_weight(&self, name: &Arc<str>, sign: f64, merged: Option<Arc<str>>) -> Result<Self> {
         let linear = match &self.adapter(name)?.low_rank {
-            Some(low_rank) => Linear::new(low_rank.added_to(self.weight(), sign)?, self.bias().cloned()),
+            Some(low_rank) => Linear::new(low_rank.added_to(&self.numbers()?, sign)?, self.bias().cloned()),
             None => self.linear.clone(),
         };
-        Ok(Self { linear, active: Some(name.clone()), merged, ..self.clone() })
+        let quantised = self.quantised.clone().filter(|_| linear.weight().id() == self.weight().id());
+        Ok(Self { linear, quantised, active: Some(name.clone()), merged, ..self.clone() })
     }
 
-    /// Refuses an adapter that isn't merged.
-    pub(crate) fn check_without_adapters(&self) -> Result<(), AttentionError> {
+    /// The weight as numbers.
+    fn numbers(&self) -> Result<Tensor> {
+        match &self.quantised {
+            Some(quantised) => quantised.dequantise(self.weight().dtype(), self.weight().device()),
+            None => Ok(self.weight().clone()),
+        }
+    }
+
+    /// The weight in blocks, if it is.
+    pub(crate) fn quantised(&self) -> Option<&Quantised> {
+        self.quantised.as_deref()
+    }
+
+    /// With the weight in blocks, which has `weight` as its name in errors.
+    pub(crate) fn quantise(&self, weight: &str, format: Format) -> Result<Self> {
+        if let Some(quantised) = &self.quantised {
+            return Err(quantised::refused(weight, "numbers".into(), format!("blocks of {:?}", quantised.format())));
+        }
+        let quantised = Arc::new(Quantised::of(weight, self.weight(), format)?);
+        let changed = self.with_quantised(quantised)?;
+        Ok(match self.merged {
+            Some(_) => Self { adapters: vec![], active: None, merged: None, ..changed },
+            None => changed,
+        })
+    }
+
+    /// With this weight in blocks, of the same sizes.
+    pub(crate) fn with_quantised(&self, quantised: Arc<Quantised>) -> Result<Self> {
+        let weight = placeholder(&quantised.dims(), self.weight().dtype(), self.weight().device())?;
+        let linear = Linear::new(weight, self.bias().cloned());
+        Ok(Self { linear, quantised: Some(quantised), ..self.clone() })
+    }
+
+    /// With the weight as numbers.
+    pub(crate) fn dequantise(&self) -> Result<Self> {
+        let linear = Linear::new(self.numbers()?, self.bias().cloned());
+        Ok(Self { linear, quantised: None, ..self.clone() })
+    }
+
+    /// Refuses what a file of this crate doesn't hold: a weight in blocks, and an adapter that isn't merged.
+    pub(crate) fn check_plain(&self) -> Result<(), AttentionError> {
+        if let Some(quantised) = &self.quantised {
+            let (name, expected) = (format!("{}.weight", self.name), "numbers (dequantise the layer first)".into());
+            return Err(AttentionError::Parameter {
+                name,
+                expected,
+                got: format!("blocks of {:?}", quantised.format()),
+            });
+        }
         match self.adapters.first() {
             Some(Adapter { name, .. }) if self.merged.is_none() => {
                 let expected = "one that is merged into the weights, or none".to_string();

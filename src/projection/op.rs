@@ -44,10 +44,15 @@ pub(crate) fn project(adapted: Adapted, x: &Tensor, shape: &[usize]) -> Result<T
 }
 
 /// The projection by candle's own operations, which run on every device.
-fn project_with_candle(Adapted { linear, low_rank, dropout }: &Adapted, rows: &Tensor) -> Result<Tensor> {
+fn project_with_candle(adapted: &Adapted, rows: &Tensor) -> Result<Tensor> {
+    let Adapted { linear, quantised, low_rank, dropout } = adapted;
     // candle's matmul on CUDA refuses a matrix with gaps between its rows.
     let product = |x: &Tensor, weight: &Tensor| x.matmul(&weight.contiguous()?.t()?);
-    let y = with_bias(product(rows, linear.weight())?, linear)?;
+    let y = match quantised {
+        Some(quantised) => product(rows, &quantised.dequantise(rows.dtype(), rows.device())?)?,
+        None => product(rows, linear.weight())?,
+    };
+    let y = with_bias(y, linear)?;
     let Some(LowRank { a, b, scale, .. }) = low_rank else { return Ok(y) };
     let dropped = match *dropout {
         Some(Dropout { p, seed }) => drop_out(rows, p, seed)?,

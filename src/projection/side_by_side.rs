@@ -6,6 +6,8 @@
 //! - dA_i = du_iᵀ · dropout_i(x), dB_i = dy_iᵀ · u_i,
 //! - dx = Σ_i dy_i · W_i + dropout_i(du_i · A_i).
 
+use std::sync::Arc;
+
 use attention_kernels::Dropout;
 use attention_kernels::matmul::{Operand, Plain, matmul, matmul_groups, matmul_sum};
 use attention_kernels::residual::{add_dropped, dropped_gradient};
@@ -17,11 +19,14 @@ use crate::block::op::Dtype;
 use crate::block::operand::{Columns, Reading, checked, linear_gradients, rows, tensor};
 use crate::memory;
 use crate::projection::low_rank::LowRank;
+use crate::projection::quantised::Quantised;
 
 /// A linear layer in one call: its parameters, and the adapter that the call has chosen.
 #[derive(Clone, Debug)]
 pub(crate) struct Adapted {
     pub(crate) linear: Linear,
+    /// The weight, if it is in blocks; that of `linear` is then a placeholder.
+    pub(crate) quantised: Option<Arc<Quantised>>,
     pub(crate) low_rank: Option<LowRank>,
     /// Dropout of the adapter's input.
     pub(crate) dropout: Option<Dropout>,
@@ -29,7 +34,7 @@ pub(crate) struct Adapted {
 
 impl From<Linear> for Adapted {
     fn from(linear: Linear) -> Self {
-        Self { linear, low_rank: None, dropout: None }
+        Self { linear, quantised: None, low_rank: None, dropout: None }
     }
 }
 
@@ -91,20 +96,31 @@ impl Adapted {
 
 /// An [`Adapted`] to read.
 struct Read<'a> {
-    weight: Reading<'a>,
+    weight: Weight<'a>,
     bias: Option<Reading<'a>>,
     low_rank: Option<[Reading<'a>; 2]>,
+}
+
+enum Weight<'a> {
+    Numbers(Reading<'a>),
+    Blocks(&'a Quantised),
 }
 
 impl<'a> Read<'a> {
     fn new(adapted: &'a Adapted) -> Self {
         let low_rank = adapted.low_rank.as_ref().map(|low_rank| [&low_rank.a, &low_rank.b].map(Reading::new));
-        let (weight, bias) = (Reading::new(adapted.linear.weight()), adapted.linear.bias().map(Reading::new));
-        Self { weight, bias, low_rank }
+        let weight = match &adapted.quantised {
+            Some(quantised) => Weight::Blocks(quantised),
+            None => Weight::Numbers(Reading::new(adapted.linear.weight())),
+        };
+        Self { weight, bias: adapted.linear.bias().map(Reading::new), low_rank }
     }
 
     fn weight<E: Dtype>(&self) -> Result<Operand<'_, E>> {
-        self.weight.matrix("weight")
+        match &self.weight {
+            Weight::Numbers(weight) => weight.matrix("weight"),
+            Weight::Blocks(weight) => weight.operand(),
+        }
     }
 }
 

@@ -13,6 +13,8 @@ mod choice;
 mod dropout;
 mod errors;
 mod formula;
+mod peft;
+mod quantised;
 mod training;
 
 use candle_attention::Result;

@@ -8,6 +8,7 @@ mod bert;
 mod gpt2;
 mod gpt_neox;
 mod llama;
+mod modules;
 mod out_proj;
 mod own;
 mod plan;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::AttentionError;
 use crate::layer::config::SelfAttentionConfig;
+pub(crate) use modules::Module;
 pub(crate) use plan::{Entry, Plan, Table, Wanted};
 pub(crate) use transfer::{from_file, from_var_builder, prefixed, to_file, to_tensors};
 

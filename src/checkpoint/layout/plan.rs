@@ -84,6 +84,12 @@ impl Piece {
         self.name == *name || self.other_name.as_ref() == Some(name)
     }
 
+    /// The same tensor with other parts.
+    pub(super) fn with_parts(&self, parts: Vec<Parameter>) -> Self {
+        let Self { name, other_name, form, groups, .. } = self;
+        Self { name: name.clone(), other_name: other_name.clone(), form: *form, parts, groups: *groups }
+    }
+
     pub(super) fn shape(&self) -> Vec<usize> {
         let rows = self.parts.iter().map(|part| part.shape[0]).sum();
         match (self.form, &self.parts[0].shape[1..]) {
@@ -103,7 +109,7 @@ pub(crate) struct Wanted {
 }
 
 /// The tensors of a checkpoint.
-pub(crate) struct Plan {
+pub struct Plan {
     pub(super) pieces: Vec<Piece>,
     /// Tensors of the layout that the config doesn't have.
     pub(super) unwanted: Vec<Name>,

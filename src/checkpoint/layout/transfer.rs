@@ -99,7 +99,7 @@ fn collect(
 
 /// Splits a tensor into the parameters that it holds. If it is a variable, each parameter becomes a new variable with a
 /// copy of the values.
-fn split(piece: &Piece, tensor: &Tensor) -> Result<Parameters> {
+pub(super) fn split(piece: &Piece, tensor: &Tensor) -> Result<Parameters> {
     // Each part, and a variable or a contiguous copy of it.
     memory::ask_for(PARAMETERS, 2, tensor, tensor.dtype())?;
     let (tensor, trains) = (tensor.detach(), tensor.track_op());
@@ -133,18 +133,23 @@ pub(crate) fn to_tensors<N: AsRef<str>>(plan: &Plan, parameters: &[(N, &Tensor)]
             .map(|(_, tensor)| tensor.detach())
             .ok_or_else(|| candle_core::Error::msg(format!("no parameter {name}")).into())
     };
-    let join = |piece: &Piece| {
+    let of_piece = |piece: &Piece| {
         let parts = piece.parts.iter().map(|part| tensor_of(&part.name)).collect::<Result<Vec<_>>>()?;
-        let groups = parts.iter().map(|part| part.chunk(piece.groups, 0)).collect::<candle_core::Result<Vec<_>>>()?;
-        let rows = (0..piece.groups).flat_map(|group| groups.iter().map(move |chunks| &chunks[group]));
-        let rows = Tensor::cat(&rows.collect::<Vec<_>>(), 0)?;
-        let tensor = match piece.form {
-            Form::Transposed => rows.t()?,
-            _ => rows.reshape(piece.shape())?,
-        };
-        Ok((piece.name.to_string(), tensor.force_contiguous()?))
+        Ok((piece.name.to_string(), join(piece, &parts)?))
     };
-    plan.pieces.iter().map(join).collect()
+    plan.pieces.iter().map(of_piece).collect()
+}
+
+/// Joins the parameters of a tensor: the inverse of [`split`].
+pub(super) fn join(piece: &Piece, parts: &[Tensor]) -> Result<Tensor> {
+    let groups = parts.iter().map(|part| part.chunk(piece.groups, 0)).collect::<candle_core::Result<Vec<_>>>()?;
+    let rows = (0..piece.groups).flat_map(|group| groups.iter().map(move |chunks| &chunks[group]));
+    let rows = Tensor::cat(&rows.collect::<Vec<_>>(), 0)?;
+    let tensor = match piece.form {
+        Form::Transposed => rows.t()?,
+        _ => rows.reshape(piece.shape())?,
+    };
+    Ok(tensor.force_contiguous()?)
 }
 
 /// The bytes of a safetensors file with these tensors under `prefix`.

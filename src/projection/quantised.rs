@@ -1,0 +1,98 @@
+//! [`Quantised`]: a weight in quantised blocks, as it stands in a projection.
+
+use attention_kernels::matmul::Operand;
+use attention_kernels::quantised::{Format, QuantisedMatrix, quantise_nf4};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
+
+use crate::block::op::{Dtype, numbers, with_dtype};
+use crate::error::{AttentionError, Result};
+use crate::memory;
+
+/// A weight (out, in) in blocks, which have been checked.
+#[derive(Debug)]
+pub(crate) struct Quantised {
+    format: Format,
+    bytes: Vec<u8>,
+    dims: [usize; 2],
+}
+
+const WHAT: &str = "quantised weight";
+
+/// The formats that candle has, too.
+const OF_CANDLE: [(Format, GgmlDType); 3] =
+    [(Format::Q8_0, GgmlDType::Q8_0), (Format::Q4_0, GgmlDType::Q4_0), (Format::Q4K, GgmlDType::Q4K)];
+
+impl Quantised {
+    /// The blocks of a weight's numbers. `name` is the weight's.
+    pub(crate) fn of(name: &str, weight: &Tensor, format: Format) -> Result<Self> {
+        let (outputs, inputs) = weight.dims2()?;
+        if !inputs.is_multiple_of(format.block_len()) {
+            let expected = format!("rows in whole blocks of {} for {format:?}", format.block_len());
+            return Err(refused(name, expected, format!("rows of {inputs}")));
+        }
+        let weight = memory::contiguous(WHAT, &weight.detach().to_device(&Device::Cpu)?)?;
+        let bytes = match OF_CANDLE.iter().find(|(other, _)| *other == format) {
+            Some((_, dtype)) => {
+                let wide = memory::cast(WHAT, &weight, DType::F32)?;
+                QTensor::quantize(&wide, *dtype)?.data()?.into_owned()
+            }
+            None => {
+                let (storage, layout) = weight.storage_and_layout();
+                with_dtype!(weight.dtype(), E => Ok(quantise_nf4(WHAT, numbers::<E>(&storage, layout)?)))?
+                    .map_err(AttentionError::from)?
+            }
+        };
+        Self::new(name, format, bytes, [outputs, inputs])
+    }
+
+    /// The blocks of a file.
+    pub(crate) fn new(name: &str, format: Format, bytes: Vec<u8>, dims: [usize; 2]) -> Result<Self> {
+        let matrix = QuantisedMatrix::new(WHAT, format, &bytes, dims);
+        let matrix = matrix.map_err(|error| refused(name, "whole blocks".into(), error.to_string()))?;
+        if !matrix.scales_are_finite() {
+            return Err(refused(name, "finite numbers".into(), "NaN, infinity or larger ones than blocks hold".into()));
+        }
+        Ok(Self { format, bytes, dims })
+    }
+
+    pub(crate) fn format(&self) -> Format {
+        self.format
+    }
+
+    pub(crate) fn dims(&self) -> [usize; 2] {
+        self.dims
+    }
+
+    fn matrix(&self) -> Result<QuantisedMatrix<'_>> {
+        Ok(QuantisedMatrix::new(WHAT, self.format, &self.bytes, self.dims).map_err(AttentionError::from)?)
+    }
+
+    /// The weight as the operand of a product.
+    pub(crate) fn operand<E: Dtype>(&self) -> candle_core::Result<Operand<'_, E>> {
+        Ok(Operand::quantised(self.matrix()?))
+    }
+
+    /// The numbers.
+    pub(crate) fn dequantise(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+        let matrix = self.matrix()?;
+        let tensor: candle_core::Result<Tensor> = with_dtype!(dtype, E => {
+            Tensor::from_vec(matrix.dequantise::<E>().map_err(AttentionError::from)?, &self.dims[..], device)
+        });
+        Ok(tensor?)
+    }
+}
+
+/// What stands in a linear layer for a weight in blocks: NaN of its shape, dtype and device, which takes no memory.
+pub(crate) fn placeholder(dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::new(f32::NAN, device)?.to_dtype(dtype)?.broadcast_as(dims)?)
+}
+
+/// The format of a type of candle's, if products can take it.
+pub(crate) fn format_of(dtype: GgmlDType) -> Option<Format> {
+    OF_CANDLE.iter().find(|(_, other)| *other == dtype).map(|(format, _)| *format)
+}
+
+pub(crate) fn refused(name: &str, expected: String, got: String) -> crate::Error {
+    AttentionError::Parameter { name: name.into(), expected, got }.into()
+}

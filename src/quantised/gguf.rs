@@ -1,0 +1,187 @@
+//! [`Gguf`]: weights from GGUF files.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use attention_files::FileError;
+use candle_core::quantized::gguf_file::Content;
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
+
+use crate::block::{TransformerBlock, TransformerBlockConfig};
+use crate::checkpoint::{LayerConfig, Parameters, Refused, cast, check_all, prefixed};
+use crate::error::{AttentionError, Result};
+use crate::memory;
+use crate::projection::{Projections, Quantised, format_of, placeholder};
+
+/// A GGUF file, whose tensors are read when a block asks for them.
+pub struct Gguf {
+    path: PathBuf,
+    content: Content,
+}
+
+/// The names in a block of the models of Llama's family, and this crate's.
+const NAMES: [(&str, &str); 22] = [
+    ("attn_q.weight", "attention.q_proj.weight"),
+    ("attn_q.bias", "attention.q_proj.bias"),
+    ("attn_k.weight", "attention.k_proj.weight"),
+    ("attn_k.bias", "attention.k_proj.bias"),
+    ("attn_v.weight", "attention.v_proj.weight"),
+    ("attn_v.bias", "attention.v_proj.bias"),
+    ("attn_output.weight", "attention.o_proj.weight"),
+    ("attn_output.bias", "attention.o_proj.bias"),
+    ("attn_q_norm.weight", "attention.q_norm.weight"),
+    ("attn_k_norm.weight", "attention.k_norm.weight"),
+    ("attn_sinks.weight", "attention.sinks"),
+    ("ffn_gate.weight", "mlp.gate.weight"),
+    ("ffn_gate.bias", "mlp.gate.bias"),
+    ("ffn_up.weight", "mlp.up.weight"),
+    ("ffn_up.bias", "mlp.up.bias"),
+    ("ffn_down.weight", "mlp.down.weight"),
+    ("ffn_down.bias", "mlp.down.bias"),
+    ("attn_norm.weight", "attention_norm.weight"),
+    ("ffn_norm.weight", "mlp_norm.weight"),
+    ("post_attention_norm.weight", "attention_post_norm.weight"),
+    ("post_ffw_norm.weight", "mlp_post_norm.weight"),
+    ("attn_norm.bias", "attention_norm.bias"),
+];
+
+/// A parameter as it comes from a file.
+enum Stored {
+    Numbers(Tensor),
+    Blocks(Quantised),
+}
+
+impl Gguf {
+    /// Reads the header of a file.
+    ///
+    /// # Errors
+    ///
+    /// A file that can't be read, or isn't GGUF.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let content = Content::read(&mut reader(path)?).map_err(|error| AttentionError::Checkpoint {
+            path: Some(path.to_path_buf()),
+            expected: "a GGUF file".into(),
+            got: format!("one that isn't: {error}"),
+        })?;
+        Ok(Self { path: path.to_path_buf(), content })
+    }
+
+    /// The names of the tensors, in alphabetical order.
+    pub fn tensor_names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.content.tensor_infos.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// A tensor as numbers, such as that of the embedding.
+    ///
+    /// # Errors
+    ///
+    /// A name that the file doesn't have; a truncated file; numbers that aren't finite; too little memory.
+    pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let mut problem = Ok(());
+        let tensor = match self.numbers(name, dtype, device) {
+            Ok(tensor) => Some(tensor),
+            Err(refused) => {
+                problem = Err(refused);
+                None
+            }
+        };
+        check_all([(name.to_string(), problem)].into_iter()).map_err(|error| error.at(&self.path))?;
+        tensor.ok_or_else(|| candle_core::Error::msg("a tensor").into())
+    }
+
+    /// A parameter of this shape: numbers, or a matrix in blocks.
+    fn parameter(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Stored, Refused> {
+        let info = self.content.tensor_infos.get(name).ok_or_else(|| format!("is missing, expected {shape:?}"))?;
+        if info.shape.dims() != shape {
+            return Err(format!("expected shape {shape:?}, got {:?}", info.shape.dims()).into());
+        }
+        match (info.ggml_dtype, format_of(info.ggml_dtype), shape) {
+            (GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16, _, _) => {
+                Ok(Stored::Numbers(self.numbers(name, dtype, device)?))
+            }
+            (_, Some(format), &[outputs, inputs]) => {
+                let blocks = self.read(name)?.data()?.into_owned();
+                Ok(Stored::Blocks(Quantised::new(name, format, blocks, [outputs, inputs])?))
+            }
+            (got, _, _) => Err(format!("expected Q8_0, Q4_0, Q4_K, f32, f16 or bf16, got {got:?}").into()),
+        }
+    }
+
+    fn numbers(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor, Refused> {
+        let stored = self.read(name)?;
+        let elements = stored.shape().elem_count();
+        memory::ask("tensor of a GGUF file", &Device::Cpu, memory::bytes(&[elements, 2], DType::F32))?;
+        cast(&stored.dequantize(&Device::Cpu)?, dtype, device)
+    }
+
+    fn read(&self, name: &str) -> Result<QTensor, Refused> {
+        let info = self.content.tensor_infos.get(name).ok_or_else(|| "is missing".to_string())?;
+        let bytes = memory::bytes(info.shape.dims(), DType::U8);
+        let blocks = bytes / info.ggml_dtype.block_size();
+        memory::ask("tensor of a GGUF file", &Device::Cpu, blocks.saturating_mul(2 * info.ggml_dtype.type_size()))?;
+        let mut file = reader(&self.path).map_err(Refused::from)?;
+        Ok(info.read(&mut file, self.content.tensor_data_offset, &Device::Cpu)?)
+    }
+}
+
+fn reader(path: &Path) -> Result<BufReader<File>, FileError> {
+    Ok(BufReader::new(File::open(path).map_err(|cause| FileError::read(path, &cause))?))
+}
+
+impl TransformerBlock {
+    /// A block from a GGUF file, whose `prefix` is the name of the block, such as `blk.0`. Weights of a quantised type stay in their
+    /// blocks; those of f32, f16 and bf16 become numbers, as biases and norms do, which get `dtype`.
+    ///
+    /// The names are those of Llama's family (Llama, Mistral, Qwen, Gemma 2), where queries, keys and values are three matrices. Files of
+    /// Llama and Mistral have the rows of queries and keys in the order of rotary embedding by neighbours: the config's rotary embedding
+    /// has [`Pairing::Interleaved`](crate::rotary::Pairing) for them. Files of Gemma have 1 + w as the weight of a norm, so the config's norm has no
+    /// `unit_offset`.
+    ///
+    /// # Errors
+    ///
+    /// An invalid config; tensors that the file lacks, holds in another shape or in another type than Q8_0, Q4_0, Q4_K, f32, f16 and bf16,
+    /// or that aren't finite; a truncated file. One error names all of them, and nothing is loaded.
+    pub fn from_gguf(
+        config: &TransformerBlockConfig,
+        file: &Gguf,
+        prefix: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        config.check_for(dtype)?;
+        let (mut parameters, mut blocks, mut problems) = (Parameters::new(), HashMap::new(), Vec::new());
+        for parameter in config.parameters() {
+            let name = NAMES.iter().find(|(_, own)| *own == parameter.name).map(|(name, _)| prefixed(prefix, name));
+            let Some(name) = name else {
+                problems.push(format!("`{}`: expected none, since GGUF has no name for it", parameter.name));
+                continue;
+            };
+            match file.parameter(&name, &parameter.shape, dtype, device) {
+                Ok(Stored::Numbers(tensor)) => parameters.push((parameter.name, tensor)),
+                Ok(Stored::Blocks(quantised)) => {
+                    parameters.push((parameter.name.clone(), placeholder(&parameter.shape, dtype, device)?));
+                    blocks.insert(parameter.name.into_owned(), Arc::new(quantised));
+                }
+                Err(Refused::Memory(error)) => return Err(error.into()),
+                Err(Refused::Tensor(problem)) => problems.push(format!("`{name}`: {problem}")),
+            }
+        }
+        if !problems.is_empty() {
+            return Err(AttentionError::CheckpointTensors { path: Some(file.path.clone()), problems }.into());
+        }
+        let block = Self::from_parameters(config, parameters, prefix)?;
+        block.map_projections(&mut |name, projection| {
+            Ok(match blocks.remove(&format!("{name}.weight")) {
+                Some(quantised) => projection.with_quantised(quantised)?,
+                None => projection.clone(),
+            })
+        })
+    }
+}

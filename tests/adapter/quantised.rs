@@ -1,0 +1,225 @@
+//! Weights in blocks: a layer computes with exactly the numbers of its blocks, forward and backward, and its adapters learn.
+
+use std::io::{Cursor, Seek};
+
+use candle_attention::adapter::{Adapt, LoraConfig, LoraLinear};
+use candle_attention::block::{MlpConfig, NormConfig, TransformerBlock, TransformerBlockConfig};
+use candle_attention::quantised::{Format, Gguf, Quantise};
+use candle_attention::rotary::{Pairing, RotaryConfig};
+use candle_attention::{Backend, ForwardOptions, Layout, Result, SelfAttentionConfig};
+use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::Linear;
+
+use crate::common::{assert_close, assert_same_bits, gradients, max_abs_difference, numbers, randn, var};
+use crate::layers::assert_error_says;
+use crate::{adapted, blocks_common, config, matrices};
+
+const FORMATS: [Format; 4] = [Format::Q8_0, Format::Q4_0, Format::Q4K, Format::Nf4];
+
+/// A block whose weights have rows of whole blocks of every format.
+fn large() -> TransformerBlockConfig {
+    let attention = SelfAttentionConfig {
+        num_kv_heads: Some(2),
+        head_dim: Some(64),
+        is_causal: true,
+        qkv_bias: false,
+        out_bias: false,
+        rotary: Some(RotaryConfig { pairing: Pairing::Interleaved, ..RotaryConfig::default() }),
+        ..SelfAttentionConfig::new(256, 4)
+    };
+    TransformerBlockConfig::new(attention, MlpConfig::swiglu(256, 512), NormConfig::rms(1e-5))
+}
+
+/// The output, and the gradients of x and of an adapter.
+fn run(block: &TransformerBlock, x: &Var, options: &ForwardOptions) -> Result<Vec<Tensor>> {
+    let y = block.forward_with(x, options)?.output;
+    let c = randn(9, y.shape(), DType::F64)?.to_dtype(y.dtype())?;
+    let vars = block.vars();
+    let gradients = gradients(&(&y * c)?, &[x].into_iter().chain(&vars).collect::<Vec<_>>())?;
+    Ok([vec![y], gradients].concat())
+}
+
+#[test]
+fn quantised_block_is_the_block_with_the_numbers_of_its_blocks() -> Result<()> {
+    for (dtype, tolerance) in [(DType::F64, 1e-11), (DType::F32, 1e-4), (DType::BF16, 0.06)] {
+        let block = blocks_common::block(&large(), dtype)?;
+        for format in FORMATS {
+            let quantised = block.quantise(format)?;
+            assert_eq!(quantised.formats().len(), 7);
+            let dense = quantised.dequantise()?;
+            assert!(max_abs_difference(dense.mlp().up().weight(), block.mlp().up().weight())? > 0.0);
+            let adapters = [adapted(&quantised, "default", &config(), 3)?, adapted(&dense, "default", &config(), 3)?];
+            // Many tokens, and few, whose products take another way.
+            for tokens in [40, 1] {
+                let x = var(1, (2, tokens, 256), dtype)?;
+                for backend in [Backend::Auto, Backend::Reference] {
+                    let options = ForwardOptions { backend, ..Default::default() };
+                    let [blocks, numbers] = [run(&adapters[0], &x, &options)?, run(&adapters[1], &x, &options)?];
+                    for (i, (blocks, numbers)) in blocks.iter().zip(&numbers).enumerate() {
+                        let what = format!("{format:?}, {dtype:?}, {tokens} tokens, {backend:?}, {i}");
+                        let largest = numbers.abs()?.to_dtype(DType::F64)?.max_all()?.to_scalar::<f64>()?.max(1.0);
+                        let difference = max_abs_difference(blocks, numbers)? / largest;
+                        assert!(difference < tolerance, "{what}: {difference}");
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The formats lose as much as they should: 8 bits little, 4 bits more.
+#[test]
+fn blocks_are_close_to_the_weights() -> Result<()> {
+    let weight = randn(1, (64, 512), DType::F32)?;
+    for (format, bound) in [(Format::Q8_0, 0.008), (Format::Q4_0, 0.12), (Format::Q4K, 0.1), (Format::Nf4, 0.11)] {
+        let linear = LoraLinear::new(Linear::new(weight.clone(), None)).quantise(format)?;
+        let error = (linear.dequantise()?.linear().weight() - &weight)?.sqr()?.mean_all()?.to_scalar::<f32>()?.sqrt();
+        assert!(error < bound && error > bound / 4.0, "{format:?}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn training_leaves_the_blocks_as_they_are() -> Result<()> {
+    let base = blocks_common::block(&large(), DType::F32)?.quantise(Format::Q4K)?;
+    let block = adapted(&base, "default", &LoraConfig { dropout_p: 0.1, ..config() }, 3)?;
+    let before = base.dequantise()?;
+    let parameters: Vec<(String, Var)> = matrices(&block, "default")?;
+    let mut optimizer = candle_attention::train::AdamW::new(&parameters, Default::default())?;
+    let (x, target) = (randn(1, (2, 8, 256), DType::F32)?, randn(2, (2, 8, 256), DType::F32)?);
+    let mut losses = Vec::new();
+    for _ in 0..10 {
+        let loss = (block.forward_t(&x, true)? - &target)?.sqr()?.mean_all()?;
+        losses.push(loss.to_scalar::<f32>()?);
+        optimizer.step(&loss.backward()?)?;
+    }
+    assert!(losses[9] < losses[0], "{losses:?}");
+    for ((name, before), (_, after)) in before.parameters().into_iter().zip(block.dequantise()?.parameters()) {
+        assert_same_bits(after, before, &name);
+    }
+    // Merged, the weights are numbers, and can be quantised again.
+    let merged = block.merge("default")?;
+    assert_close(&merged.forward(&x)?, &block.forward(&x)?, 1e-4, "merged");
+    assert_eq!(merged.formats(), []);
+    let again = merged.quantise(Format::Q8_0)?;
+    assert!(again.adapters().is_empty());
+    assert_close(again.dequantise()?.mlp().up().weight(), merged.mlp().up().weight(), 0.01, "quantised again");
+    Ok(())
+}
+
+#[test]
+fn quantised_layer_has_no_weights_as_parameters_and_no_file() -> Result<()> {
+    let block = blocks_common::block(&large(), DType::F32)?;
+    let quantised = block.quantise(Format::Q4_0)?;
+    let names: Vec<_> = quantised.parameters().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["attention_norm.weight", "mlp_norm.weight"]);
+    let placeholder = quantised.mlp().up().weight();
+    assert_eq!((placeholder.dims(), placeholder.dtype()), (&[512, 256][..], DType::F32));
+    assert!(numbers(placeholder)?.iter().all(|x| x.is_nan()));
+    let says = ["q_proj.weight", "numbers (dequantise", "Q4_0"];
+    assert_error_says(quantised.to_bytes(), &says);
+    assert_error_says(quantised.to_layout(Layout::Llama), &says);
+    assert_error_says(quantised.trainable(), &says);
+    assert_error_says(quantised.quantise(Format::Q8_0), &["attention.q_proj.weight", "numbers", "Q4_0"]);
+    assert_error_says(
+        blocks_common::block(&blocks_common::bert(), DType::F32)?.quantise(Format::Q4_0),
+        &["attention.q_proj.weight", "blocks of 32", "rows of 6"],
+    );
+    let huge = Linear::new(Tensor::full(1e38f32, (1, 32), &Device::Cpu)?, None);
+    assert_error_says(LoraLinear::new(huge).quantise(Format::Q8_0), &["linear.weight", "finite"]);
+    Ok(())
+}
+
+/// GGUF's names of the parameters of a block.
+const NAMES: [(&str, &str); 9] = [
+    ("attention.q_proj.weight", "attn_q.weight"),
+    ("attention.k_proj.weight", "attn_k.weight"),
+    ("attention.v_proj.weight", "attn_v.weight"),
+    ("attention.o_proj.weight", "attn_output.weight"),
+    ("mlp.gate.weight", "ffn_gate.weight"),
+    ("mlp.up.weight", "ffn_up.weight"),
+    ("mlp.down.weight", "ffn_down.weight"),
+    ("attention_norm.weight", "attn_norm.weight"),
+    ("mlp_norm.weight", "ffn_norm.weight"),
+];
+
+/// The bytes of a GGUF file with a block's matrices in this type, and its vectors in f32.
+fn gguf(block: &TransformerBlock, dtype: impl Fn(&str) -> GgmlDType) -> Result<Vec<u8>> {
+    let parameters = block.parameters();
+    let quantise = |(own, name): &(&str, &str)| {
+        let tensor = parameters.iter().find(|(other, _)| other == own).expect("a parameter").1;
+        let dtype = if tensor.rank() == 2 { dtype(name) } else { GgmlDType::F32 };
+        Ok((format!("blk.3.{name}"), QTensor::quantize(tensor, dtype)?))
+    };
+    let tensors = NAMES.iter().map(quantise).collect::<Result<Vec<_>>>()?;
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let mut file = Cursor::new(Vec::new());
+    gguf_file::write(&mut file, &[], &tensors)?;
+    file.rewind().expect("a start");
+    Ok(file.into_inner())
+}
+
+fn written(bytes: &[u8]) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), bytes).expect("a file");
+    file
+}
+
+#[test]
+fn gguf_files_give_the_blocks_that_they_hold() -> Result<()> {
+    let block = blocks_common::block(&large(), DType::F32)?;
+    let x = randn(1, (1, 7, 256), DType::F32)?;
+    for (dtype, format) in
+        [(GgmlDType::Q8_0, Format::Q8_0), (GgmlDType::Q4_0, Format::Q4_0), (GgmlDType::Q4K, Format::Q4K)]
+    {
+        let file = written(&gguf(&block, |name| if name == "ffn_down.weight" { GgmlDType::F16 } else { dtype })?);
+        let file = Gguf::open(file.path())?;
+        assert_eq!(file.tensor_names().len(), 9);
+        let loaded = TransformerBlock::from_gguf(&large(), &file, "blk.3", DType::F32, &Device::Cpu)?;
+        assert_eq!(loaded.formats().len(), 6);
+        assert!(loaded.formats().iter().all(|(_, other)| *other == format));
+        // All as this crate quantises it, but for the matrix in f16.
+        let expected = block.quantise(format)?.dequantise()?;
+        for ((name, expected), (_, got)) in expected.parameters().into_iter().zip(loaded.dequantise()?.parameters()) {
+            if name != "mlp.down.weight" {
+                assert_same_bits(got, expected, &name);
+            }
+        }
+        let down = file.tensor("blk.3.ffn_down.weight", DType::F32, &Device::Cpu)?;
+        assert_close(&down, block.mlp().down().weight(), 1e-3, "f16");
+        assert_close(&loaded.forward(&x)?, &loaded.dequantise()?.forward(&x)?, 1e-4, "forward");
+    }
+    Ok(())
+}
+
+#[test]
+fn files_that_do_not_fit_are_one_clear_error() -> Result<()> {
+    let block = blocks_common::block(&large(), DType::F32)?;
+    let whole = gguf(&block, |_| GgmlDType::Q8_0)?;
+    let load = |bytes: &[u8], config: &TransformerBlockConfig, prefix: &str| {
+        let file = written(bytes);
+        TransformerBlock::from_gguf(config, &Gguf::open(file.path())?, prefix, DType::F32, &Device::Cpu)
+    };
+    load(&whole, &large(), "blk.3")?;
+    assert_error_says(load(&whole, &large(), "blk.4"), &["blk.4.attn_q.weight", "is missing", "blk.4.ffn_norm.weight"]);
+    let q6 = gguf(&block, |name| if name == "attn_v.weight" { GgmlDType::Q6K } else { GgmlDType::Q8_0 })?;
+    assert_error_says(load(&q6, &large(), "blk.3"), &["blk.3.attn_v.weight", "expected Q8_0", "Q6K"]);
+    let mut other = large();
+    other.mlp.hidden_dim = 768;
+    assert_error_says(load(&whole, &other, "blk.3"), &["blk.3.ffn_up.weight", "[768, 256]", "[512, 256]"]);
+    for cut in [0, 3, 20, 200, whole.len() / 2, whole.len() - 40] {
+        let error = load(&whole[..cut], &large(), "blk.3").err().unwrap_or_else(|| panic!("{cut} bytes are no file"));
+        assert!(error.to_string().contains("checkpoint"), "{cut}: {error}");
+    }
+    // NaN as the scale of a block.
+    let file = written(&whole);
+    let offset = gguf_file::Content::read(&mut std::fs::File::open(file.path()).expect("a file"))?;
+    let start = offset.tensor_data_offset + offset.tensor_infos["blk.3.ffn_up.weight"].offset;
+    let mut nan = whole.clone();
+    nan[start as usize..][..2].copy_from_slice(&[0xFF, 0x7F]);
+    assert_error_says(load(&nan, &large(), "blk.3"), &["blk.3.ffn_up.weight", "finite"]);
+    assert_error_says(Gguf::open("/nowhere/model.gguf").map(|_| ()), &["/nowhere/model.gguf", "can't read"]);
+    Ok(())
+}
