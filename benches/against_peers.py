@@ -2,8 +2,8 @@
 
     pip install -r benches/requirements.txt && python benches/against_peers.py
 
-There are rows for attention, for the other operations of a transformer at 2048 rows of some width, for transformer blocks, for a
-whole model, and for memory. `--only operations` or `--only rms_norm` leaves out the others.
+There are rows for attention, for the other operations of a transformer at 2048 rows of some width, for transformer blocks, for
+fine-tuning of a block by LoRA, for a whole model, and for memory. `--only operations` or `--only rms_norm` leaves out the others.
 
 Every row is checked before it is timed: all contenders must give the same numbers. They are timed in rotation. After a call
 ONNX Runtime's threads spin for 40 ms and PyTorch's for 8 ms, which would take a core from the next contender. So each turn
@@ -34,6 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent / "against_peers"))
 import attention  # noqa: E402
 import blocks  # noqa: E402
+import lora  # noqa: E402
 import memory  # noqa: E402
 import models  # noqa: E402
 import operations  # noqa: E402
@@ -48,7 +49,7 @@ PAUSE = 0.08
 
 
 def cases(arguments):
-    for rows in (attention.cases(), operations.cases(), blocks.cases(), models.cases(arguments.minilm), memory.cases()):
+    for rows in (attention.cases(), operations.cases(), blocks.cases(), lora.cases(), models.cases(arguments.minilm), memory.cases()):
         yield from rows
 
 
@@ -151,7 +152,7 @@ def line(row):
     ]  # fmt: skip
 
 
-WORDS = "`attention`, `operations`, `blocks`, `models` or `memory`; a case, pass, dtype, `full` or `causal`"
+WORDS = "`attention`, `operations`, `blocks`, `lora`, `models` or `memory`; a case, pass, dtype, `full` or `causal`"
 
 
 def parse():

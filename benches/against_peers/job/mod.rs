@@ -100,8 +100,19 @@ impl Inputs {
     }
 
     /// A builder that gives all tensors as parameters: variables if there is a backward pass.
-    fn parameters(mut self, backward: bool, device: &Device) -> Result<(VarBuilder<'static>, Trained)> {
-        let names: Vec<String> = if backward { self.0.keys().cloned().collect() } else { Vec::new() };
+    fn parameters(self, backward: bool, device: &Device) -> Result<(VarBuilder<'static>, Trained)> {
+        self.parameters_of(backward, |_| true, device)
+    }
+
+    /// The same with variables of some names alone.
+    fn parameters_of(
+        mut self,
+        backward: bool,
+        is_trained: impl Fn(&str) -> bool,
+        device: &Device,
+    ) -> Result<(VarBuilder<'static>, Trained)> {
+        let names = self.0.keys().filter(|name| backward && is_trained(name)).cloned();
+        let names: Vec<String> = names.collect();
         let trained = self.train(&names)?;
         Ok((VarBuilder::from_tensors(self.0, DType::F32, device), trained))
     }

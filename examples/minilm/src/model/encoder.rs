@@ -8,6 +8,7 @@ use candle_nn::VarBuilder;
 use super::Config;
 
 /// The sum of three embeddings, of the token, its position and its type; then the blocks.
+#[derive(Clone)]
 pub struct Encoder {
     /// (vocab_size, hidden_size)
     words: Tensor,
@@ -37,12 +38,31 @@ impl Encoder {
 
     /// From token ids (batch, len), where sequence b has `lengths[b]` tokens, to states (batch, len, hidden_size).
     pub fn forward(&self, ids: &Tensor, lengths: &[usize]) -> anyhow::Result<Tensor> {
-        let options = ForwardOptions { attn_mask: Mask::key_lengths(lengths), ..Default::default() };
+        self.forward_t(ids, lengths, false)
+    }
+
+    /// The same, with the dropout of adapters if `train` is true.
+    pub fn forward_t(&self, ids: &Tensor, lengths: &[usize], train: bool) -> anyhow::Result<Tensor> {
+        let options = ForwardOptions { attn_mask: Mask::key_lengths(lengths), train, ..Default::default() };
         let mut x = self.embed(ids)?;
         for block in &self.blocks {
             x = block.forward_with(&x, &options)?.output;
         }
         Ok(x)
+    }
+
+    /// The blocks.
+    pub fn blocks(&self) -> &[TransformerBlock] {
+        &self.blocks
+    }
+
+    /// The network with other blocks, such as adapted ones.
+    pub fn map_blocks(
+        &self,
+        change: impl Fn(usize, &TransformerBlock) -> anyhow::Result<TransformerBlock>,
+    ) -> anyhow::Result<Self> {
+        let blocks = self.blocks.iter().enumerate().map(|(i, block)| change(i, block));
+        Ok(Self { blocks: blocks.collect::<anyhow::Result<_>>()?, ..self.clone() })
     }
 
     /// The attention weights of each layer, (batch, heads, len, len).

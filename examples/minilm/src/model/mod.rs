@@ -65,17 +65,38 @@ impl Model {
 
     /// An embedding (batch, hidden_size) of length 1 for each sentence: the mean of its token states.
     pub fn embed(&self, sentences: &[&Sentence]) -> Result<Tensor> {
-        let states = self.states(sentences)?;
+        let (ids, lengths) = self.batch(sentences)?;
+        let means = self.means(&self.states_of(&ids, &lengths)?, &lengths)?;
+        let lengths = means.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
+        Ok(means.broadcast_div(&lengths.maximum(MIN_LENGTH)?)?)
+    }
+
+    /// The mean (batch, hidden_size) of each sentence's states, which has `lengths[b]` tokens.
+    pub fn means(&self, states: &Tensor, lengths: &[usize]) -> Result<Tensor> {
         let (batch, longest, _) = states.dims3()?;
         // A row for each sentence: 1 / len for its own tokens, 0 for the padding.
         let mut shares = vec![0f32; batch * longest];
-        for (row, sentence) in shares.chunks_mut(longest).zip(sentences) {
-            row[..sentence.ids.len()].fill(1.0 / sentence.ids.len() as f32);
+        for (row, &len) in shares.chunks_mut(longest).zip(lengths) {
+            row[..len].fill(1.0 / len as f32);
         }
         let shares = Tensor::from_vec(shares, (batch, 1, longest), &self.device)?;
-        let means = shares.matmul(&states)?.squeeze(1)?;
-        let lengths = means.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
-        Ok(means.broadcast_div(&lengths.maximum(MIN_LENGTH)?)?)
+        Ok(shares.matmul(states)?.squeeze(1)?)
+    }
+
+    /// The network.
+    pub fn encoder(&self) -> &Encoder {
+        &self.encoder
+    }
+
+    /// Where the model computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The model with a lower limit for the tokens of a sentence.
+    pub fn with_max_tokens(mut self, max_tokens: usize) -> Result<Self> {
+        self.reader = self.reader.with_max_tokens(max_tokens)?;
+        Ok(self)
     }
 
     /// The attention weights, (layers, heads, len, len).

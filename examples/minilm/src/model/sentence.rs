@@ -33,16 +33,21 @@ impl Reader {
         let path = folder.join("tokenizer.json");
         let failed = |cause| anyhow!("can't read {}: {cause}", path.display());
         let mut tokenizer = Tokenizer::from_file(&path).map_err(failed)?;
-        let special = tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
-        let max_length = config.max_seq_length;
+        // The file may ask for padding.
+        tokenizer.with_padding(None);
+        Self(tokenizer).with_max_tokens(config.max_seq_length)
+    }
+
+    /// With another limit, which may not be above the model's.
+    pub fn with_max_tokens(mut self, max_length: usize) -> Result<Self> {
+        let special = self.0.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
         ensure!(
             max_length > special,
             "expected more than the {special} special tokens in a sentence, got {max_length}"
         );
         let truncation = TruncationParams { max_length, ..Default::default() };
-        // The file may ask for another limit, and for padding to it.
-        tokenizer.with_truncation(Some(truncation)).map_err(failed)?.with_padding(None);
-        Ok(Self(tokenizer))
+        self.0.with_truncation(Some(truncation)).map_err(|cause| anyhow!("the limit {max_length}: {cause}"))?;
+        Ok(self)
     }
 
     /// The tokens of a text.
