@@ -33,6 +33,12 @@ pub struct Arguments {
     /// Continue a saved run; flags that are given must agree with it, except --steps
     #[arg(long, value_name = "FILE")]
     pub resume: Option<PathBuf>,
+    /// Train an adapter (LoRA) on the model of this run, whose weights stay as they are, to write like another --text
+    #[arg(long, value_name = "FILE", conflicts_with = "resume", requires = "adapter")]
+    pub base: Option<PathBuf>,
+    /// Where to save the adapter, as PEFT does
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["resume", "out"], requires = "base", requires = "text")]
+    pub adapter: Option<PathBuf>,
     /// Characters to write at the end
     #[arg(long, default_value_t = 300)]
     pub sample: usize,
@@ -127,6 +133,26 @@ impl Arguments {
         let steps = steps.unwrap_or(saved.steps);
         ensure!(steps >= done, "--steps: expected at least {done}, the steps of the saved run, got {steps}");
         Ok(RunConfig { steps, ..saved.clone() })
+    }
+
+    /// A run that adapts a saved one: with its model, and these flags' steps, learning rate, batches and seed.
+    pub fn adapted_run(&self, saved: &RunConfig) -> Result<RunConfig> {
+        let RunFlags { steps, seed, batch, len, width, layers, heads, dropout, lr, positions, dtype } = &self.run;
+        let model = &saved.model;
+        agrees("--len", *len, model.len)?;
+        agrees("--width", *width, model.width)?;
+        agrees("--layers", *layers, model.layers)?;
+        agrees("--heads", *heads, model.heads)?;
+        agrees("--dropout", *dropout, model.dropout)?;
+        agrees("--positions", *positions, model.positions)?;
+        agrees("--dtype", *dtype, saved.dtype)?;
+        Ok(RunConfig {
+            model: ModelConfig { seed: seed.unwrap_or(model.seed), ..model.clone() },
+            batch: batch.unwrap_or(saved.batch),
+            lr: lr.unwrap_or(saved.lr),
+            steps: steps.unwrap_or(saved.steps),
+            dtype: saved.dtype,
+        })
     }
 
     /// The file to save to. The folder of the default is made if it is missing; the folder of `--out` must exist.

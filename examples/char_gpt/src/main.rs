@@ -5,6 +5,7 @@
 //! cargo run --release --bin char_gpt -- --steps 200 --out run.safetensors
 //! cargo run --release --bin char_gpt -- --resume run.safetensors --steps 2000 --prompt "Anne "
 //! cargo run --release --bin char_gpt -- --text my.txt --len 256 --dropout 0.1
+//! cargo run --release --bin char_gpt -- --base run.safetensors --text other.txt --adapter other
 //! ```
 //!
 //! A run is saved at regular intervals. A run that was killed at any moment and continued with `--resume` ends with the same
@@ -12,6 +13,7 @@
 //! `training.rs` the loop, `state.rs` the file, `sampling.rs` the writing. `parity.py` trains the same model with PyTorch and
 //! compares.
 
+mod adapter;
 mod arguments;
 mod model;
 mod sampling;
@@ -48,17 +50,32 @@ fn run(arguments: &Arguments) -> Result<()> {
     // Each step allocates the same tensors again.
     keep_freed_memory();
     let device = arguments.device.open()?;
-    let corpus = Corpus::open(arguments.text.as_deref())?;
-    let mut state = start(arguments, &corpus, &device)?;
+    let adapter = arguments.base.as_deref().zip(arguments.adapter.clone());
+    let (mut state, corpus) = match &adapter {
+        Some((base, _)) => adapter::start(arguments, base, &device, &mut screen)?,
+        None => {
+            let corpus = Corpus::open(arguments.text.as_deref())?;
+            (start(arguments, &corpus, &device)?, corpus)
+        }
+    };
     let first_step = state.step();
     // Bad input is refused before the training, not after it.
     let prompt = prompt(arguments, &corpus)?;
-    let file = arguments.output_file()?;
-    state.save(&file, &corpus)?;
+    let file = adapter.as_ref().map_or_else(|| arguments.output_file(), |(_, folder)| Ok(folder.clone()))?;
+    let save = |state: &State| match &adapter {
+        Some((base, folder)) => adapter::save(state, base, folder),
+        None => state.save(&file, &corpus),
+    };
+    save(&state)?;
     introduce(&mut screen, &state, &corpus)?;
 
-    let checkpoints = (file.as_path(), arguments.save_every);
-    let progress = training::train(&mut state, &corpus, &device, checkpoints, &mut screen)?;
+    // Of the base alone, if there is an adapter: a new one changes nothing.
+    let first_loss =
+        adapter.as_ref().map(|_| training::validate(&state.model, &state.run, &corpus, &device)).transpose()?;
+    if let Some(loss) = first_loss {
+        writeln!(screen, "Held out, by the base alone: {loss:.3}")?;
+    }
+    let progress = training::train(&mut state, &corpus, &device, (&save, arguments.save_every), &mut screen)?;
     let validation_loss = training::validate(&state.model, &state.run, &corpus, &device)?;
     report(&mut screen, &progress, validation_loss)?;
     writeln!(screen, "Saved to {}.", file.display())?;
@@ -76,7 +93,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     if arguments.json {
         let line = json!({
             "first_step": first_step, "steps": state.step(), "losses": progress.losses,
-            "validation_loss": validation_loss, "unigram_loss": corpus.unigram_loss(),
+            "validation_loss": validation_loss, "base_validation_loss": first_loss, "unigram_loss": corpus.unigram_loss(),
             "seconds": progress.time.as_secs_f64(), "tokens_per_second": progress.tokens_per_second(),
             "parameters": state.parameter_count(), "out": file.display().to_string(), "sample": written,
         });

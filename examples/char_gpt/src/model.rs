@@ -3,6 +3,7 @@
 //! Its parts are those of recent models: RMS norms, rotary positions, a squared ReLU in the MLP (So et al., "Primer", NeurIPS 2021),
 //! and no biases.
 
+use candle_attention::adapter::{Adapt, LoraConfig};
 use candle_attention::block::{
     Activation, CrossEntropyOptions, Embedding, MlpConfig, Norm, NormConfig, TransformerBlock, TransformerBlockConfig,
     embedding, linear, linear_cross_entropy,
@@ -90,6 +91,26 @@ impl Gpt {
             norm: Norm::new(&NormConfig::rms(NORM_EPS), config.width, vb.pp("norm"))?,
             head: vb.get((config.vocabulary, config.width), "head.weight")?,
             config: config.clone(),
+        })
+    }
+
+    pub fn blocks(&self) -> &[TransformerBlock] {
+        &self.blocks
+    }
+
+    /// The same model with constants as parameters, and an adapter on its blocks.
+    pub fn with_lora(self, name: &str, config: &LoraConfig, vb: VarBuilder) -> Result<Self> {
+        let constant = |table: &Embedding| Embedding::new(table.weight().detach());
+        let adapted = |(layer, block): (usize, &TransformerBlock)| {
+            block.with_lora(name, config, vb.pp(format!("blocks.{layer}")))
+        };
+        Ok(Self {
+            tokens: constant(&self.tokens)?,
+            positions: self.positions.as_ref().map(constant).transpose()?,
+            blocks: self.blocks.iter().enumerate().map(adapted).collect::<Result<_>>()?,
+            norm: Norm::from_parameters(self.norm.config(), self.norm.weight().detach(), None)?,
+            head: self.head.detach(),
+            config: self.config,
         })
     }
 

@@ -29,7 +29,7 @@ const OPTIMIZER: &str = "optimizer.";
 /// The attention and the MLP of each block draw their own initial parameters.
 const BLOCKS: &str = "blocks";
 /// As in nanoGPT; the learning rate follows a schedule.
-const ADAMW: AdamWConfig = AdamWConfig { lr: 0.0, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
+pub const ADAMW: AdamWConfig = AdamWConfig { lr: 0.0, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
 
 /// The type of a model's numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -42,7 +42,7 @@ pub enum Numbers {
 }
 
 impl Numbers {
-    fn dtype(self) -> DType {
+    pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,

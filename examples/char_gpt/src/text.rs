@@ -1,6 +1,6 @@
 //! A text as numbers, one for each character, in a part for training and one that is held out.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -72,8 +72,26 @@ impl Corpus {
         text().with_context(|| file.display().to_string())
     }
 
+    /// The text of a file as far as its characters are in a vocabulary, and how often each other one stood in it.
+    pub fn with_vocabulary(file: &Path, vocabulary: Vocabulary) -> Result<(Self, BTreeMap<char, usize>)> {
+        let text = std::fs::read_to_string(file).with_context(|| format!("{}: can't read the text", file.display()))?;
+        let mut unknown = BTreeMap::new();
+        let known = |character: &char| {
+            let is_known = vocabulary.0.binary_search(character).is_ok();
+            if !is_known {
+                *unknown.entry(*character).or_default() += 1;
+            }
+            is_known
+        };
+        let text: String = text.chars().filter(known).collect();
+        Ok((Self::of(&text, vocabulary).with_context(|| file.display().to_string())?, unknown))
+    }
+
     fn new(text: &str) -> Result<Self> {
-        let vocabulary = Vocabulary::of(text);
+        Self::of(text, Vocabulary::of(text))
+    }
+
+    fn of(text: &str, vocabulary: Vocabulary) -> Result<Self> {
         let tokens = vocabulary.encode(text)?;
         let (train, held_out) = tokens.split_at(tokens.len() - tokens.len() / 10);
         let hash = text

@@ -1,7 +1,6 @@
 //! Training, with validation and a checkpoint at regular intervals.
 
 use std::io::Write;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -34,12 +33,12 @@ impl Progress {
     }
 }
 
-/// Takes the remaining steps. Saves the run every `save_every` steps and at the end.
+/// Takes the remaining steps. Saves every `save_every` steps and at the end.
 pub fn train(
     state: &mut State,
     corpus: &Corpus,
     device: &Device,
-    (file, save_every): (&Path, usize),
+    (save, save_every): (&dyn Fn(&State) -> Result<()>, usize),
     screen: &mut impl Write,
 ) -> Result<Progress> {
     let steps = state.run.steps;
@@ -57,7 +56,7 @@ pub fn train(
         bar.set_message(format!("loss {loss:.3}  {speed:.0} tokens/s"));
         bar.inc(1);
         if state.step().is_multiple_of(save_every) && state.step() < steps {
-            state.save(file, corpus)?;
+            save(state)?;
             let validation = validate(&state.model, &state.run, corpus, device)?;
             let line =
                 format!("step {:>6}  loss {loss:.3}  held out {validation:.3}  {speed:.0} tokens/s", state.step());
@@ -65,7 +64,7 @@ pub fn train(
         }
     }
     bar.finish_and_clear();
-    state.save(file, corpus)?;
+    save(state)?;
     Ok(progress)
 }
 
