@@ -6,6 +6,7 @@ import torch
 
 from attention import LAYERS
 from blocks import Blocks
+from case import DTYPES
 from memory import Memory, peak
 from peers import Torch, rotate
 
@@ -28,6 +29,7 @@ class Lora(Blocks):
     rank: int = 8
     # Of the weights, if they are quantised.
     format: str | None = None
+    dtype: str = "f32"
 
     group = "lora"
 
@@ -57,7 +59,7 @@ class Lora(Blocks):
         for i in range(self.count):
             for name, shape in self.matrices():
                 inputs[name.replace("blocks.0", f"blocks.{i}")] = torch.randn(*shape, generator=generator) / shape[1] ** 0.5
-        return inputs
+        return {name: x.to(DTYPES[self.dtype]) for name, x in inputs.items()}
 
     def description(self):
         return super().description() | {"lora": self.rank, "format": self.format}
@@ -74,7 +76,7 @@ class Lora(Blocks):
         sizes = {"hidden_size": self.width, "intermediate_size": 4 * self.width, "num_attention_heads": self.heads}
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         config = BertConfig(**sizes, **dropout, layer_norm_eps=1e-5, attn_implementation="sdpa")
-        layer = BertLayer(config)
+        layer = BertLayer(config).to(DTYPES[self.dtype])
         state = {}
         for ours, theirs in (LINEAR | NORMS).items():
             state |= {f"{theirs}.{kind}": inputs[f"blocks.0.{ours}.{kind}"] for kind in ("weight", "bias")}
@@ -126,5 +128,6 @@ class OfQuantised(Memory):
 
 
 def cases():
-    yield from (Lora(*shape, False, True) for shape in LAYERS)
+    for dtype in ("f32", "bf16"):
+        yield from (Lora(*shape, False, True, dtype=dtype) for shape in LAYERS)
     yield from (OfQuantised(format) for format in ("q8_0", "q4_0", "q4_k", "nf4"))

@@ -3,8 +3,10 @@
 //! Forward, y_i = x · W_iᵀ + b_i + u_i · B_iᵀ with u_i = s_i · dropout_i(x) · A_iᵀ. Each y_i is one sum of products, so that no pass over y adds
 //! the adapter's part, and B · A is never computed. Backward, with du_i = s_i · dy_i · B_i:
 //!
-//! - dA_i = du_iᵀ · dropout_i(x), dB_i = dy_iᵀ · u_i,
+//! - dA_i = du_iᵀ · dropout_i(x), dB_iᵀ = u_iᵀ · dy_i,
 //! - dx = Σ_i dy_i · W_i + dropout_i(du_i · A_i).
+//!
+//! u and du are computed and kept transposed, (rank, rows): products of so few rows read x and dy once, from where they are.
 
 use std::sync::Arc;
 
@@ -51,12 +53,12 @@ impl Adapted {
         of_linear.chain(self.low_rank.iter().flat_map(|low_rank| [&low_rank.a, &low_rank.b]))
     }
 
-    /// s · dropout(x) · Aᵀ, (rows, rank).
+    /// s · A · dropout(x)ᵀ, (rank, rows).
     fn reduce<E: Dtype>(&self, x: &[E]) -> Result<Option<Vec<E>>> {
         let Some(LowRank { a, scale, .. }) = &self.low_rank else { return Ok(None) };
         let dropped = self.dropped(x)?;
         let (x, a_read) = (rows("input of an adapter", dropped.as_deref().unwrap_or(x), a.dim(1)?)?, Reading::new(a));
-        checked(matmul(x, a_read.matrix::<E>("lora_A")?.transposed(), &Scale(*scale))).map(Some)
+        checked(matmul(a_read.matrix::<E>("lora_A")?, x.transposed(), &Scale(*scale))).map(Some)
     }
 
     /// What the adapter reads, if it isn't x itself.
@@ -64,11 +66,12 @@ impl Adapted {
         self.dropout.map(|dropout| checked(add_dropped(None, x, Some(dropout)))).transpose()
     }
 
-    /// s · dy · B, (rows, rank).
+    /// s · Bᵀ · dyᵀ, (rank, rows).
     fn gradient_of_reduced<E: Dtype>(&self, grad: Columns<E>) -> Result<Option<Vec<E>>> {
         let Some(LowRank { b, scale, .. }) = &self.low_rank else { return Ok(None) };
         let b = Reading::new(b);
-        checked(matmul(grad.operand()?, b.matrix::<E>("lora_B")?, &Scale(*scale))).map(Some)
+        let b = b.matrix::<E>("lora_B")?.transposed();
+        checked(matmul(b, grad.operand()?.transposed(), &Scale(*scale))).map(Some)
     }
 
     /// The gradients of A and B, each only if it is wanted.
@@ -80,15 +83,15 @@ impl Adapted {
         of_reduced: &[E],
         grad: Columns<E>,
     ) -> Result<[Option<Tensor>; 2]> {
-        let (rank, inputs) = a.dims2()?;
+        let (inputs, rank, outputs) = (a.dim(1)?, a.dim(0)?, b.dim(0)?);
         let of_a = || {
             let dropped = self.dropped(x)?;
             let x = rows("input of an adapter", dropped.as_deref().unwrap_or(x), inputs)?;
-            tensor(checked(matmul(rows("gradient", of_reduced, rank)?.transposed(), x, &Plain))?, a.shape())
+            tensor(checked(matmul(by_rank(of_reduced, rank)?, x, &Plain))?, a.shape())
         };
         let of_b = || {
-            let reduced = rows("input of lora_B", reduced, rank)?;
-            tensor(checked(matmul(grad.operand()?.transposed(), reduced, &Plain))?, b.shape())
+            let transposed = checked(matmul(by_rank(reduced, rank)?, grad.operand()?, &Plain))?;
+            tensor(transposed, (rank, outputs))?.t()
         };
         Ok([a.track_op().then(of_a).transpose()?, b.track_op().then(of_b).transpose()?])
     }
@@ -124,7 +127,12 @@ impl<'a> Read<'a> {
     }
 }
 
-/// u of each linear layer, `None` without an adapter.
+/// u or du of a linear layer, (rank, rows).
+fn by_rank<E: Dtype>(numbers: &[E], rank: usize) -> Result<Operand<'_, E>> {
+    checked(Operand::row_major("lora_A · x", numbers, rank, numbers.len() / rank.max(1)))
+}
+
+/// uᵀ of each linear layer, `None` without an adapter.
 pub(crate) type Reduced<E> = Vec<Option<Vec<E>>>;
 
 /// Linear layers that read the same input.
@@ -165,7 +173,7 @@ impl SideBySide {
             let mut pairs = vec![(x, read.weight::<E>()?.transposed())];
             if let (Some([_, b]), Some(reduced)) = (&read.low_rank, reduced) {
                 let b = b.matrix::<E>("lora_B")?.transposed();
-                pairs.push((rows("input of lora_B", reduced, b.dims()[0])?, b));
+                pairs.push((by_rank(reduced, b.dims()[0])?.transposed(), b));
             }
             groups.push(pairs);
         }
@@ -204,7 +212,7 @@ impl SideBySide {
             pairs.push((grad.operand()?, read.weight::<E>()?));
             let (Some([a, _]), Some(of_reduced)) = (&read.low_rank, &of_reduced[i]) else { continue };
             let a = a.matrix::<E>("lora_A")?;
-            let of_reduced = rows("gradient", of_reduced, a.dims()[0])?;
+            let of_reduced = by_rank(of_reduced, a.dims()[0])?.transposed();
             match self.0[i].dropout {
                 None => pairs.push((of_reduced, a)),
                 dropout => {

@@ -101,7 +101,7 @@ fn training_leaves_the_blocks_as_they_are() -> Result<()> {
     }
     // Merged, the weights are numbers, and can be quantised again.
     let merged = block.merge("default")?;
-    assert_close(&merged.forward(&x)?, &block.forward(&x)?, 1e-4, "merged");
+    assert_close(&merged.forward(&x)?, &block.forward(&x)?, 1e-3, "merged");
     assert_eq!(merged.formats(), []);
     let again = merged.quantise(Format::Q8_0)?;
     assert!(again.adapters().is_empty());

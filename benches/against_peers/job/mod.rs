@@ -114,7 +114,8 @@ impl Inputs {
         let names = self.0.keys().filter(|name| backward && is_trained(name)).cloned();
         let names: Vec<String> = names.collect();
         let trained = self.train(&names)?;
-        Ok((VarBuilder::from_tensors(self.0, DType::F32, device), trained))
+        let dtype = self.0.values().next().map_or(DType::F32, Tensor::dtype);
+        Ok((VarBuilder::from_tensors(self.0, dtype, device), trained))
     }
 }
 

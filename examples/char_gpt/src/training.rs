@@ -33,12 +33,15 @@ impl Progress {
     }
 }
 
+/// What saves a run.
+pub type Save<'a> = &'a dyn Fn(&State) -> Result<()>;
+
 /// Takes the remaining steps. Saves every `save_every` steps and at the end.
 pub fn train(
     state: &mut State,
     corpus: &Corpus,
     device: &Device,
-    (save, save_every): (&dyn Fn(&State) -> Result<()>, usize),
+    (save, save_every): (Save, usize),
     screen: &mut impl Write,
 ) -> Result<Progress> {
     let steps = state.run.steps;

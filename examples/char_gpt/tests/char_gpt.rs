@@ -47,6 +47,32 @@ fn short_run_beats_character_frequencies() {
     }
 }
 
+/// The licence is the second author. Its characters that the first one doesn't use are left out.
+#[test]
+fn adapter_learns_a_second_author() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, adapter) = (file(&folder, "base.safetensors"), file(&folder, "adapter"));
+    result(&[SMALL, &["--steps", "60", "--out", &base, "--sample", "0"]].concat());
+    let before = std::fs::read(&base).unwrap();
+    let licence = concat!(env!("CARGO_MANIFEST_DIR"), "/../../LICENSE-APACHE");
+    let flags = ["--base", &base, "--text", licence, "--adapter", &adapter, "--steps", "60", "--sample", "10"];
+    let result = result(&flags);
+    let (untouched, adapted) = (number(&result, "base_validation_loss"), number(&result, "validation_loss"));
+    assert!(adapted < untouched - 0.1, "{result}");
+    assert!(std::fs::read(&base).unwrap() == before, "the base stays as it is");
+    let weights = std::fs::read(Path::new(&adapter).join("adapter_model.safetensors")).unwrap();
+    assert!(weights.len() < before.len() / 3, "{} bytes beside {}", weights.len(), before.len());
+
+    let refused = |flags: &[&str], expected: &[&str]| {
+        program::assert_refused(&command(flags).output().unwrap(), 1, expected);
+    };
+    refused(&["--base", "/nowhere", "--text", licence, "--adapter", &adapter], &["--base /nowhere"]);
+    refused(&["--base", &base, "--text", "/nowhere", "--adapter", &adapter], &["/nowhere"]);
+    refused(&["--base", &base, "--text", licence, "--adapter", &adapter, "--width", "64"], &["--width", "32", "64"]);
+    let alone = command(&["--base", &base]).output().unwrap();
+    program::assert_refused(&alone, 2, &["--adapter"]);
+}
+
 #[test]
 fn seed_alone_decides_a_run() {
     let folder = tempfile::tempdir().unwrap();

@@ -114,18 +114,14 @@ impl PeftAdapter {
         let (a, b) = (get("lora_A", [rank, module.inputs])?, get("lora_B", [module.outputs(), rank])?);
         let (Some(a), Some(b)) = (a, b) else { return Ok(None) };
         let scale = self.config.lora().scale_of(rank, alpha);
-        let is_one = module.projections().count() == 1;
-        // One that is whole keeps its variable.
-        let parts: Parameters = match module.projections().next() {
-            Some(name) if is_one => vec![(name.to_string().into(), b)],
-            _ => module.split(&b)?,
+        let names: Vec<_> = module.projections().collect();
+        let (parts, input): (Parameters, Option<Arc<str>>) = match names[..] {
+            // A matrix that is whole keeps its variable.
+            [name] => (vec![(name.to_string().into(), b)], None),
+            _ => (module.split(&b)?, Some(module.name.as_str().into())),
         };
-        let input: Arc<str> = module.name.as_str().into();
-        let low_rank = |(name, b)| {
-            let shared = (!is_one).then(|| input.clone());
-            (String::from(name), LowRank { a: a.clone(), b, scale, input: shared })
-        };
-        Ok(Some(parts.into_iter().map(|(name, b)| low_rank((name.into_owned(), b))).collect()))
+        let low_rank = |b| LowRank { a: a.clone(), b, scale, input: input.clone() };
+        Ok(Some(parts.into_iter().map(|(name, b)| (name.into_owned(), low_rank(b))).collect()))
     }
 
     /// The tensors that no module of these names has, and that aren't saved as a whole.
