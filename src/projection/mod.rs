@@ -124,7 +124,7 @@ impl Projection {
         self.active.as_ref()
     }
 
-    /// The adapters' matrices, with their names in the layer but for the adapter's own.
+    /// The matrices of all adapters.
     pub(crate) fn adapter_tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.adapters
             .iter()
