@@ -41,6 +41,7 @@
 //! | 10 | `block/layouts` | how other programs name and arrange the parameters of whole blocks |
 //! | 9 | `block/config` | the config of a block, its checks and its parameters |
 //! | 9 | `layer/shared` | the methods that both layers share: parameters and files |
+//! | 9 | `layer/adapted` | the core as a layer of projections |
 //! | 9 | `layer/cached` | attention over keys and values that were computed earlier |
 //! | 8 | `block/linear` | x·Wᵀ + b with a gradient |
 //! | 8 | `block/mlp` | the MLP of a block |

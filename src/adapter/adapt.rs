@@ -6,7 +6,8 @@ use candle_core::Tensor;
 use candle_nn::VarBuilder;
 
 use crate::adapter::config::LoraConfig;
-use crate::checkpoint::is_finite;
+use crate::check::check_held;
+use crate::checkpoint::{Parameters, is_finite, prefixed};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Init, Parameter};
 use crate::layer::init::create_parameters;
@@ -18,7 +19,7 @@ use crate::projection::{Adapter, LowRank, Projection, Projections};
 /// The methods return a new layer, which shares the tensors of the old one. All parameters of the new layer but those of its adapters are
 /// constants: no gradient of them is computed. See [the module](crate::adapter) for an example.
 pub trait Adapt: Projections + Clone {
-    /// This layer with a LoRA adapter more, which becomes the active one. For each target, `lora_A.weight` (rank, in) and
+    /// This layer with another LoRA adapter, which becomes the active one. For each target, `lora_A.weight` (rank, in) and
     /// `lora_B.weight` (out, rank) are read from `vb` or created in it, under the target's name: `q_proj.lora_A.weight` of an
     /// attention, `attention.q_proj.lora_A.weight` and `mlp.up.lora_A.weight` of a block. New A are uniform in ±1/sqrt(in), new B are
     /// zero, so that a new adapter changes nothing.
@@ -27,18 +28,21 @@ pub trait Adapt: Projections + Clone {
     ///
     /// A config that can't be used (see [`LoraConfig::validate`]); a target that the layer doesn't have; a rank above the smaller size of
     /// a target's weight; a name that is empty or that another adapter has; an adapter that is merged; a `vb` of another dtype or device
-    /// than the layer's parameters; tensors that `vb` holds in another shape, or that aren't finite. No parameter is then created.
+    /// than the layer's parameters; tensors that `vb` holds in another shape, or that aren't finite; those of another adapter of this layer
+    /// (give each adapter a prefix of its own, as `vb.pp(name)`). No parameter is then created.
     fn with_lora(&self, name: &str, config: &LoraConfig, vb: VarBuilder) -> Result<Self> {
         config.check()?;
         check_name(self, name)?;
         check_targets(self, config)?;
         check_builder(self, &vb)?;
+        check_scale(self, config.scale())?;
         let parameters = create_parameters(wanted(self, config)?, |_| config.seed, &vb)?;
         let find = |name: String| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
-        let scale = config.scale();
+        check_own(self, name, &parameters)?;
+        let (scale, prefix) = (config.scale(), vb.prefix());
         attach(self, name, config, |target| {
             let (a, b) = (find(format!("{target}.{LORA_A}"))?, find(format!("{target}.{LORA_B}"))?);
-            Some(LowRank { a, b, scale, input: None })
+            Some(LowRank { a, b, scale, input: Some(prefixed(&prefix, target).into()) })
         })
     }
 
@@ -60,10 +64,9 @@ pub trait Adapt: Projections + Clone {
     ///
     /// A name that no adapter has.
     fn adapter_config(&self, name: &str) -> Result<LoraConfig> {
-        match self.projections().first() {
-            Some((_, projection)) => Ok(LoraConfig::clone(&projection.adapter(name)?.config)),
-            None => Err(unknown(name).into()),
-        }
+        let projections = self.projections();
+        let (_, first) = projections.first().ok_or_else(|| candle_core::Error::msg("a layer without projections"))?;
+        Ok(LoraConfig::clone(&first.adapter(name)?.config))
     }
 
     /// The matrices of an adapter with their names in the layer, always in the same order. One that several projections share stands
@@ -88,7 +91,7 @@ pub trait Adapt: Projections + Clone {
     ///
     /// # Errors
     ///
-    /// A name that no adapter has.
+    /// A name that no adapter has; a merged adapter, unless it is this one.
     fn with_active_adapter(&self, name: Option<&str>) -> Result<Self> {
         self.map_projections(&mut |_, projection| projection.with_active(name))
     }
@@ -102,8 +105,8 @@ pub trait Adapt: Projections + Clone {
         self.map_projections(&mut |_, projection| projection.without_adapter(name))
     }
 
-    /// This layer with W + s · B · A as the weight of each target: as fast as a layer without adapters, with which it shares the methods
-    /// that save it. Calls can use no other adapter until [`unmerge`](Self::unmerge).
+    /// This layer with W + s · B · A as the weight of each target. It is as fast as a layer without adapters, and can be saved like one,
+    /// unless some of its weights are quantised. Calls can use no other adapter until [`unmerge`](Self::unmerge).
     ///
     /// # Errors
     ///
@@ -120,8 +123,8 @@ pub trait Adapt: Projections + Clone {
         })
     }
 
-    /// This layer with the merged adapter apart from the weights again. The weights are those of before, up to the rounding of a sum and a
-    /// difference. A layer without a merged adapter stays as it is.
+    /// The inverse of [`merge`](Self::merge). Quantised weights are those of before. Others are, up to the rounding of a sum and a difference.
+    /// A layer without a merged adapter stays as it is.
     ///
     /// # Errors
     ///
@@ -185,8 +188,24 @@ fn check_builder<L: Projections>(layer: &L, vb: &VarBuilder) -> Result<(), Atten
     Ok(())
 }
 
-fn unknown(name: &str) -> AttentionError {
-    AttentionError::Adapter { name: name.into(), expected: "a layer with adapters".into(), got: "one without".into() }
+/// Refuses a factor that the layer's numbers can't hold: infinity times a B of zero is NaN.
+pub(crate) fn check_scale<L: Projections>(layer: &L, scale: f64) -> Result<(), AttentionError> {
+    let dtype = layer.projections().first().map(|(_, projection)| projection.weight().dtype());
+    dtype.map_or(Ok(()), |dtype| check_held("alpha / rank", Some(scale), dtype))
+}
+
+/// Refuses matrices that belong to another adapter of the layer.
+fn check_own<L: Projections>(layer: &L, name: &str, parameters: &Parameters) -> Result<(), AttentionError> {
+    let projections = layer.projections();
+    let others = projections.iter().flat_map(|(_, projection)| projection.adapters());
+    for (adapter, LowRank { a, b, .. }) in others.filter_map(|adapter| Some((adapter, adapter.low_rank.as_ref()?))) {
+        if let Some((shared, _)) = parameters.iter().find(|(_, x)| x.id() == a.id() || x.id() == b.id()) {
+            let expected = "matrices of its own (a prefix of its own for the VarBuilder)".to_string();
+            let got = format!("`{shared}` of adapter {}", adapter.name);
+            return Err(AttentionError::Adapter { name: name.into(), expected, got });
+        }
+    }
+    Ok(())
 }
 
 /// Refuses targets that the layer doesn't have.

@@ -98,7 +98,8 @@ pub struct LoraConfig {
     /// Whether s is alpha / sqrt(rank) instead.
     #[serde(default)]
     pub use_rslora: bool,
-    /// The seed of the initial A. It is combined with the names of the parameters.
+    /// The seed of the initial A, combined with the names of the parameters. It is that of a
+    /// [`LoraLinear`](crate::adapter::LoraLinear)'s dropout, too. In the other layers, dropout of adapters has the layer's own seed.
     #[serde(default)]
     pub seed: u64,
 }

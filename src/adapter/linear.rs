@@ -94,10 +94,10 @@ impl LoraLinear {
         self.projection.adapters().last().map_or(0, |adapter| adapter.config.seed)
     }
 
-    /// The parameters that an optimiser can train: with adapters theirs alone.
+    /// The parameters that an optimiser can train: with adapters those of the active one alone.
     pub fn vars(&self) -> Vec<Var> {
         let own = [Some(self.projection.weight()), self.projection.bias()].into_iter().flatten();
-        let tensors = own.chain(self.adapter_tensors()).filter(|tensor| tensor.is_variable());
+        let tensors = own.chain(self.active_tensors()).filter(|tensor| tensor.is_variable());
         tensors.filter_map(|tensor| Var::from_tensor(tensor).ok()).collect()
     }
 

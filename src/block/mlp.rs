@@ -4,6 +4,7 @@ use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::{Linear, VarBuilder};
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::config::AdapterChoice;
 use crate::block::activation::{Activation, gated};
 use crate::block::branch::Branch;
 use crate::block::mlp_op::FusedMlp;
@@ -144,13 +145,23 @@ impl Mlp {
         Ok(Self { config: config.clone(), gate: projection("gate"), up: required("up")?, down: required("down")? })
     }
 
-    /// The output.
+    /// The output, with the active [adapter](crate::adapter), if there is one, and without its dropout.
     ///
     /// # Errors
     ///
     /// See [`Mlp`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_in_branch(x, Branch::default(), &Call::default())
+    }
+
+    /// The output with the [adapter](crate::adapter) of choice. With a `dropout_seed` it is that of a call in training, in which the
+    /// adapter drops numbers by this seed.
+    ///
+    /// # Errors
+    ///
+    /// See [`Mlp`], and a name that no adapter has.
+    pub fn forward_with(&self, x: &Tensor, adapter: &AdapterChoice, dropout_seed: Option<u64>) -> Result<Tensor> {
+        self.forward_in_branch(x, Branch::default(), &Call { adapter, seed: dropout_seed })
     }
 
     /// The output with what stands around the MLP in a block.

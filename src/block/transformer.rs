@@ -266,7 +266,7 @@ impl TransformerBlock {
 
     /// Refuses what a file of this crate doesn't hold: weights in blocks, and adapters that aren't merged.
     pub(super) fn check_plain(&self) -> Result<(), AttentionError> {
-        self.projections().into_iter().try_for_each(|(_, projection)| projection.check_plain())
+        self.projections().into_iter().try_for_each(|(name, projection)| projection.check_plain(&name))
     }
 
     /// The config.
@@ -298,10 +298,11 @@ impl TransformerBlock {
         attention.chain(mlp).chain(norms).collect()
     }
 
-    /// The parameters that an optimiser can train, always in the same order: with [adapters](crate::adapter) theirs alone.
+    /// The parameters that an optimiser can train, always in the same order: with [adapters](crate::adapter) those of the active
+    /// one alone.
     pub fn vars(&self) -> Vec<Var> {
         let own = self.parameters().into_iter().map(|(_, tensor)| tensor);
-        let tensors = own.chain(self.adapter_tensors());
+        let tensors = own.chain(self.active_tensors());
         tensors.filter(|tensor| tensor.is_variable()).filter_map(|x| Var::from_tensor(x).ok()).collect()
     }
 

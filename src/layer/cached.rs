@@ -1,8 +1,11 @@
 //! Attention over keys and values that were computed earlier: those of earlier tokens, or those of a memory.
 
+use std::sync::Arc;
+
 use attention_kernels::{collected, filled};
 use candle_core::Tensor;
 
+use crate::adapter::config::AdapterChoice;
 use crate::empty::connected;
 use crate::error::{AttentionError, Result};
 use crate::layer::core::{Core, batches_fit, score_shape};
@@ -25,6 +28,8 @@ pub struct ProjectedMemory {
     /// (batch, kv_len, num_kv_heads, value_dim)
     value: Tensor,
     has_batch: bool,
+    /// The adapter of the projections.
+    adapter: Option<Arc<str>>,
 }
 
 impl ProjectedMemory {
@@ -49,7 +54,8 @@ impl ProjectedMemory {
             memory::ask("selected memories", x.device(), memory::bytes(&dims, x.dtype()))?;
             x.index_select(&indices, 0)
         };
-        Ok(Self { key: select(&self.key)?, value: select(&self.value)?, has_batch: true })
+        let adapter = self.adapter.clone();
+        Ok(Self { key: select(&self.key)?, value: select(&self.value)?, has_batch: true, adapter })
     }
 }
 
@@ -98,15 +104,17 @@ impl Core {
 
     /// Projects keys from one memory (batch, kv_len, kv_dim) and values from another (batch, kv_len, value_input_dim).
     /// Both may lack the batch axis.
-    pub(super) fn project_memory(&self, memories: [&Tensor; 2]) -> Result<ProjectedMemory> {
+    pub(super) fn project_memory(&self, memories: [&Tensor; 2], adapter: &AdapterChoice) -> Result<ProjectedMemory> {
         self.check_memory(memories)?;
         let has_batch = memories[0].rank() == 3;
         let batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
         let memories = [&batch(memories[0])?, &batch(memories[1])?];
-        let (key, value) = self.keys_and_values(memories, &Positions::from_offsets(&[0]), &Call::default())?;
+        let (key, value) =
+            self.keys_and_values(memories, &Positions::from_offsets(&[0]), &Call { adapter, seed: None })?;
         // The keys of a head are stored contiguously, since every call reads them in this order.
         let by_head = |x: Tensor| memory::contiguous("projected memory", &x.transpose(1, 2)?)?.transpose(1, 2);
-        Ok(ProjectedMemory { key: by_head(key)?, value: by_head(value)?, has_batch })
+        let adapter = self.k_proj.chosen(adapter)?.map(|adapter| adapter.name.clone());
+        Ok(ProjectedMemory { key: by_head(key)?, value: by_head(value)?, has_batch, adapter })
     }
 
     /// As [`Core::attend_to_memory`], with a memory that has been projected.
@@ -117,7 +125,7 @@ impl Core {
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
         self.check_input("input", x, self.config.embed_dim)?;
-        self.check_projected(memory)?;
+        self.check_projected(memory, &options.adapter)?;
         let x_3 = if memory.has_batch { x.clone() } else { x.unsqueeze(0)? };
         if (x.rank() == 3) != memory.has_batch || !batches_fit(x_3.dim(0)?, memory.key.dim(0)?) {
             let expected = match memory.has_batch {
@@ -133,9 +141,17 @@ impl Core {
         if memory.has_batch { Ok(output) } else { output.map(|tensor| tensor.squeeze(0)) }
     }
 
-    /// Checks that a layer with the same heads, dtype and device has projected the memory.
-    fn check_projected(&self, memory: &ProjectedMemory) -> Result<()> {
+    /// Checks that a layer with the same heads, dtype, device and adapter has projected the memory.
+    fn check_projected(&self, memory: &ProjectedMemory, adapter: &AdapterChoice) -> Result<()> {
         let config = &self.config;
+        let adapter = self.k_proj.chosen(adapter)?.map(|adapter| adapter.name.clone());
+        if adapter != memory.adapter {
+            let name =
+                |adapter: &Option<Arc<str>>| adapter.as_ref().map_or("none".to_string(), |name| name.to_string());
+            let expected = format!("that of the projected memory, {}", name(&memory.adapter));
+            let (adapter, got) = (name(&adapter), "another one".to_string());
+            return Err(AttentionError::Adapter { name: adapter, expected, got }.into());
+        }
         for (tensor, x, dim) in [("key", &memory.key, config.head_dim()), ("value", &memory.value, config.value_dim())]
         {
             if x.dims()[2..] != [config.num_kv_heads(), dim] {

@@ -19,7 +19,7 @@ use crate::layer::fused::{FusedLayer, HeadSizes};
 use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::memory;
-use crate::projection::{Adapted, Call, Change, Projection, Projections, SideBySide, project};
+use crate::projection::{Adapted, Call, Projection, Projections, SideBySide, project};
 use crate::rotary::{Positions, RotaryEmbedding};
 use crate::sdpa::broadcast::{InputAxes, align_bias, align_mask, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
@@ -35,9 +35,9 @@ pub(super) struct Core {
     pub(super) v_proj: Projection,
     pub(super) o_proj: Option<Projection>,
     /// The weights of the norms of queries and of keys.
-    qk_norm: Option<(Tensor, Tensor)>,
-    sinks: Option<Tensor>,
-    bias_kv: BiasKv,
+    pub(super) qk_norm: Option<(Tensor, Tensor)>,
+    pub(super) sinks: Option<Tensor>,
+    pub(super) bias_kv: BiasKv,
     alibi_slopes: Option<Tensor>,
     rotary: Option<RotaryEmbedding>,
     dropout_seed: u64,
@@ -126,7 +126,7 @@ impl Core {
 
     /// Refuses what a file of this crate doesn't hold: weights in blocks, and adapters that aren't merged.
     pub(super) fn check_plain(&self) -> Result<(), AttentionError> {
-        self.projections().into_iter().try_for_each(|(_, projection)| projection.check_plain())
+        self.projections().into_iter().try_for_each(|(name, projection)| projection.check_plain(&name))
     }
 
     /// Every parameter with its name, always in the same order, which is that of the config's.
@@ -388,34 +388,6 @@ impl Core {
             return Err(AttentionError::DType { tensor, expected, got: x.dtype() });
         }
         check_device(tensor, x, weight)
-    }
-}
-
-impl Projections for Core {
-    fn projections(&self) -> Vec<(String, &Projection)> {
-        let all = [&self.q_proj, &self.k_proj, &self.v_proj].into_iter().chain(&self.o_proj);
-        all.map(|projection| (projection.name().to_string(), projection)).collect()
-    }
-
-    fn map_projections(&self, change: &mut Change) -> Result<Self> {
-        let mut changed = |projection: &Projection| change(projection.name(), projection);
-        let (q_proj, k_proj) = (changed(&self.q_proj)?, changed(&self.k_proj)?);
-        let (v_proj, o_proj) = (changed(&self.v_proj)?, self.o_proj.as_ref().map(changed).transpose()?);
-        Ok(Self { q_proj, k_proj, v_proj, o_proj, ..self.clone() })
-    }
-
-    fn frozen(&self) -> Self {
-        let detached = |pair: &Option<(Tensor, Tensor)>| pair.as_ref().map(|(a, b)| (a.detach(), b.detach()));
-        Self {
-            q_proj: self.q_proj.frozen(),
-            k_proj: self.k_proj.frozen(),
-            v_proj: self.v_proj.frozen(),
-            o_proj: self.o_proj.as_ref().map(Projection::frozen),
-            qk_norm: detached(&self.qk_norm),
-            sinks: self.sinks.as_ref().map(Tensor::detach),
-            bias_kv: BiasKv { learned: detached(&self.bias_kv.learned), zeros: self.bias_kv.zeros },
-            ..self.clone()
-        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Linear, VarBuilder};
 
+use crate::adapter::config::AdapterChoice;
 use crate::checkpoint::{self, LayerKind, Layout, LayoutFile};
 use crate::error::Result;
 use crate::layer::cached::ProjectedMemory;
@@ -190,7 +191,17 @@ impl CrossAttention {
     ///
     /// Memories that don't fit, as in [`CrossAttention::forward_key_value`].
     pub fn project_key_value(&self, key: &Tensor, value: &Tensor) -> Result<ProjectedMemory> {
-        self.0.project_memory([key, value])
+        self.project_with(key, value, &AdapterChoice::Active)
+    }
+
+    /// As [`CrossAttention::project_key_value`], with an [adapter](crate::adapter) of choice and without its dropout. The calls that use the
+    /// memory have to choose the same one.
+    ///
+    /// # Errors
+    ///
+    /// As [`CrossAttention::project_key_value`], and a name that no adapter has.
+    pub fn project_with(&self, key: &Tensor, value: &Tensor, adapter: &AdapterChoice) -> Result<ProjectedMemory> {
+        self.0.project_memory([key, value], adapter)
     }
 
     /// Computes the output for a memory that has been [projected](CrossAttention::project). Gradients flow to the input
@@ -198,7 +209,7 @@ impl CrossAttention {
     ///
     /// # Errors
     ///
-    /// See [`CrossAttention`], and a memory that was projected by a layer with other heads or of another dtype.
+    /// See [`CrossAttention`], and a memory that was projected by a layer with other heads, of another dtype or with another adapter.
     pub fn forward_projected(&self, x: &Tensor, memory: &ProjectedMemory) -> Result<Tensor> {
         Ok(self.forward_projected_with(x, memory, &ForwardOptions::default())?.output)
     }

@@ -1,5 +1,6 @@
 //! The layers: trainable projections around attention.
 
+mod adapted;
 pub(crate) mod bias_kv;
 mod cached;
 pub(crate) mod config;

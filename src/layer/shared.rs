@@ -108,10 +108,10 @@ macro_rules! shared_methods {
 
             /// The parameters that an optimiser can train, always in the same order. These are all parameters of a
             /// layer that was loaded or built on a `VarMap`, and none of one built on a read-only `VarBuilder`. With
-            /// [adapters](crate::adapter) they are theirs alone.
+            /// [adapters](crate::adapter) they are those of the active one alone.
             pub fn vars(&self) -> Vec<Var> {
                 let own = self.0.parameters().into_iter().map(|(_, tensor)| tensor);
-                let tensors = own.chain(self.0.adapter_tensors());
+                let tensors = own.chain(self.0.active_tensors());
                 tensors.filter(|tensor| tensor.is_variable()).filter_map(|x| Var::from_tensor(x).ok()).collect()
             }
 

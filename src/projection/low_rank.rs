@@ -15,7 +15,7 @@ pub(crate) struct LowRank {
     /// (out, rank)
     pub(crate) b: Tensor,
     pub(crate) scale: f64,
-    /// What its dropout is named after, if not after its projection: projections that share A share its input.
+    /// The name from which the seed of its dropout is made; that of its projection if not given. Projections that share A have one name.
     pub(crate) input: Option<Arc<str>>,
 }
 

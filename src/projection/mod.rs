@@ -58,10 +58,10 @@ pub trait Projections: Sized {
     /// The same layer with constants as parameters, but for those of adapters.
     fn frozen(&self) -> Self;
 
-    /// The matrices of all adapters. One that several projections share stands once.
-    fn adapter_tensors(&self) -> Vec<&Tensor> {
+    /// The matrices of the active adapter. One that several projections share stands once.
+    fn active_tensors(&self) -> Vec<&Tensor> {
         let mut tensors: Vec<&Tensor> = Vec::new();
-        for tensor in self.projections().into_iter().flat_map(|(_, projection)| projection.adapter_tensors()) {
+        for tensor in self.projections().into_iter().flat_map(|(_, projection)| projection.active_tensors()) {
             if tensors.iter().all(|other| other.id() != tensor.id()) {
                 tensors.push(tensor);
             }
@@ -85,8 +85,15 @@ pub struct Projection {
     quantised: Option<Arc<Quantised>>,
     adapters: Vec<Adapter>,
     active: Option<Arc<str>>,
-    /// The adapter that is a part of the weight.
-    merged: Option<Arc<str>>,
+    merged: Option<Merged>,
+}
+
+/// The adapter that is a part of the weight, and what is restored when it no longer is.
+#[derive(Clone, Debug)]
+struct Merged {
+    name: Arc<str>,
+    active: Option<Arc<str>>,
+    quantised: Option<Arc<Quantised>>,
 }
 
 impl Projection {
@@ -124,12 +131,11 @@ impl Projection {
         self.active.as_ref()
     }
 
-    /// The matrices of all adapters.
-    pub(crate) fn adapter_tensors(&self) -> impl Iterator<Item = &Tensor> {
-        self.adapters
-            .iter()
-            .filter_map(|adapter| adapter.low_rank.as_ref())
-            .flat_map(|low_rank| [&low_rank.a, &low_rank.b])
+    /// The matrices of the active adapter, which a loss depends on; none if it is a part of the weight.
+    pub(crate) fn active_tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let is_active = |adapter: &&Adapter| self.merged.is_none() && Some(&adapter.name) == self.active.as_ref();
+        let low_rank = self.adapters.iter().find(is_active).and_then(|adapter| adapter.low_rank.as_ref());
+        low_rank.into_iter().flat_map(|low_rank| [&low_rank.a, &low_rank.b])
     }
 
     /// The adapter of this name.
@@ -145,17 +151,23 @@ impl Projection {
         })
     }
 
-    /// The linear layer in one call.
-    pub(crate) fn call(&self, call: &Call) -> Result<Adapted, AttentionError> {
-        let name = match call.adapter {
+    /// The adapter that a call has chosen.
+    pub(crate) fn chosen(&self, choice: &AdapterChoice) -> Result<Option<&Adapter>, AttentionError> {
+        let name = match choice {
             AdapterChoice::Active => self.active.as_deref(),
             AdapterChoice::Base => None,
             AdapterChoice::Named(name) => Some(name.as_str()),
         };
-        let adapter = name.map(|name| self.adapter(name)).transpose()?;
+        name.map(|name| self.adapter(name)).transpose()
+    }
+
+    /// The linear layer in one call.
+    pub(crate) fn call(&self, call: &Call) -> Result<Adapted, AttentionError> {
+        let adapter = self.chosen(call.adapter)?;
+        let name = adapter.map(|adapter| &*adapter.name);
         let plain = || Adapted { quantised: self.quantised.clone(), ..Adapted::from(self.linear.clone()) };
-        if let Some(merged) = &self.merged {
-            if name == Some(merged) {
+        if let Some(Merged { name: merged, .. }) = &self.merged {
+            if name == Some(&**merged) {
                 return Ok(plain());
             }
             let expected = "it alone to be used, since it is merged into the weights".to_string();
@@ -199,6 +211,9 @@ impl Projection {
     /// With this adapter as the active one.
     pub(crate) fn with_active(&self, name: Option<&str>) -> Result<Self> {
         let active = name.map(|name| self.adapter(name).map(|adapter| adapter.name.clone())).transpose()?;
+        if self.merged.as_ref().is_some_and(|merged| Some(&merged.name) != active.as_ref()) {
+            self.check_not_merged()?;
+        }
         Ok(Self { active, ..self.clone() })
     }
 
@@ -206,24 +221,30 @@ impl Projection {
     pub(crate) fn merge(&self, name: &str) -> Result<Self> {
         let name = self.adapter(name)?.name.clone();
         self.check_not_merged()?;
-        self.with_changed_weight(&name, 1.0, Some(name.clone()))
-    }
-
-    /// With the merged adapter apart from the weight again.
-    pub(crate) fn unmerge(&self) -> Result<Self> {
-        match &self.merged {
-            Some(name) => self.with_changed_weight(name, -1.0, None),
-            None => Ok(self.clone()),
+        let (active, quantised) = (self.active.clone(), self.quantised.clone());
+        let merged = Some(Merged { name: name.clone(), active, quantised });
+        let active = Some(name.clone());
+        match &self.adapter(&name)?.low_rank {
+            Some(low_rank) => {
+                let linear = Linear::new(low_rank.added_to(&self.numbers()?, 1.0)?, self.bias().cloned());
+                Ok(Self { linear, quantised: None, active, merged, ..self.clone() })
+            }
+            None => Ok(Self { active, merged, ..self.clone() }),
         }
     }
 
-    fn with_changed_weight(&self, name: &Arc<str>, sign: f64, merged: Option<Arc<str>>) -> Result<Self> {
-        let linear = match &self.adapter(name)?.low_rank {
-            Some(low_rank) => Linear::new(low_rank.added_to(&self.numbers()?, sign)?, self.bias().cloned()),
-            None => self.linear.clone(),
-        };
-        let quantised = self.quantised.clone().filter(|_| linear.weight().id() == self.weight().id());
-        Ok(Self { linear, quantised, active: Some(name.clone()), merged, ..self.clone() })
+    /// The inverse of [`merge`](Self::merge).
+    pub(crate) fn unmerge(&self) -> Result<Self> {
+        let Some(Merged { name, active, quantised }) = &self.merged else { return Ok(self.clone()) };
+        let before = Self { active: active.clone(), merged: None, ..self.clone() };
+        match (&self.adapter(name)?.low_rank, quantised) {
+            (_, Some(quantised)) => before.with_quantised(quantised.clone()),
+            (Some(low_rank), None) => {
+                let linear = Linear::new(low_rank.added_to(self.weight(), -1.0)?, self.bias().cloned());
+                Ok(Self { linear, ..before })
+            }
+            (None, None) => Ok(before),
+        }
     }
 
     /// The weight as numbers.
@@ -241,15 +262,17 @@ impl Projection {
 
     /// With the weight in blocks, which has `weight` as its name in errors.
     pub(crate) fn quantise(&self, weight: &str, format: Format) -> Result<Self> {
-        if let Some(quantised) = &self.quantised {
-            return Err(quantised::refused(weight, "numbers".into(), format!("blocks of {:?}", quantised.format())));
-        }
-        let quantised = Arc::new(Quantised::of(weight, self.weight(), format)?);
-        let changed = self.with_quantised(quantised)?;
-        Ok(match self.merged {
-            Some(_) => Self { adapters: vec![], active: None, merged: None, ..changed },
-            None => changed,
-        })
+        let changed = match &self.quantised {
+            Some(quantised) if quantised.format() == format => self.clone(),
+            Some(quantised) => {
+                let got = format!("blocks of {:?}", quantised.format());
+                return Err(quantised::refused(weight, format!("numbers, or blocks of {format:?}"), got));
+            }
+            None => self.with_quantised(Arc::new(Quantised::of(weight, self.weight(), format)?))?,
+        };
+        let Some(Merged { name, .. }) = &self.merged else { return Ok(changed) };
+        let adapters = self.adapters.iter().filter(|adapter| adapter.name != *name).cloned().collect();
+        Ok(Self { adapters, active: None, merged: None, ..changed })
     }
 
     /// With this weight in blocks, of the same sizes.
@@ -259,16 +282,17 @@ impl Projection {
         Ok(Self { linear, quantised: Some(quantised), ..self.clone() })
     }
 
-    /// With the weight as numbers.
+    /// With the weight as numbers, if it is in blocks.
     pub(crate) fn dequantise(&self) -> Result<Self> {
         let linear = Linear::new(self.numbers()?, self.bias().cloned());
         Ok(Self { linear, quantised: None, ..self.clone() })
     }
 
-    /// Refuses what a file of this crate doesn't hold: a weight in blocks, and an adapter that isn't merged.
-    pub(crate) fn check_plain(&self) -> Result<(), AttentionError> {
+    /// Refuses what a file of this crate doesn't hold: a weight in blocks, and an adapter that isn't merged. `name` is the projection's
+    /// in the layer.
+    pub(crate) fn check_plain(&self, name: &str) -> Result<(), AttentionError> {
         if let Some(quantised) = &self.quantised {
-            let (name, expected) = (format!("{}.weight", self.name), "numbers (dequantise the layer first)".into());
+            let (name, expected) = (format!("{name}.weight"), "numbers (dequantise the layer first)".into());
             return Err(AttentionError::Parameter {
                 name,
                 expected,
@@ -285,8 +309,8 @@ impl Projection {
     }
 
     pub(crate) fn check_not_merged(&self) -> Result<(), AttentionError> {
-        let Some(merged) = &self.merged else { return Ok(()) };
-        let expected = "an adapter apart from the weights (unmerge it first)".to_string();
-        Err(AttentionError::Adapter { name: merged.to_string(), expected, got: "one that is merged".into() })
+        let Some(Merged { name, .. }) = &self.merged else { return Ok(()) };
+        let expected = "an adapter beside the weights (unmerge it first)".to_string();
+        Err(AttentionError::Adapter { name: name.to_string(), expected, got: "one that is merged".into() })
     }
 }

@@ -2,6 +2,7 @@
 
 use attention_kernels::matmul::Operand;
 use attention_kernels::quantised::{Format, QuantisedMatrix, quantise_nf4};
+use attention_kernels::{SimdFloat, reserve};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 
@@ -32,6 +33,7 @@ impl Quantised {
             return Err(refused(name, expected, format!("rows of {inputs}")));
         }
         let weight = memory::contiguous(WHAT, &weight.detach().to_device(&Device::Cpu)?)?;
+        with_dtype!(weight.dtype(), E => check_finite::<E>(name, &weight))?;
         let bytes = match OF_CANDLE.iter().find(|(other, _)| *other == format) {
             Some((_, dtype)) => {
                 let wide = memory::cast(WHAT, &weight, DType::F32)?;
@@ -54,6 +56,14 @@ impl Quantised {
             return Err(refused(name, "finite numbers".into(), "NaN, infinity or larger ones than blocks hold".into()));
         }
         Ok(Self { format, bytes, dims })
+    }
+
+    /// The same rows in another order.
+    pub(crate) fn with_rows(&self, order: impl Iterator<Item = usize>) -> Result<Self> {
+        let len = self.bytes.len() / self.dims[0].max(1);
+        let mut bytes = reserve(WHAT, self.bytes.len()).map_err(AttentionError::from)?;
+        order.for_each(|row| bytes.extend_from_slice(&self.bytes[row * len..][..len]));
+        Self::new(WHAT, self.format, bytes, self.dims)
     }
 
     pub(crate) fn format(&self) -> Format {
@@ -80,6 +90,16 @@ impl Quantised {
             Tensor::from_vec(matrix.dequantise::<E>().map_err(AttentionError::from)?, &self.dims[..], device)
         });
         Ok(tensor?)
+    }
+}
+
+/// Refuses NaN and infinity, which candle's quantisers pass over.
+fn check_finite<E: Dtype>(name: &str, weight: &Tensor) -> candle_core::Result<()> {
+    let (storage, layout) = weight.storage_and_layout();
+    let is_finite = |x: &E| SimdFloat::is_finite(x.widen());
+    match numbers::<E>(&storage, layout)?.iter().all(is_finite) {
+        true => Ok(()),
+        false => Err(refused(name, "finite numbers".into(), "NaN or infinity".into()).into()),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::BufReader;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,10 +13,11 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 
 use crate::block::{TransformerBlock, TransformerBlockConfig};
-use crate::checkpoint::{LayerConfig, Parameters, Refused, cast, check_all, prefixed};
+use crate::checkpoint::{LayerConfig, Parameters, Refused, cast, prefixed};
 use crate::error::{AttentionError, Result};
 use crate::memory;
 use crate::projection::{Projections, Quantised, format_of, placeholder};
+use crate::rotary::Pairing;
 
 /// A GGUF file, whose tensors are read when a block asks for them.
 pub struct Gguf {
@@ -24,7 +26,7 @@ pub struct Gguf {
 }
 
 /// The names in a block of the models of Llama's family, and this crate's.
-const NAMES: [(&str, &str); 22] = [
+const NAMES: [(&str, &str); 25] = [
     ("attn_q.weight", "attention.q_proj.weight"),
     ("attn_q.bias", "attention.q_proj.bias"),
     ("attn_k.weight", "attention.k_proj.weight"),
@@ -47,12 +49,43 @@ const NAMES: [(&str, &str); 22] = [
     ("post_attention_norm.weight", "attention_post_norm.weight"),
     ("post_ffw_norm.weight", "mlp_post_norm.weight"),
     ("attn_norm.bias", "attention_norm.bias"),
+    ("ffn_norm.bias", "mlp_norm.bias"),
+    ("post_attention_norm.bias", "attention_post_norm.bias"),
+    ("post_ffw_norm.bias", "mlp_post_norm.bias"),
 ];
 
 /// A parameter as it comes from a file.
 enum Stored {
     Numbers(Tensor),
     Blocks(Quantised),
+}
+
+impl Stored {
+    /// The rows of each head with those of even index first, from rows in the order of rotary embedding by neighbours.
+    fn split_halves(self, heads: usize) -> Result<Self, Refused> {
+        let order = |rows: usize| {
+            let head = rows / heads;
+            (0..rows).map(move |row| row / head * head + (row % head % (head / 2)) * 2 + row % head / (head / 2))
+        };
+        Ok(match self {
+            Self::Numbers(tensor) => {
+                let order: Vec<u32> = order(tensor.dim(0)?).map(|row| row as u32).collect();
+                Self::Numbers(tensor.index_select(&Tensor::new(order, tensor.device())?, 0)?)
+            }
+            Self::Blocks(quantised) => Self::Blocks(quantised.with_rows(order(quantised.dims()[0]))?),
+        })
+    }
+}
+
+/// The heads of a parameter whose rows rotary embedding by halves pairs, and a file of llama.cpp has by neighbours.
+fn heads_to_split(config: &TransformerBlockConfig, parameter: &str) -> Option<usize> {
+    let attention = &config.attention;
+    attention.rotary.as_ref().filter(|rotary| rotary.pairing == Pairing::HalfSplit)?;
+    match parameter {
+        "attention.q_proj.weight" | "attention.q_proj.bias" => Some(attention.num_heads),
+        "attention.k_proj.weight" | "attention.k_proj.bias" => Some(attention.num_kv_heads()),
+        _ => None,
+    }
 }
 
 impl Gguf {
@@ -63,11 +96,16 @@ impl Gguf {
     /// A file that can't be read, or isn't GGUF.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let content = Content::read(&mut reader(path)?).map_err(|error| AttentionError::Checkpoint {
+        let refused = |got: String| AttentionError::Checkpoint {
             path: Some(path.to_path_buf()),
             expected: "a GGUF file".into(),
-            got: format!("one that isn't: {error}"),
-        })?;
+            got,
+        };
+        let mut file = reader(path)?;
+        // candle 0.11 divides by the alignment, which a damaged file may give as zero.
+        let content = catch_unwind(AssertUnwindSafe(|| Content::read(&mut file)));
+        let content = content.map_err(|_| refused("a header that can't be read".into()))?;
+        let content = content.map_err(|error| refused(format!("another file: {error}")))?;
         Ok(Self { path: path.to_path_buf(), content })
     }
 
@@ -84,16 +122,20 @@ impl Gguf {
     ///
     /// A name that the file doesn't have; a truncated file; numbers that aren't finite; too little memory.
     pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        let mut problem = Ok(());
-        let tensor = match self.numbers(name, dtype, device) {
-            Ok(tensor) => Some(tensor),
-            Err(refused) => {
-                problem = Err(refused);
-                None
+        self.numbers(name, dtype, device).map_err(|refused| match refused {
+            Refused::Memory(error) => error.into(),
+            Refused::Tensor(problem) => {
+                let (path, problems) = (Some(self.path.clone()), vec![format!("`{name}`: {problem}")]);
+                AttentionError::CheckpointTensors { path, problems }.into()
             }
-        };
-        check_all([(name.to_string(), problem)].into_iter()).map_err(|error| error.at(&self.path))?;
-        tensor.ok_or_else(|| candle_core::Error::msg("a tensor").into())
+        })
+    }
+
+    /// Whether the rows of queries and keys are in the order of rotary embedding by neighbours, as llama.cpp writes those of its
+    /// architecture `llama` (Llama, Mistral).
+    fn pairs_neighbours(&self) -> bool {
+        let architecture = self.content.metadata.get("general.architecture");
+        architecture.and_then(|value| value.to_string().ok()).is_some_and(|name| name == "llama")
     }
 
     /// A parameter of this shape: numbers, or a matrix in blocks.
@@ -139,10 +181,11 @@ impl TransformerBlock {
     /// A block from a GGUF file, whose `prefix` is the name of the block, such as `blk.0`. Weights of a quantised type stay in their
     /// blocks; those of f32, f16 and bf16 become numbers, as biases and norms do, which get `dtype`.
     ///
-    /// The names are those of Llama's family (Llama, Mistral, Qwen, Gemma 2), where queries, keys and values are three matrices. Files of
-    /// Llama and Mistral have the rows of queries and keys in the order of rotary embedding by neighbours: the config's rotary embedding
-    /// has [`Pairing::Interleaved`](crate::rotary::Pairing) for them. Files of Gemma have 1 + w as the weight of a norm, so the config's norm has no
-    /// `unit_offset`.
+    /// The names are those of Llama's family (Llama, Mistral, Qwen, Gemma 2), where queries, keys and values are three matrices. The config is
+    /// that of the same model on Hugging Face. Files of Llama and Mistral have the rows of queries and keys in the order of rotary embedding by
+    /// neighbours. If the config has [`Pairing::HalfSplit`](crate::rotary::Pairing), they are brought into its order, so that adapters and
+    /// layouts of Hugging Face fit. With `Pairing::Interleaved` they stay as they are. Files of Gemma have 1 + w as the weight of a norm, so the
+    /// config's norm has no `unit_offset`.
     ///
     /// # Errors
     ///
@@ -163,7 +206,13 @@ impl TransformerBlock {
                 problems.push(format!("`{}`: expected none, since GGUF has no name for it", parameter.name));
                 continue;
             };
-            match file.parameter(&name, &parameter.shape, dtype, device) {
+            let stored = file.parameter(&name, &parameter.shape, dtype, device);
+            let heads = heads_to_split(config, &parameter.name).filter(|_| file.pairs_neighbours());
+            let in_order = |stored: Stored| match heads {
+                Some(heads) => stored.split_halves(heads),
+                None => Ok(stored),
+            };
+            match stored.and_then(in_order) {
                 Ok(Stored::Numbers(tensor)) => parameters.push((parameter.name, tensor)),
                 Ok(Stored::Blocks(quantised)) => {
                     parameters.push((parameter.name.clone(), placeholder(&parameter.shape, dtype, device)?));

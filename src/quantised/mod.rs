@@ -1,8 +1,8 @@
 //! Weights in 8 and 4 bits: for inference in less memory, and as the base of adapters (QLoRA).
 //!
 //! [`Quantise::quantise`] replaces the weights of a layer's projections by blocks of a [`Format`], and [`Gguf`] reads them from a GGUF file.
-//! A product decodes a part of a weight at a time, forward and backward, and never the whole matrix. The numbers that it multiplies are
-//! exactly those of the blocks: inputs aren't quantised. The weights themselves get no gradient; the input and
+//! On the CPU a product decodes a part of a weight at a time, forward and backward, and never the whole matrix. The numbers that it multiplies
+//! are those of the blocks (rounded to bf16 for inputs of bf16, on processors with AMX): inputs aren't quantised. The weights themselves get no gradient; the input and
 //! [adapters](crate::adapter) do.
 //!
 //! ```
@@ -27,7 +27,7 @@
 //!
 //! The accessors of a quantised layer, such as [`SelfAttention::q_proj`](crate::SelfAttention::q_proj), give a weight of the right shape,
 //! dtype and device that takes no memory and whose numbers are NaN. [`Quantise::dequantise`] gives the numbers. On a GPU each call
-//! decodes the whole weight.
+//! decodes the whole weight, which stays in memory until the backward pass.
 //!
 //! Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (NeurIPS 2023), section 3; the formats of ggml.
 
@@ -42,18 +42,18 @@ use crate::projection::Projections;
 /// A layer whose weights can be quantised: [`SelfAttention`](crate::SelfAttention), [`CrossAttention`](crate::CrossAttention),
 /// [`TransformerBlock`](crate::block::TransformerBlock), [`Mlp`](crate::block::Mlp) and [`LoraLinear`](crate::adapter::LoraLinear).
 pub trait Quantise: Projections + Clone {
-    /// This layer with the weights of its projections in blocks. Biases, norms and adapters stay as they are. An adapter that is merged
-    /// becomes a part of the weights.
+    /// This layer with the weights of its projections in blocks. Biases, norms and adapters stay as they are, but for an adapter that is
+    /// merged: it is a part of the weights for good. Weights that are in blocks of this format already stay so.
     ///
     /// # Errors
     ///
     /// A weight whose rows aren't whole blocks ([`Format::block_len`] numbers), whose numbers aren't finite or too large for blocks; too
-    /// little memory. A layer that is quantised already.
+    /// little memory; weights in blocks of another format.
     fn quantise(&self, format: Format) -> Result<Self> {
         self.map_projections(&mut |name, projection| projection.quantise(&format!("{name}.weight"), format))
     }
 
-    /// This layer with weights of numbers again, as constants: those that the blocks stand for.
+    /// This layer with numbers as weights again: those that the blocks stand for, as constants. Other weights stay as they are.
     ///
     /// # Errors
     ///

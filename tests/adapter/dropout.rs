@@ -1,6 +1,7 @@
 //! Dropout of what an adapter reads.
 
-use candle_attention::adapter::{Adapt, LoraConfig, LoraLinear};
+use candle_attention::adapter::{Adapt, AdapterChoice, LoraConfig, LoraLinear};
+use candle_attention::block::{Mlp, MlpConfig};
 use candle_attention::{ForwardOptions, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Linear, VarBuilder, VarMap};
@@ -56,6 +57,51 @@ fn every_path_drops_the_same_numbers() -> Result<()> {
     layer.set_dropout_calls(0);
     let options = ForwardOptions { train: true, return_weights: true, ..Default::default() };
     assert_close(&layer.forward_with(&x, &options)?.output, &fused, 1e-12, "with weights");
+    Ok(())
+}
+
+#[test]
+fn linear_layers_of_other_names_drop_other_numbers() -> Result<()> {
+    let x = randn(1, (4, 30), DType::F64)?;
+    let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu);
+    let output = |name: &str| {
+        let linear = LoraLinear::new(Linear::new(Tensor::zeros((30, 30), DType::F64, &Device::Cpu)?, None));
+        let config = LoraConfig { dropout_p: 0.4, ..LoraConfig::new(30, 30.0) };
+        let linear = linear.with_lora("default", &config, vb.pp(name))?;
+        for (_, var) in matrices(&linear, "default")? {
+            var.set(&Tensor::eye(30, DType::F64, &Device::Cpu)?)?;
+        }
+        linear.forward_t(&x, true)
+    };
+    assert_ne!(numbers(&output("first")?)?, numbers(&output("second")?)?);
+    Ok(())
+}
+
+#[test]
+fn mlp_alone_drops_by_the_given_seed() -> Result<()> {
+    let mlp = Mlp::new(&MlpConfig::new(6, 5), VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu))?;
+    let mlp = adapted(&mlp, "default", &dropping(), 3)?;
+    let x = randn(1, (2, 4, 6), DType::F64)?;
+    let call = |seed| mlp.forward_with(&x, &AdapterChoice::Active, seed);
+    assert_same_bits(&call(None)?, &mlp.forward(&x)?, "without dropout");
+    assert_same_bits(&call(Some(1))?, &call(Some(1))?, "the same seed");
+    assert_ne!(numbers(&call(Some(1))?)?, numbers(&call(Some(2))?)?);
+    Ok(())
+}
+
+#[test]
+fn recomputation_drops_the_same_numbers() -> Result<()> {
+    let block = adapted(&blocks_common::block(&blocks_common::bert(), DType::F64)?, "default", &dropping(), 3)?;
+    let (x, again) = (var(1, (2, 4, 6), DType::F64)?, block.clone().with_recompute(true));
+    let run = |block: &candle_attention::block::TransformerBlock| {
+        block.set_dropout_calls([0, 0]);
+        let grads = block.forward_t(&x, true)?.sqr()?.sum_all()?.backward()?;
+        let all = block.vars().iter().map(|var| grads.get(var).unwrap().clone()).collect::<Vec<_>>();
+        Ok::<_, candle_attention::Error>(all)
+    };
+    for (kept, recomputed) in run(&block)?.iter().zip(&run(&again)?) {
+        assert_same_bits(recomputed, kept, "recomputed");
+    }
     Ok(())
 }
 

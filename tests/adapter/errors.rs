@@ -21,6 +21,7 @@ fn configs_that_fit_no_layer_are_errors_and_create_nothing() -> Result<()> {
     assert_error_says(with(&|c| c.rank = 0), &["rank", "at least 1", "0"]);
     assert_error_says(with(&|c| c.rank = 6), &["rank", "1 to 5", "mlp.up", "6"]);
     assert_error_says(with(&|c| c.alpha = f64::NAN), &["alpha", "finite", "NaN"]);
+    assert_error_says(with(&|c| c.alpha = 1e300), &["alpha / rank", "F32 can hold"]);
     assert_error_says(with(&|c| c.dropout_p = 1.0), &["dropout_p", "[0, 1)", "1"]);
     assert_error_says(with(&|c| c.targets = vec![]), &["targets", "at least one"]);
     assert_error_says(with(&|c| c.targets = vec![Target::Up, Target::Up]), &["targets", "up twice"]);

@@ -267,6 +267,7 @@ fn folders_that_do_not_fit_are_one_clear_error() -> Result<()> {
         ("lora_bias", Value::Bool(true)),
         ("bias", "all".into()),
         ("init_lora_weights", "pissa_niter_4".into()),
+        ("init_lora_weights", "OLoRA".into()),
         ("layer_replication", serde_json::json!([[0, 1]])),
         ("trainable_token_indices", serde_json::json!([1])),
         ("a_feature_of_next_year", Value::Bool(true)),
@@ -278,6 +279,7 @@ fn folders_that_do_not_fit_are_one_clear_error() -> Result<()> {
         );
     }
     with_field("a_size_of_next_year", 16.into())?;
+    with_field("init_lora_weights", "gaussian".into())?;
     assert_error_says(with_field("r", 0.into()), &["rank", "at least 1"]);
     assert_error_says(with_field("lora_dropout", 1.5.into()), &["dropout_p", "1.5"]);
     assert_error_says(with_field("target_modules", "(".into()), &["adapter_config.json", "regular expression"]);
@@ -298,6 +300,18 @@ fn folders_that_do_not_fit_are_one_clear_error() -> Result<()> {
     let says =
         ["adapter_model.safetensors", query, "NaN", value, "is missing", "pooler.dense.lora_A.weight` is unexpected"];
     assert_error_says(load(folder.path()), &says);
+    let with_head = Model::load("bert_classifier")?;
+    let folder = changed(
+        &with_head,
+        |_| (),
+        |tensors| {
+            let head = "base_model.model.classifier.weight";
+            tensors.insert(head.into(), Tensor::full(f32::NAN, (3, 16), &Device::Cpu).unwrap());
+        },
+    );
+    let blocks_with_head = with_head.blocks(DType::F32)?;
+    let loaded = load_peft(folder.path(), "default", with_head.layout, &with_head.named(&blocks_with_head));
+    assert_error_says(loaded, &["base_model.model.classifier.weight", "NaN"]);
     // A rank that the matrices don't have, and the adapter of another model.
     assert_error_says(with_field("r", 3.into()), &[query, "[3, 16]", "[4, 16]"]);
     let other = Model::load("llama")?;
@@ -336,6 +350,10 @@ fn adapters_that_no_file_can_hold_are_errors() -> Result<()> {
     assert_error_says(save(&[adapted(2, 3)?, adapted(3, 3)?], Layout::Bert), &["same config", "rank 2", "rank 3"]);
     let odd: Result<(), Error> = save(&[adapted(2, 3)?], Layout::T5);
     assert!(odd.is_err());
+    let (block, twice) = (adapted(2, 3)?, PeftExtras::default());
+    let layers = [("encoder.layer.0", &block), ("encoder.layer.0", &block)];
+    let twice = save_peft(folder.path().join("new"), "default", Layout::Bert, &layers, &twice);
+    assert_error_says(twice, &["a path of its own", "encoder.layer.0", "twice"]);
     assert!(!folder.path().join("new").exists());
     Ok(())
 }

@@ -103,8 +103,13 @@ fn training_leaves_the_blocks_as_they_are() -> Result<()> {
     let merged = block.merge("default")?;
     assert_close(&merged.forward(&x)?, &block.forward(&x)?, 1e-3, "merged");
     assert_eq!(merged.formats(), []);
+    let apart = merged.unmerge()?;
+    assert_eq!(apart.formats(), block.formats());
+    assert_same_bits(&apart.forward(&x)?, &block.forward(&x)?, "unmerged");
     let again = merged.quantise(Format::Q8_0)?;
     assert!(again.adapters().is_empty());
+    let both = adapted(&block, "second", &config(), 4)?.merge("default")?.quantise(Format::Q8_0)?;
+    assert_eq!(both.adapters(), ["second"]);
     assert_close(again.dequantise()?.mlp().up().weight(), merged.mlp().up().weight(), 0.01, "quantised again");
     Ok(())
 }
@@ -123,12 +128,19 @@ fn quantised_layer_has_no_weights_as_parameters_and_no_file() -> Result<()> {
     assert_error_says(quantised.to_layout(Layout::Llama), &says);
     assert_error_says(quantised.trainable(), &says);
     assert_error_says(quantised.quantise(Format::Q8_0), &["attention.q_proj.weight", "numbers", "Q4_0"]);
+    assert_eq!(quantised.quantise(Format::Q4_0)?.formats().len(), 7);
     assert_error_says(
         blocks_common::block(&blocks_common::bert(), DType::F32)?.quantise(Format::Q4_0),
         &["attention.q_proj.weight", "blocks of 32", "rows of 6"],
     );
     let huge = Linear::new(Tensor::full(1e38f32, (1, 32), &Device::Cpu)?, None);
     assert_error_says(LoraLinear::new(huge).quantise(Format::Q8_0), &["linear.weight", "finite"]);
+    for format in FORMATS {
+        let mut numbers = vec![1f32; 256];
+        numbers[77] = f32::NAN;
+        let nan = Linear::new(Tensor::from_vec(numbers, (1, 256), &Device::Cpu)?, None);
+        assert_error_says(LoraLinear::new(nan).quantise(format), &["linear.weight", "finite", "NaN"]);
+    }
     Ok(())
 }
 
@@ -194,6 +206,48 @@ fn gguf_files_give_the_blocks_that_they_hold() -> Result<()> {
     Ok(())
 }
 
+/// llama.cpp writes the rows of W_Q and W_K of Llama and Mistral in the order of rotary embedding by neighbours.
+#[test]
+fn files_of_llama_are_brought_into_the_order_of_the_config() -> Result<()> {
+    let mut config = large();
+    config.attention.rotary = Some(RotaryConfig::default());
+    let block = blocks_common::block(&config, DType::F32)?;
+    let x = randn(1, (1, 7, 256), DType::F32)?;
+    // (heads, 2, head_dim / 2, in) to (heads, head_dim / 2, 2, in)
+    let by_neighbours = |name: &str, weight: &Tensor| {
+        let heads = if name == "attn_q.weight" { 4 } else { 2 };
+        weight.reshape((heads, 2, 32, 256))?.transpose(1, 2)?.contiguous()?.reshape(weight.shape())
+    };
+    let parameters = block.parameters();
+    for dtype in [GgmlDType::F32, GgmlDType::Q8_0] {
+        let stored = |(own, name): &(&str, &str)| {
+            let tensor = parameters.iter().find(|(other, _)| other == own).expect("a parameter").1.clone();
+            let is_paired = ["attn_q.weight", "attn_k.weight"].contains(name);
+            let tensor = if is_paired { by_neighbours(name, &tensor)? } else { tensor };
+            let dtype = if tensor.rank() == 2 { dtype } else { GgmlDType::F32 };
+            Ok((format!("blk.0.{name}"), QTensor::quantize(&tensor, dtype)?))
+        };
+        let tensors = NAMES.iter().map(stored).collect::<candle_core::Result<Vec<_>>>()?;
+        let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let llama = gguf_file::Value::String("llama".into());
+        let mut file = Cursor::new(Vec::new());
+        gguf_file::write(&mut file, &[("general.architecture", &llama)], &tensors)?;
+        let file = written(&file.into_inner());
+        let load =
+            |config| TransformerBlock::from_gguf(config, &Gguf::open(file.path())?, "blk.0", DType::F32, &Device::Cpu);
+        let expected =
+            if dtype == GgmlDType::F32 { block.clone() } else { block.quantise(Format::Q8_0)?.dequantise()? };
+        let loaded = load(&config)?;
+        for ((name, expected), (_, got)) in expected.parameters().into_iter().zip(loaded.dequantise()?.parameters()) {
+            assert_same_bits(got, expected, &name);
+        }
+        // With the rows as they are, the pairing of the file computes the same.
+        let interleaved = load(&large())?;
+        assert_close(&interleaved.forward(&x)?, &loaded.forward(&x)?, 1e-4, "interleaved");
+    }
+    Ok(())
+}
+
 #[test]
 fn files_that_do_not_fit_are_one_clear_error() -> Result<()> {
     let block = blocks_common::block(&large(), DType::F32)?;
@@ -220,6 +274,11 @@ fn files_that_do_not_fit_are_one_clear_error() -> Result<()> {
     let mut nan = whole.clone();
     nan[start as usize..][..2].copy_from_slice(&[0xFF, 0x7F]);
     assert_error_says(load(&nan, &large(), "blk.3"), &["blk.3.ffn_up.weight", "finite"]);
+    let zero = gguf_file::Value::U32(0);
+    let mut file = Cursor::new(Vec::new());
+    gguf_file::write(&mut file, &[("general.alignment", &zero)], &[])?;
+    let file = written(&file.into_inner());
+    assert_error_says(Gguf::open(file.path()).map(|_| ()), &["a GGUF file", "can't be read"]);
     assert_error_says(Gguf::open("/nowhere/model.gguf").map(|_| ()), &["/nowhere/model.gguf", "can't read"]);
     Ok(())
 }

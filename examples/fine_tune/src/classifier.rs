@@ -156,7 +156,8 @@ impl<'m> Classifier<'m> {
         Ok(Tensor::cat(&parts, 0)?.index_select(&places, 0)?)
     }
 
-    /// Saves the adapter and the head as PEFT does for a `BertForSequenceClassification`.
+    /// Saves the adapter and the head as PEFT does, with the names of a `BertForSequenceClassification`. (That class gives its head the
+    /// pooled first token instead of the mean.)
     pub fn save(&self, folder: &Path) -> Result<()> {
         let paths: Vec<_> = (0..self.encoder.blocks().len()).map(path).collect();
         let layers: Vec<_> = paths.iter().map(String::as_str).zip(self.encoder.blocks()).collect();

@@ -115,8 +115,9 @@ const KEPT: [&str; 17] = [
     "velora_config",
 ];
 
-/// Initialisations that change the weight of the base, so that the adapter alone isn't enough.
-const CHANGES_THE_BASE: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
+/// Initialisations that leave the weight of the base as it is. With another one (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) the adapter alone
+/// isn't enough.
+const LEAVES_THE_BASE: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
 impl PeftConfig {
     /// Reads the text of the file.
@@ -124,7 +125,7 @@ impl PeftConfig {
         let refused =
             |expected: &str, got: String| AttentionError::Checkpoint { path: None, expected: expected.into(), got };
         let config: Self = serde_json::from_slice(text)
-            .map_err(|error| refused("the config of an adapter", format!("JSON that isn't one: {error}")))?;
+            .map_err(|error| refused("the config of an adapter", format!("other JSON: {error}")))?;
         if config.peft_type != "LORA" {
             return Err(refused("the peft_type LORA", config.peft_type));
         }
@@ -133,15 +134,16 @@ impl PeftConfig {
                 return Err(refused(&format!("{field}: {expected}"), value.to_string()));
             }
         }
-        config.lora().check().map_err(|error| refused("a config that can be used", error.to_string()))?;
+        // The error names this crate's fields: rank is r, and dropout_p is lora_dropout.
+        config.lora().check().map_err(|error| refused("a config that can be used (rank is r)", error.to_string()))?;
         Ok(config)
     }
 
     /// What the value of a field should be, if this isn't it.
     fn problem_with(&self, field: &str, value: &Value) -> Option<&'static str> {
-        let changes = |start: &&str| value.as_str().is_some_and(|value| value.starts_with(*start));
+        let leaves = |name: &str| LEAVES_THE_BASE.contains(&name.to_lowercase().as_str());
         match field {
-            "init_lora_weights" if CHANGES_THE_BASE.iter().any(changes) => {
+            "init_lora_weights" if value.as_str().is_some_and(|name| !leaves(name)) => {
                 Some("an initialisation that leaves the weights of the base as they are")
             }
             "bias" if value != "none" => Some("none, since the biases of the base stay as they are"),

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 use serde_json::Value;
 
-use crate::adapter::adapt::{attach, check_name};
+use crate::adapter::adapt::{attach, check_name, check_scale};
 use crate::adapter::config::{LoraConfig, Target};
 use crate::adapter::peft::config::PeftConfig;
 use crate::adapter::peft::matching::Rules;
 use crate::adapter::peft::{CONFIG, InLayout, PeftExtras, WEIGHTS, WRAPPER};
-use crate::checkpoint::{self, Layout, Module, Parameters, Refused, cast, prefixed};
+use crate::checkpoint::{self, Layout, Module, Parameters, Refused, cast, is_finite, prefixed};
 use crate::error::{AttentionError, Result};
 use crate::memory;
 use crate::projection::{LowRank, Projections};
@@ -56,6 +56,7 @@ impl PeftAdapter {
         let (mut attached, mut used, mut problems) = (Vec::new(), Vec::new(), Vec::new());
         for (path, layer) in layers {
             check_name(*layer, name)?;
+            check_scale(*layer, self.config.lora().scale())?;
             let mut of_layer = HashMap::new();
             for module in layer.plan(layout)?.modules() {
                 let full = prefixed(path, &module.name);
@@ -141,9 +142,15 @@ impl PeftAdapter {
     ///
     /// # Errors
     ///
-    /// Matrices that no layer has taken: those of other layers, or of another model. The error names all of them.
+    /// Matrices that no layer has taken: those of other layers, or of another model; modules that were saved as a whole, with numbers that
+    /// aren't finite. The error names all of them.
     pub fn finish(self) -> Result<PeftExtras> {
-        let problems = self.unexpected(&[]);
+        let mut problems = self.unexpected(&[]);
+        for (name, tensor) in self.tensors.iter().filter(|(name, _)| self.is_saved(name)) {
+            if !is_finite(tensor)? {
+                problems.push(format!("`{name}`: expected finite numbers, got NaN or infinity"));
+            }
+        }
         if !problems.is_empty() {
             return Err(AttentionError::CheckpointTensors { path: None, problems }.into());
         }

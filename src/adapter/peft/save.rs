@@ -12,6 +12,7 @@ use crate::adapter::peft::config::{Exception, to_text};
 use crate::adapter::peft::{CONFIG, InLayout, PeftExtras, WEIGHTS, WRAPPER};
 use crate::checkpoint::{Layout, Module, prefixed, serialise};
 use crate::error::{AttentionError, Result};
+use crate::memory;
 use crate::projection::{LowRank, Projection};
 
 /// Writes an adapter of these layers, each with its path in the model, as PEFT writes it. Each file is replaced as a whole or not at
@@ -58,7 +59,9 @@ pub fn save_peft<L: InLayout>(
             });
             let (full, rank) = (prefixed(path, &module.name), a.dim(0)?);
             if rank != config.rank || scale != config.scale() {
-                let alpha = scale / config.scale_of(rank, 1.0);
+                // Of the config, if its alpha gives this scale: a quotient may be another number by rounding.
+                let is_its_own = config.scale_of(rank, config.alpha) == scale;
+                let alpha = if is_its_own { config.alpha } else { scale / config.scale_of(rank, 1.0) };
                 exceptions.push(Exception { module: full.clone(), rank, alpha });
             }
             tensors.push((format!("{WRAPPER}.{full}.lora_A.weight"), a));
@@ -71,6 +74,10 @@ pub fn save_peft<L: InLayout>(
         }
     }
     modules.sort();
+    if let Some(pair) = modules.windows(2).find(|pair| pair[0] == pair[1]) {
+        let (expected, got) = ("a path of its own for each layer".into(), format!("`{}` twice", pair[0]));
+        return Err(AttentionError::Adapter { name: name.into(), expected, got }.into());
+    }
     write(folder.as_ref(), layout, &config, &modules, &exceptions, tensors, extras)
 }
 
@@ -119,8 +126,13 @@ fn joined(
         return Ok(Some((first.a.detach(), module.join(&b)?, first.scale)));
     }
     let present: Vec<_> = parts.iter().copied().flatten().collect();
+    // The scale of all: B takes the quotients, which are at most 1.
+    let scale = present.iter().map(|part| part.scale).max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap_or(first.scale);
+    let rank = present.iter().try_fold(0, |rank, part| Ok::<_, candle_core::Error>(rank + part.a.dim(0)?))?;
+    // A, and each B with its zeros, three times.
+    let bytes = [[rank, module.inputs], [3 * module.outputs(), rank]].map(|dims| memory::bytes(&dims, first.a.dtype()));
+    memory::ask("joined matrices of an adapter", first.a.device(), memory::sum(bytes))?;
     let a = Tensor::cat(&present.iter().map(|part| part.a.detach()).collect::<Vec<_>>(), 0)?;
-    let rank = a.dim(0)?;
     let (mut rows, mut start) = (Vec::new(), 0);
     for (part, target) in parts.iter().zip(module.projections()) {
         let weight = projections.iter().find(|(name, _)| name == target).map(|(_, projection)| projection.weight());
@@ -129,14 +141,15 @@ fn joined(
         rows.push(match part {
             None => zeros(rank)?,
             Some(part) => {
-                let b = (part.b.detach() * (part.scale / first.scale))?;
+                let b = part.b.detach();
+                let b = if part.scale == scale { b } else { (b * (part.scale / scale))? };
                 let (before, own) = (start, b.dim(1)?);
                 start += own;
                 Tensor::cat(&[zeros(before)?, b, zeros(rank - before - own)?], 1)?
             }
         });
     }
-    Ok(Some((a, module.join(&rows)?, first.scale)))
+    Ok(Some((a, module.join(&rows)?, scale)))
 }
 
 /// Refuses layers whose adapters of one name have other configs.

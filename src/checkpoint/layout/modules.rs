@@ -14,7 +14,7 @@ pub(crate) struct Module {
     /// Its name in the checkpoint.
     pub(crate) name: String,
     pub(crate) inputs: usize,
-    /// The weight with its projections as parts, whose rows are of no size yet.
+    /// The weight, with the projections as its parts. A matrix of an adapter has the same rows of another length.
     rows: Piece,
 }
 

@@ -95,6 +95,8 @@ impl Model {
 
     /// The model with a lower limit for the tokens of a sentence.
     pub fn with_max_tokens(mut self, max_tokens: usize) -> Result<Self> {
+        let most = self.config.max_seq_length;
+        ensure!(max_tokens <= most, "expected at most {most} tokens, those that the model reads, got {max_tokens}");
         self.reader = self.reader.with_max_tokens(max_tokens)?;
         Ok(self)
     }

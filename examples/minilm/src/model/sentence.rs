@@ -38,7 +38,7 @@ impl Reader {
         Self(tokenizer).with_max_tokens(config.max_seq_length)
     }
 
-    /// With another limit, which may not be above the model's.
+    /// With another limit.
     pub fn with_max_tokens(mut self, max_length: usize) -> Result<Self> {
         let special = self.0.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
         ensure!(
