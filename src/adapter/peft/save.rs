@@ -37,78 +37,95 @@ pub fn save_peft<L: InLayout>(
         return Err(AttentionError::Adapter { name: name.into(), expected, got }.into());
     };
     let config = first.adapter_config(name)?;
-    let (mut tensors, mut exceptions, mut modules) = (Vec::new(), Vec::new(), Vec::new());
+    let mut files = Files { config, tensors: vec![], exceptions: vec![], modules: vec![] };
     for (path, layer) in layers {
-        check_same(name, &config, &layer.adapter_config(name)?)?;
-        let projections = layer.projections();
-        let mut left: BTreeSet<&str> = BTreeSet::new();
-        for (target, projection) in &projections {
-            if projection.adapter(name)?.low_rank.is_some() {
-                left.insert(target);
-            }
-        }
-        for module in layer.plan(layout)?.modules() {
-            let of = |target: &str| {
-                let found = projections.iter().find(|(other, _)| other == target);
-                found.and_then(|(_, projection)| projection.adapter(name).ok()?.low_rank.as_ref())
-            };
-            let parts: Vec<_> = module.projections().map(of).collect();
-            let Some((a, b, scale)) = joined(&module, &parts, &projections)? else { continue };
-            module.projections().for_each(|target| {
-                left.remove(target);
-            });
-            let (full, rank) = (prefixed(path, &module.name), a.dim(0)?);
-            if rank != config.rank || scale != config.scale() {
-                // Of the config, if its alpha gives this scale: a quotient may be another number by rounding.
-                let is_its_own = config.scale_of(rank, config.alpha) == scale;
-                let alpha = if is_its_own { config.alpha } else { scale / config.scale_of(rank, 1.0) };
-                exceptions.push(Exception { module: full.clone(), rank, alpha });
-            }
-            tensors.push((format!("{WRAPPER}.{full}.lora_A.weight"), a));
-            tensors.push((format!("{WRAPPER}.{full}.lora_B.weight"), b));
-            modules.push(full);
-        }
-        if let Some(target) = left.first() {
-            let expected = format!("targets that are linear layers in the layout {layout}");
-            return Err(AttentionError::Adapter { name: name.into(), expected, got: target.to_string() }.into());
-        }
+        files.add(name, layout, path, *layer)?;
     }
-    modules.sort();
-    if let Some(pair) = modules.windows(2).find(|pair| pair[0] == pair[1]) {
-        let (expected, got) = ("a path of its own for each layer".into(), format!("`{}` twice", pair[0]));
-        return Err(AttentionError::Adapter { name: name.into(), expected, got }.into());
-    }
-    write(folder.as_ref(), layout, &config, &modules, &exceptions, tensors, extras)
+    files.check_paths(name)?;
+    files.write(folder.as_ref(), layout, extras)
 }
 
-fn write(
-    folder: &Path,
-    layout: Layout,
-    config: &LoraConfig,
-    modules: &[String],
-    exceptions: &[Exception],
-    mut tensors: Vec<(String, Tensor)>,
-    extras: &PeftExtras,
-) -> Result<()> {
-    let saved = extras.modules_to_save.iter().filter_map(|(name, _)| name.rsplit_once('.'));
-    let saved: BTreeSet<_> = saved.map(|(module, _)| module.to_string()).collect();
-    let wrapped = |(name, tensor): &(String, Tensor)| (format!("{WRAPPER}.{name}"), tensor.clone());
-    tensors.extend(extras.modules_to_save.iter().map(wrapped));
-    let bytes = serialise(tensors.iter().map(|(name, tensor)| (name.clone(), tensor)), HashMap::new())?;
-    let mut kept = extras.others.clone();
-    kept.insert("base_model_name_or_path".into(), json!(extras.base_model_name_or_path));
-    kept.insert("task_type".into(), json!(extras.task_type));
-    // GPT-2's matrices are (in, out).
-    kept.insert("fan_in_fan_out".into(), json!(layout == Layout::Gpt2));
-    let saved: Vec<_> = saved.into_iter().collect();
-    let text = to_text(config, modules, exceptions, &saved, &kept).map_err(candle_core::Error::wrap)?;
-    std::fs::create_dir_all(folder).map_err(|cause| FileError {
-        path: folder.to_path_buf(),
-        action: "write",
-        cause: cause.to_string(),
-    })?;
-    attention_files::write(&folder.join(WEIGHTS), &bytes)?;
-    Ok(attention_files::write(&folder.join(CONFIG), &text)?)
+/// What the two files will hold.
+struct Files {
+    config: LoraConfig,
+    tensors: Vec<(String, Tensor)>,
+    /// The modules whose rank or alpha isn't the config's.
+    exceptions: Vec<Exception>,
+    /// All modules that have an adapter.
+    modules: Vec<String>,
+}
+
+impl Files {
+    /// Adds the adapter of a layer.
+    fn add<L: InLayout>(&mut self, name: &str, layout: Layout, path: &str, layer: &L) -> Result<()> {
+        check_same(name, &self.config, &layer.adapter_config(name)?)?;
+        let projections = layer.projections();
+        let low_rank = |target: &str| {
+            let found = projections.iter().find(|(other, _)| other == target);
+            found.and_then(|(_, projection)| projection.adapter(name).ok()?.low_rank.as_ref())
+        };
+        let adapted = projections.iter().map(|(target, _)| target.as_str()).filter(|target| low_rank(target).is_some());
+        let mut left: BTreeSet<&str> = adapted.collect();
+        for module in layer.plan(layout)?.modules() {
+            let parts: Vec<_> = module.projections().map(low_rank).collect();
+            if let Some(joined) = joined(&module, &parts, &projections)? {
+                left.retain(|target| module.projections().all(|other| other != *target));
+                self.add_module(prefixed(path, &module.name), joined)?;
+            }
+        }
+        match left.first() {
+            None => Ok(()),
+            Some(target) => {
+                let expected = format!("targets that are linear layers in the layout {layout}");
+                Err(AttentionError::Adapter { name: name.into(), expected, got: target.to_string() }.into())
+            }
+        }
+    }
+
+    fn add_module(&mut self, module: String, (a, b, scale): (Tensor, Tensor, f64)) -> Result<()> {
+        let (config, rank) = (&self.config, a.dim(0)?);
+        if rank != config.rank || scale != config.scale() {
+            // That of the config, if it gives this scale: a quotient may be another number by rounding.
+            let is_its_own = config.scale_of(rank, config.alpha) == scale;
+            let alpha = if is_its_own { config.alpha } else { scale / config.scale_of(rank, 1.0) };
+            self.exceptions.push(Exception { module: module.clone(), rank, alpha });
+        }
+        self.tensors.push((format!("{WRAPPER}.{module}.lora_A.weight"), a));
+        self.tensors.push((format!("{WRAPPER}.{module}.lora_B.weight"), b));
+        self.modules.push(module);
+        Ok(())
+    }
+
+    /// Refuses two layers of one path.
+    fn check_paths(&mut self, name: &str) -> Result<(), AttentionError> {
+        self.modules.sort();
+        let Some(pair) = self.modules.windows(2).find(|pair| pair[0] == pair[1]) else { return Ok(()) };
+        let (expected, got) = ("a path of its own for each layer".into(), format!("`{}` twice", pair[0]));
+        Err(AttentionError::Adapter { name: name.into(), expected, got })
+    }
+
+    fn write(mut self, folder: &Path, layout: Layout, extras: &PeftExtras) -> Result<()> {
+        let saved = extras.modules_to_save.iter().filter_map(|(name, _)| name.rsplit_once('.'));
+        let saved: BTreeSet<_> = saved.map(|(module, _)| module.to_string()).collect();
+        let wrapped = |(name, tensor): &(String, Tensor)| (format!("{WRAPPER}.{name}"), tensor.clone());
+        self.tensors.extend(extras.modules_to_save.iter().map(wrapped));
+        let bytes = serialise(self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor)), HashMap::new())?;
+        let mut others = extras.others.clone();
+        others.insert("base_model_name_or_path".into(), json!(extras.base_model_name_or_path));
+        others.insert("task_type".into(), json!(extras.task_type));
+        // GPT-2's matrices are (in, out).
+        others.insert("fan_in_fan_out".into(), json!(layout == Layout::Gpt2));
+        let saved: Vec<_> = saved.into_iter().collect();
+        let text = to_text(&self.config, &self.modules, &self.exceptions, &saved, &others);
+        let text = text.map_err(candle_core::Error::wrap)?;
+        std::fs::create_dir_all(folder).map_err(|cause| FileError {
+            path: folder.to_path_buf(),
+            action: "write",
+            cause: cause.to_string(),
+        })?;
+        attention_files::write(&folder.join(WEIGHTS), &bytes)?;
+        Ok(attention_files::write(&folder.join(CONFIG), &text)?)
+    }
 }
 
 /// A, B and s of a module from those of its projections; `None` if none of them has an adapter.
