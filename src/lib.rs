@@ -143,7 +143,7 @@ pub mod cuda_testing {
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// So are those in the guide to fine-tuning.
+/// The programs in the guide to fine-tuning are compiled and run as tests.
 #[cfg(doctest)]
 #[doc = include_str!("../docs/fine_tuning.md")]
 struct FineTuning;
