@@ -1,13 +1,28 @@
 //! [`UniqueMap`]: a JSON object in which no name stands twice.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
 
-/// A JSON object in which no name stands twice. serde's own maps keep the last value of a name without an error.
-pub(crate) struct UniqueMap<V>(pub(crate) BTreeMap<String, V>);
+/// A JSON object in which no name stands twice, in the order of the text. serde's own maps keep the last value of a name without an
+/// error.
+#[derive(Clone, Debug)]
+pub(crate) struct UniqueMap<V>(pub(crate) Vec<(String, V)>);
+
+impl<V> UniqueMap<V> {
+    /// The values by name.
+    pub(crate) fn into_map(self) -> BTreeMap<String, V> {
+        self.0.into_iter().collect()
+    }
+}
+
+impl<V> Default for UniqueMap<V> {
+    fn default() -> Self {
+        Self(vec![])
+    }
+}
 
 impl<'de, V: Deserialize<'de>> Deserialize<'de> for UniqueMap<V> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -25,13 +40,13 @@ impl<'de, V: Deserialize<'de>> Visitor<'de> for UniqueVisitor<V> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
-        let mut map = BTreeMap::new();
+        let (mut entries, mut names) = (Vec::new(), HashSet::new());
         while let Some((name, value)) = access.next_entry::<String, V>()? {
-            if map.contains_key(&name) {
+            if !names.insert(name.clone()) {
                 return Err(Error::custom(format_args!("expected different names, got `{name}` twice")));
             }
-            map.insert(name, value);
+            entries.push((name, value));
         }
-        Ok(UniqueMap(map))
+        Ok(UniqueMap(entries))
     }
 }

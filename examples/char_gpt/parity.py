@@ -29,28 +29,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+from splitmix import Random  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = Path(__file__).with_name("persuasion.txt")
 TOLERANCE = 1e-3
 # Of the loss on the held-out text in bf16.
 TOLERANCE_OF_BF16 = 0.01
-MASK = 2**64 - 1
-
-
-class Random:
-    """SplitMix64, as in ../common/src/random.rs."""
-
-    def __init__(self, seed, purpose, step):
-        self.state = seed
-        for word in [*purpose.encode(), step]:
-            self.state = self.next() ^ word
-
-    def next(self):
-        self.state = (self.state + 0x9E3779B97F4A7C15) & MASK
-        z = self.state
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
-        return z ^ (z >> 31)
 
 
 class Gpt:

@@ -49,7 +49,9 @@ from tqdm import tqdm
 from transformers import BertModel
 from transformers.utils import logging
 
-MASK = 2**64 - 1
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+from splitmix import Random  # noqa: E402
+
 HELD_OUT_EVERY = 5
 CLEAR = 0.5
 # The endings of the modules' names. W_O also ends in "output.dense", so the MLP's is named with its layer.
@@ -61,28 +63,6 @@ TARGETS = {
     "up": ["intermediate.dense"],
     "down": [f"layer.{layer}.output.dense" for layer in range(6)],
 }
-
-
-class Random:
-    """SplitMix64, as in examples/common/src/random.rs."""
-
-    def __init__(self, seed, purpose, step):
-        self.state = seed
-        for word in [*purpose.encode(), step]:
-            self.state = self.next() ^ word
-
-    def next(self):
-        self.state = (self.state + 0x9E3779B97F4A7C15) & MASK
-        z = self.state
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
-        return z ^ (z >> 31)
-
-    def below(self, count):
-        return self.next() % count
-
-    def unit(self):
-        return (self.next() >> 11) / 2**53
 
 
 def read(file):

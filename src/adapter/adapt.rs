@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::adapter::config::LoraConfig;
@@ -35,7 +35,7 @@ pub trait Adapt: Projections + Clone {
         check_name(self, name)?;
         check_targets(self, config)?;
         check_builder(self, &vb)?;
-        check_scale(self, config.scale())?;
+        check_scale(config.scale(), vb.dtype())?;
         let parameters = create_parameters(wanted(self, config)?, |_| config.seed, &vb)?;
         let find = |name: String| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
         check_own(self, name, &parameters)?;
@@ -140,7 +140,7 @@ impl<L: Projections + Clone> Adapt for L {}
 pub(crate) const LORA_A: &str = "lora_A.weight";
 pub(crate) const LORA_B: &str = "lora_B.weight";
 
-/// The layer as constants, with an adapter more.
+/// The layer as constants, with one more adapter.
 pub(crate) fn attach<L: Projections>(
     layer: &L,
     name: &str,
@@ -189,9 +189,8 @@ fn check_builder<L: Projections>(layer: &L, vb: &VarBuilder) -> Result<(), Atten
 }
 
 /// Refuses a factor that the layer's numbers can't hold: infinity times a B of zero is NaN.
-pub(crate) fn check_scale<L: Projections>(layer: &L, scale: f64) -> Result<(), AttentionError> {
-    let dtype = layer.projections().first().map(|(_, projection)| projection.weight().dtype());
-    dtype.map_or(Ok(()), |dtype| check_held("alpha / rank", Some(scale), dtype))
+pub(crate) fn check_scale(scale: f64, dtype: DType) -> Result<(), AttentionError> {
+    check_held("alpha / rank", Some(scale), dtype)
 }
 
 /// Refuses matrices that belong to another adapter of the layer.
@@ -236,7 +235,7 @@ fn wanted<L: Projections>(layer: &L, config: &LoraConfig) -> Result<Vec<Paramete
 }
 
 /// The sizes of a target's weight, which the rank must fit.
-pub(crate) fn check_rank(name: &str, projection: &Projection, rank: usize) -> Result<[usize; 2], AttentionError> {
+fn check_rank(name: &str, projection: &Projection, rank: usize) -> Result<[usize; 2], AttentionError> {
     let dims = projection.weight().dims();
     let largest = dims.iter().copied().min().unwrap_or(0);
     match *dims {

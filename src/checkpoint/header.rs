@@ -12,7 +12,7 @@ use crate::unique_map::UniqueMap;
 pub(super) fn check_header(header: &[u8], len: u64) -> Result<(), String> {
     let entries = serde_json::from_slice::<UniqueMap<UniqueMap<Value>>>(header).map_err(|error| error.to_string())?;
     for (name, entry) in entries.0 {
-        let offsets = entry.0.get("data_offsets").map(<(u64, u64)>::deserialize);
+        let offsets = entry.into_map().get("data_offsets").map(<(u64, u64)>::deserialize);
         match offsets {
             Some(Ok((_, end))) if end > len => return Err(format!("`{name}` ends at byte {end} of the data")),
             _ => {}

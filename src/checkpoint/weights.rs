@@ -164,7 +164,8 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, AttentionError> {
         expected: "the index of a sharded checkpoint, with a `weight_map` from tensors to files".into(),
         got: format!("{} bytes that aren't one: {error}", bytes.len()),
     })?;
-    let shards: BTreeSet<&String> = index.weight_map.0.values().collect();
+    let weight_map = index.weight_map.into_map();
+    let shards: BTreeSet<&String> = weight_map.values().collect();
     let list = |shards: Vec<&&String>| shards.iter().map(|shard| format!("`{shard}`")).collect::<Vec<_>>().join(", ");
     let is_inside = |shard: &str| {
         let mut parts = Path::new(shard).components().peekable();
@@ -182,5 +183,5 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, AttentionError> {
         let got = format!("no file {}", list(missing));
         return Err(AttentionError::Checkpoint { path: Some(path.to_path_buf()), expected, got });
     }
-    Ok(index.weight_map.0)
+    Ok(weight_map)
 }

@@ -97,3 +97,50 @@ impl Layer for Projection {
         self.linear.backward(x, &self.linear.reduce(x)?, &[Columns::all(grad, self.outputs)], wants_x)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use attention_kernels::quantised::Format;
+    use candle_core::{DType, Device, Var};
+
+    use super::*;
+    use crate::projection::quantised::{Quantised, placeholder};
+
+    /// What other devices compute is what the kernels compute, with an adapter, its dropout and quantised weights.
+    #[test]
+    fn both_ways_of_a_projection_give_the_same() -> crate::error::Result<()> {
+        let device = &Device::Cpu;
+        let randn = |shape: [usize; 2]| Tensor::randn(0f64, 1.0, &shape[..], device);
+        for (rows, format, p) in
+            [(1, None, 0.0), (7, None, 0.3), (7, Some(Format::Q4_0), 0.0), (50, Some(Format::Nf4), 0.3)]
+        {
+            let [x, weight, a, b] =
+                [[rows, 64], [5, 64], [3, 64], [5, 3]].map(|shape| Var::from_tensor(&randn(shape)?));
+            let (x, weight, a, b) = (x?, weight?.detach(), a?, b?);
+            let quantised = format.map(|format| Quantised::of("weight", &weight, format)).transpose()?.map(Arc::new);
+            let weight = if quantised.is_some() { placeholder(&[5, 64], DType::F64, device)? } else { weight };
+            let low_rank = LowRank { a: a.as_tensor().clone(), b: b.as_tensor().clone(), scale: 1.5, input: None };
+            let adapted = Adapted {
+                linear: Linear::new(weight, Some(randn([1, 5])?.squeeze(0)?)),
+                quantised,
+                low_rank: Some(low_rank),
+                dropout: (p > 0.0).then_some(Dropout { p, seed: 7 }),
+            };
+            let by_candle = project_with_candle(&adapted, &x)?;
+            let by_kernels = project(adapted, &x, &[rows, 5])?;
+            let close = |a: &Tensor, b: &Tensor| (a - b)?.abs()?.max_all()?.to_scalar::<f64>().map(|x| x < 1e-11);
+            assert!(close(&by_kernels, &by_candle)?, "{rows} rows, {format:?}, p {p}");
+            let c = randn([rows, 5])?;
+            let [of_kernels, of_candle] = [by_kernels, by_candle].map(|y| (y * &c)?.backward());
+            let (of_kernels, of_candle) = (of_kernels?, of_candle?);
+            for var in [&x, &a, &b] {
+                let [of_kernels, of_candle] =
+                    [&of_kernels, &of_candle].map(|grads| grads.get(var).expect("a gradient"));
+                assert!(close(of_kernels, of_candle)?, "gradients: {rows} rows, {format:?}, p {p}");
+            }
+        }
+        Ok(())
+    }
+}

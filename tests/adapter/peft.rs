@@ -10,7 +10,7 @@ use candle_attention::block::{
 };
 use candle_attention::rotary::RotaryConfig;
 use candle_attention::train::{AdamW, AdamWConfig};
-use candle_attention::{Error, Layout, Result, SelfAttentionConfig, checkpoint};
+use candle_attention::{Error, ForwardOptions, Layout, Result, SelfAttentionConfig, checkpoint};
 use candle_core::{DType, Device, Tensor, Var};
 use serde_json::Value;
 
@@ -238,6 +238,29 @@ fn projections_of_one_matrix_share_what_their_adapter_reads() -> Result<()> {
     Ok(())
 }
 
+/// One A has one input, so all projections of the matrix drop the same numbers, on every path.
+#[test]
+fn projections_of_one_matrix_drop_the_same_numbers() -> Result<()> {
+    let model = Model::load("gpt2")?;
+    let folder = changed(&model, |json| json["lora_dropout"] = 0.4.into(), |_| ());
+    let base = model.blocks(DType::F64)?;
+    let (blocks, _) = load_peft(folder.path(), "default", model.layout, &model.named(&base))?;
+    let (block, x) = (&blocks[0], model.case("input", DType::F64)?);
+    let run = |return_weights| {
+        block.set_dropout_calls([0, 0]);
+        let options = ForwardOptions { train: true, return_weights, ..Default::default() };
+        Ok::<_, Error>(block.forward_with(&x, &options)?.output)
+    };
+    assert_close(&run(true)?, &run(false)?, 1e-12, "with weights");
+    assert!(crate::common::max_abs_difference(&run(false)?, &block.forward(&x)?)? > 1e-3);
+    let parameters = block.adapter_parameters("default")?;
+    let vars = parameters.iter().map(|(name, tensor)| Ok((name.as_str(), Var::from_tensor(tensor)?)));
+    let vars = vars.collect::<Result<Vec<_>>>()?;
+    let vars: Vec<_> = vars.iter().map(|(name, var)| (*name, var)).collect();
+    crate::common::check_gradients(&vars, || run(false)?.sqr(), 1e-6, "shared A");
+    Ok(())
+}
+
 /// A copy of an adapter's folder with a changed config and changed tensors.
 fn changed(
     model: &Model,
@@ -281,6 +304,10 @@ fn folders_that_do_not_fit_are_one_clear_error() -> Result<()> {
     with_field("a_size_of_next_year", 16.into())?;
     with_field("init_lora_weights", "gaussian".into())?;
     assert_error_says(with_field("r", 0.into()), &["rank", "at least 1"]);
+    assert_error_says(
+        with_field("alpha_pattern", serde_json::json!({"query": 1e300})),
+        &["query", "alpha / rank", "F32"],
+    );
     assert_error_says(with_field("lora_dropout", 1.5.into()), &["dropout_p", "1.5"]);
     assert_error_says(with_field("target_modules", "(".into()), &["adapter_config.json", "regular expression"]);
     assert_error_says(with_field("target_modules", Value::Null), &["target_modules", "none"]);

@@ -94,6 +94,21 @@ struct RunFlags {
     dtype: Option<Numbers>,
 }
 
+impl RunFlags {
+    /// Refuses flags that would make another model.
+    fn agree_with_model(&self, saved: &RunConfig) -> Result<()> {
+        let Self { len, width, layers, heads, dropout, positions, dtype, .. } = self;
+        let model = &saved.model;
+        agrees("--len", *len, model.len)?;
+        agrees("--width", *width, model.width)?;
+        agrees("--layers", *layers, model.layers)?;
+        agrees("--heads", *heads, model.heads)?;
+        agrees("--dropout", *dropout, model.dropout)?;
+        agrees("--positions", *positions, model.positions)?;
+        agrees("--dtype", *dtype, saved.dtype)
+    }
+}
+
 impl Arguments {
     /// A new run, for a text with so many different characters.
     pub fn new_run(&self, vocabulary: usize) -> RunConfig {
@@ -118,18 +133,11 @@ impl Arguments {
 
     /// The saved run as these flags continue it: with another number of steps perhaps, but otherwise the same.
     pub fn resumed_run(&self, saved: &RunConfig, done: usize) -> Result<RunConfig> {
-        let RunFlags { steps, seed, batch, len, width, layers, heads, dropout, lr, positions, dtype } = &self.run;
-        let model = &saved.model;
-        agrees("--seed", *seed, model.seed)?;
+        let RunFlags { steps, seed, batch, lr, .. } = &self.run;
+        self.run.agree_with_model(saved)?;
+        agrees("--seed", *seed, saved.model.seed)?;
         agrees("--batch", *batch, saved.batch)?;
-        agrees("--len", *len, model.len)?;
-        agrees("--width", *width, model.width)?;
-        agrees("--layers", *layers, model.layers)?;
-        agrees("--heads", *heads, model.heads)?;
-        agrees("--dropout", *dropout, model.dropout)?;
         agrees("--lr", *lr, saved.lr)?;
-        agrees("--positions", *positions, model.positions)?;
-        agrees("--dtype", *dtype, saved.dtype)?;
         let steps = steps.unwrap_or(saved.steps);
         ensure!(steps >= done, "--steps: expected at least {done}, the steps of the saved run, got {steps}");
         Ok(RunConfig { steps, ..saved.clone() })
@@ -137,15 +145,8 @@ impl Arguments {
 
     /// A run that adapts a saved one: with its model, and these flags' steps, learning rate, batches and seed.
     pub fn adapted_run(&self, saved: &RunConfig) -> Result<RunConfig> {
-        let RunFlags { steps, seed, batch, len, width, layers, heads, dropout, lr, positions, dtype } = &self.run;
-        let model = &saved.model;
-        agrees("--len", *len, model.len)?;
-        agrees("--width", *width, model.width)?;
-        agrees("--layers", *layers, model.layers)?;
-        agrees("--heads", *heads, model.heads)?;
-        agrees("--dropout", *dropout, model.dropout)?;
-        agrees("--positions", *positions, model.positions)?;
-        agrees("--dtype", *dtype, saved.dtype)?;
+        let (RunFlags { steps, seed, batch, lr, .. }, model) = (&self.run, &saved.model);
+        self.run.agree_with_model(saved)?;
         Ok(RunConfig {
             model: ModelConfig { seed: seed.unwrap_or(model.seed), ..model.clone() },
             batch: batch.unwrap_or(saved.batch),

@@ -32,9 +32,15 @@ const MODULES: [(&str, &str); 6] = [
     ("mlp.down", "output.dense"),
 ];
 
-pub struct Classifier<'m> {
+/// The encoder, untouched or adapted, whose sentence embedding is the mean over the tokens.
+pub struct Embedder<'m> {
     model: &'m Model,
     encoder: Encoder,
+}
+
+/// An adapted encoder with a head.
+pub struct Classifier<'m> {
+    embedder: Embedder<'m>,
     head: Head,
 }
 
@@ -71,22 +77,23 @@ fn initial(seed: u64, name: &str, shape: &[usize], width: usize, device: &Device
     Ok(Tensor::from_vec(numbers, shape, device)?)
 }
 
-impl<'m> Classifier<'m> {
+impl<'m> Embedder<'m> {
     /// The untouched encoder, or its weights in blocks of a few bits.
     pub fn new(model: &'m Model, arguments: &Arguments) -> Result<Self> {
-        let mut encoder = model.encoder().clone();
-        if let Some(format) = arguments.quantise {
-            encoder = encoder.map_blocks(|_, block| Ok(block.quantise(format.into())?))?;
-        }
-        Ok(Self { model, encoder, head: Head::new(model.config.hidden_size, 0, model.device())? })
+        let encoder = model.encoder().clone();
+        let encoder = match arguments.quantise {
+            Some(format) => encoder.map_blocks(|_, block| Ok(block.quantise(format.into())?))?,
+            None => encoder,
+        };
+        Ok(Self { model, encoder })
     }
 
     /// With an adapter and a head of this seed.
-    pub fn adapted(&self, arguments: &Arguments, seed: u64) -> Result<Self> {
+    pub fn adapted(&self, arguments: &Arguments, seed: u64) -> Result<Classifier<'m>> {
         let config = LoraConfig { seed, ..arguments.lora() };
         let encoder = self.encoder.map_blocks(|layer, block| self.adapt(layer, block, &config))?;
         let head = Head::new(self.model.config.hidden_size, seed, self.model.device())?;
-        Ok(Self { model: self.model, encoder, head })
+        Ok(Classifier { embedder: Self { model: self.model, encoder }, head })
     }
 
     fn adapt(&self, layer: usize, block: &TransformerBlock, config: &LoraConfig) -> Result<TransformerBlock> {
@@ -103,50 +110,24 @@ impl<'m> Classifier<'m> {
         Ok(block)
     }
 
-    /// What is trained.
-    pub fn parameters(&self) -> Result<Vec<(String, Var)>> {
-        let mut parameters = self.head.parameters();
-        for (layer, block) in self.encoder.blocks().iter().enumerate() {
-            for (name, tensor) in block.adapter_parameters(NAME)? {
-                parameters.push((format!("{}.{name}", path(layer)), Var::from_tensor(&tensor)?));
-            }
-        }
-        Ok(parameters)
-    }
-
     pub fn device(&self) -> &Device {
         self.model.device()
     }
 
     /// The mean of the last states of each sentence, (batch, width).
-    pub fn embed(&self, sentences: &[&Sentence], train: bool) -> Result<Tensor> {
+    fn embed(&self, sentences: &[&Sentence], train: bool) -> Result<Tensor> {
         let (ids, lengths) = self.model.batch(sentences)?;
         self.model.means(&self.encoder.forward_t(&ids, &lengths, train)?, &lengths)
     }
 
-    /// (batch, classes)
-    pub fn logits(&self, sentences: &[&Sentence], train: bool) -> Result<Tensor> {
-        self.head.forward(&self.embed(sentences, train)?)
-    }
-
-    /// The logits of all examples, in their order.
-    pub fn logits_of_all(&self, examples: &[Example]) -> Result<Tensor> {
-        self.for_all(examples, |sentences| self.logits(sentences, false))
-    }
-
-    /// The embeddings of all examples, in their order.
+    /// The embeddings of all examples, in their order. Sentences of a like length are computed together.
     pub fn embed_all(&self, examples: &[Example]) -> Result<Tensor> {
-        self.for_all(examples, |sentences| self.embed(sentences, false))
-    }
-
-    /// Sentences of a like length are computed together.
-    fn for_all(&self, examples: &[Example], of: impl Fn(&[&Sentence]) -> Result<Tensor>) -> Result<Tensor> {
         let mut order: Vec<usize> = (0..examples.len()).collect();
         order.sort_by_key(|&i| examples[i].sentence.ids.len());
         let mut parts = Vec::new();
         for chosen in order.chunks(AT_ONCE) {
             let sentences: Vec<_> = chosen.iter().map(|&i| &examples[i].sentence).collect();
-            parts.push(of(&sentences)?.detach());
+            parts.push(self.embed(&sentences, false)?.detach());
         }
         let mut places = vec![0u32; order.len()];
         for (place, &i) in order.iter().enumerate() {
@@ -155,12 +136,40 @@ impl<'m> Classifier<'m> {
         let places = Tensor::from_vec(places, order.len(), self.device())?;
         Ok(Tensor::cat(&parts, 0)?.index_select(&places, 0)?)
     }
+}
+
+impl Classifier<'_> {
+    /// What is trained.
+    pub fn parameters(&self) -> Result<Vec<(String, Var)>> {
+        let mut parameters = self.head.parameters();
+        for (layer, block) in self.embedder.encoder.blocks().iter().enumerate() {
+            for (name, tensor) in block.adapter_parameters(NAME)? {
+                parameters.push((format!("{}.{name}", path(layer)), Var::from_tensor(&tensor)?));
+            }
+        }
+        Ok(parameters)
+    }
+
+    pub fn device(&self) -> &Device {
+        self.embedder.device()
+    }
+
+    /// The logits (batch, classes) in training.
+    pub fn logits(&self, sentences: &[&Sentence]) -> Result<Tensor> {
+        self.head.forward(&self.embedder.embed(sentences, true)?)
+    }
+
+    /// The logits of all examples, in their order.
+    pub fn logits_of_all(&self, examples: &[Example]) -> Result<Tensor> {
+        Ok(self.head.forward(&self.embedder.embed_all(examples)?)?.detach())
+    }
 
     /// Saves the adapter and the head as PEFT does, with the names of a `BertForSequenceClassification`. (That class gives its head the
     /// pooled first token instead of the mean.)
     pub fn save(&self, folder: &Path) -> Result<()> {
-        let paths: Vec<_> = (0..self.encoder.blocks().len()).map(path).collect();
-        let layers: Vec<_> = paths.iter().map(String::as_str).zip(self.encoder.blocks()).collect();
+        let blocks = self.embedder.encoder.blocks();
+        let paths: Vec<_> = (0..blocks.len()).map(path).collect();
+        let layers: Vec<_> = paths.iter().map(String::as_str).zip(blocks).collect();
         let head = self.head.parameters().into_iter().map(|(name, var)| (name, var.as_tensor().clone()));
         let extras = PeftExtras {
             base_model_name_or_path: Some("sentence-transformers/all-MiniLM-L6-v2".into()),

@@ -28,7 +28,7 @@ use minilm::model::Model;
 use serde_json::{Value, json};
 
 use arguments::Arguments;
-use classifier::Classifier;
+use classifier::Embedder;
 use data::{Example, read_all};
 use training::{Frozen, Score, train};
 
@@ -56,7 +56,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let model = Model::open(&arguments.model, &device)?.with_max_tokens(arguments.max_tokens)?;
     let [training, held_out] = read_all(&arguments.data, &model)?;
     writeln!(screen, "{} sentences to learn from, {} held out", training.len(), held_out.len())?;
-    let base = Classifier::new(&model, arguments)?;
+    let base = Embedder::new(&model, arguments)?;
     let frozen = Frozen::new(&base, &training, &held_out)?;
     let mut outcomes = Vec::new();
     for &seed in &arguments.seeds {
@@ -81,7 +81,7 @@ fn run(arguments: &Arguments) -> Result<()> {
 
 fn run_seed(
     arguments: &Arguments,
-    base: &Classifier,
+    base: &Embedder,
     frozen: &Frozen,
     [training, held_out]: [&[Example]; 2],
     seed: u64,

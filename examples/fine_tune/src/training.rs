@@ -11,7 +11,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::arguments::Arguments;
-use crate::classifier::{Classifier, Head};
+use crate::classifier::{Classifier, Embedder, Head};
 use crate::data::Example;
 
 /// The share of the steps in which the learning rate rises.
@@ -118,7 +118,7 @@ pub struct Frozen<'e> {
 }
 
 impl<'e> Frozen<'e> {
-    pub fn new(base: &Classifier, training: &[Example], held_out: &'e [Example]) -> Result<Self> {
+    pub fn new(base: &Embedder, training: &[Example], held_out: &'e [Example]) -> Result<Self> {
         Ok(Self {
             training: base.embed_all(training)?,
             labels: training.iter().map(|example| example.label).collect(),
@@ -164,7 +164,7 @@ pub fn train(classifier: &Classifier, arguments: &Arguments, examples: &[Example
         let batch = order.batch(arguments.batch);
         let sentences: Vec<_> = batch.iter().map(|&i| &examples[i].sentence).collect();
         let labels = labels(batch.iter().map(|&i| &examples[i]), classifier.device())?;
-        let value = steps.take(step, &loss(&classifier.logits(&sentences, true)?, &labels)?)?;
+        let value = steps.take(step, &loss(&classifier.logits(&sentences)?, &labels)?)?;
         losses.push(value);
         seconds.push(start.elapsed().as_secs_f64());
         bar.set_message(format!("seed {seed}  loss {value:.3}"));

@@ -218,7 +218,8 @@ fn products_side_by_side_and_summed_are_the_products() {
     for orders in [[Order::Rows, Order::Columns], [Order::Columns, Order::Rows], [Order::Wide, Order::Loose]] {
         let a = Stored::<f32>::new(1, [m, k], orders[0]);
         let weights = [(2, 40), (3, 0), (4, 33), (5, 1)].map(|(seed, n)| Stored::<f32>::new(seed, [k, n], orders[1]));
-        let all = matmul_side_by_side(a.operand(), &weights.each_ref().map(Stored::operand), &Plain).unwrap();
+        let pairs = weights.each_ref().map(|weight| [(a.operand(), weight.operand())]);
+        let all = matmul_groups(m, &pairs.each_ref().map(|pair| &pair[..]), &Plain).unwrap();
         let n = 74;
         assert_eq!(all.len(), m * n);
         for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
@@ -302,7 +303,7 @@ fn operands_that_do_not_fit_are_errors() {
     assert_eq!(error.to_string(), "the b: expected 4 rows of 2, got dims [1, 1, 6, 2]");
     let fits = a.transposed();
     assert!(matmul_sum(&[(a, fits), (b, b.transposed())], &Plain).is_err(), "6 rows instead of 3");
-    assert!(matmul_side_by_side(a, &[fits, b], &Plain).is_err());
+    assert!(matmul_groups(3, &[&[(a, fits)], &[(a, b)]], &Plain).is_err());
 }
 
 #[test]

@@ -63,40 +63,8 @@ pub fn matmul<E: MatmulElement>(a: Operand<E>, b: Operand<E>, epilogue: &dyn Epi
     matmul_sum(&[(a, b)], epilogue)
 }
 
-/// \[a · b_0 | a · b_1 | ...\]: the products with several matrices side by side in one row-major result, as queries, keys and
-/// values are computed from one input.
-///
-/// # Shapes
-///
-/// (m, k) · (k, n_i) → (m, n_0 + n_1 + ...)
-///
-/// # Errors
-///
-/// As [`matmul`].
-///
-/// # Examples
-///
-/// ```
-/// use attention_kernels::matmul::{Operand, Plain, matmul_side_by_side};
-///
-/// let a = Operand::row_major("a", &[1.0f32, 2.0], 2, 1)?;
-/// let b = Operand::row_major("b", &[3.0, 4.0], 1, 2)?;
-/// let c = Operand::row_major("c", &[5.0], 1, 1)?;
-/// assert_eq!(matmul_side_by_side(a, &[b, c], &Plain)?, [3.0, 4.0, 5.0, 6.0, 8.0, 10.0]);
-/// # Ok::<(), attention_kernels::Error>(())
-/// ```
-pub fn matmul_side_by_side<E: MatmulElement>(
-    a: Operand<E>,
-    b: &[Operand<E>],
-    epilogue: &dyn Epilogue<E>,
-) -> Result<Vec<E>, Error> {
-    let pairs = collected("operands", b.iter().map(|b| (a, *b)))?;
-    let groups = collected("operands", pairs.chunks(1))?;
-    matmul_groups(a.dims()[0], &groups, epilogue)
-}
-
 /// \[Σ_i a_0i · b_0i | Σ_i a_1i · b_1i | ...\]: sums of products side by side in one row-major result. It computes linear layers that
-/// share an input, each with the low-rank product that an adapter adds to it.
+/// share an input, as queries, keys and values do, each with the low-rank product that an adapter adds to it.
 ///
 /// # Shapes
 ///

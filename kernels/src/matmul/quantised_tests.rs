@@ -187,7 +187,7 @@ fn products_refuse_a_quantised_left_operand() {
     for left in [weight.quantised(false), weight.quantised(true)] {
         assert_eq!(matmul(left, dense, &Plain).unwrap_err().to_string(), expected);
         assert_eq!(matmul_sum(&[(dense, dense), (left, dense)], &Plain).unwrap_err().to_string(), expected);
-        assert_eq!(matmul_side_by_side(left, &[dense], &Plain).unwrap_err().to_string(), expected);
+        assert_eq!(matmul_groups(32, &[&[(left, dense)]], &Plain).unwrap_err().to_string(), expected);
     }
     let x = Operand::row_major("x", &other, 4, 256).unwrap();
     let error = matmul(x, weight.quantised(false), &Plain).unwrap_err();

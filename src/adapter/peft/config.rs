@@ -1,17 +1,14 @@
 //! `adapter_config.json`: the fields that change an adapter's numbers, and those that are kept.
 
-use std::fmt;
-use std::marker::PhantomData;
-
-use serde::de::{Deserializer, Error, MapAccess, Visitor};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::adapter::config::LoraConfig;
 use crate::error::AttentionError;
+use crate::unique_map::UniqueMap;
 
 /// One name or several: in PEFT a string is a regular expression, and each item of a list the end of a module's name.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 pub(super) enum Names {
     Expression(String),
@@ -26,48 +23,13 @@ pub(super) enum Layers {
     Several(Vec<usize>),
 }
 
-/// An object whose names are regular expressions, in the order of the file: the first that matches counts.
-#[derive(Clone, Debug)]
-pub(super) struct Pattern<V>(pub(super) Vec<(String, V)>);
-
-impl<V> Default for Pattern<V> {
-    fn default() -> Self {
-        Self(vec![])
-    }
-}
-
-impl<'de, V: Deserialize<'de>> Deserialize<'de> for Pattern<V> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct InOrder<V>(PhantomData<V>);
-        impl<'de, V: Deserialize<'de>> Visitor<'de> for InOrder<V> {
-            type Value = Pattern<V>;
-
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object of regular expressions")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
-                let mut pattern = Vec::new();
-                while let Some((name, value)) = access.next_entry::<String, V>()? {
-                    if pattern.iter().any(|(other, _)| *other == name) {
-                        return Err(Error::custom(format_args!("expected different names, got `{name}` twice")));
-                    }
-                    pattern.push((name, value));
-                }
-                Ok(Pattern(pattern))
-            }
-        }
-        deserializer.deserialize_map(InOrder(PhantomData))
-    }
-}
-
 /// The file. What it lacks has the value that PEFT gives it.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct PeftConfig {
     pub(super) peft_type: String,
-    #[serde(default = "eight")]
+    #[serde(default = "default_rank")]
     pub(super) r: usize,
-    #[serde(default = "eight_point_0")]
+    #[serde(default = "default_alpha")]
     pub(super) lora_alpha: f64,
     #[serde(default)]
     pub(super) lora_dropout: f64,
@@ -77,20 +39,21 @@ pub(super) struct PeftConfig {
     pub(super) exclude_modules: Option<Names>,
     pub(super) layers_to_transform: Option<Layers>,
     pub(super) layers_pattern: Option<Names>,
+    /// Ranks by regular expressions of modules, of which the first that matches counts.
     #[serde(default)]
-    pub(super) rank_pattern: Pattern<usize>,
+    pub(super) rank_pattern: UniqueMap<usize>,
     #[serde(default)]
-    pub(super) alpha_pattern: Pattern<f64>,
+    pub(super) alpha_pattern: UniqueMap<f64>,
     pub(super) modules_to_save: Option<Vec<String>>,
     #[serde(flatten)]
     pub(super) others: Map<String, Value>,
 }
 
-fn eight() -> usize {
+fn default_rank() -> usize {
     8
 }
 
-fn eight_point_0() -> f64 {
+fn default_alpha() -> f64 {
     8.0
 }
 
@@ -134,8 +97,8 @@ impl PeftConfig {
                 return Err(refused(&format!("{field}: {expected}"), value.to_string()));
             }
         }
-        // The error names this crate's fields: rank is r, and dropout_p is lora_dropout.
-        config.lora().check().map_err(|error| refused("a config that can be used (rank is r)", error.to_string()))?;
+        let expected = "a config that can be used (r is rank, lora_alpha alpha, lora_dropout dropout_p)";
+        config.lora().check().map_err(|error| refused(expected, error.to_string()))?;
         Ok(config)
     }
 
@@ -162,7 +125,7 @@ impl PeftConfig {
     }
 }
 
-/// Whether a value switches a feature on. A number alone doesn't: it is a size of one.
+/// Whether a value switches a feature on. A number alone is the size of a feature, and doesn't.
 fn is_on(value: &Value) -> bool {
     match value {
         Value::Null | Value::Number(_) => false,

@@ -56,7 +56,6 @@ impl PeftAdapter {
         let (mut attached, mut used, mut problems) = (Vec::new(), Vec::new(), Vec::new());
         for (path, layer) in layers {
             check_name(*layer, name)?;
-            check_scale(*layer, self.config.lora().scale())?;
             let mut of_layer = HashMap::new();
             for module in layer.plan(layout)?.modules() {
                 let full = prefixed(path, &module.name);
@@ -112,9 +111,13 @@ impl PeftAdapter {
             problems.push(format!("`{tensor}`: {problem}"));
             Ok(None)
         };
-        let (a, b) = (get("lora_A", [rank, module.inputs])?, get("lora_B", [module.outputs(), rank])?);
-        let (Some(a), Some(b)) = (a, b) else { return Ok(None) };
         let scale = self.config.lora().scale_of(rank, alpha);
+        let (a, b) = (get("lora_A", [rank, module.inputs])?, get("lora_B", [module.outputs(), rank])?);
+        if let Err(error) = check_scale(scale, like.dtype()) {
+            problems.push(format!("`{full}`: {error}"));
+            return Ok(None);
+        }
+        let (Some(a), Some(b)) = (a, b) else { return Ok(None) };
         let names: Vec<_> = module.projections().collect();
         let (parts, input): (Parameters, Option<Arc<str>>) = match names[..] {
             // A matrix that is whole keeps its variable.

@@ -2,8 +2,9 @@
 
 use regex_lite::Regex;
 
-use crate::adapter::peft::config::{Layers, Names, Pattern, PeftConfig};
+use crate::adapter::peft::config::{Layers, Names, PeftConfig};
 use crate::error::AttentionError;
+use crate::unique_map::UniqueMap;
 
 /// The rules of one config, with their regular expressions compiled.
 pub(super) struct Rules {
@@ -55,7 +56,7 @@ fn compile(expression: &str) -> Result<Regex, AttentionError> {
 }
 
 /// As PEFT matches the names of a pattern: the whole module, or its end behind a dot.
-fn compile_pattern<V: Copy>(pattern: &Pattern<V>) -> Result<Vec<(Regex, V)>, AttentionError> {
+fn compile_pattern<V: Copy>(pattern: &UniqueMap<V>) -> Result<Vec<(Regex, V)>, AttentionError> {
     let compiled = |(name, value): &(String, V)| Ok((compile(&format!(r"^(.*\.)?({name})$"))?, *value));
     pattern.0.iter().map(compiled).collect()
 }
