@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 use crate::block::dropout::{add_dropped as add_dropped_tensors, dropout};
 use crate::block::norm_layer::Norm;
 use crate::block::op::Dtype;
-use crate::block::operand::checked;
+use crate::block::operand::{LayerGradients, checked};
 
 /// What a layer does beside its own work, in the same operation. By default nothing.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,23 +85,23 @@ impl OwnBranch {
         self.norm.iter().flat_map(Norm::parameters).any(|parameter| parameter.track_op())
     }
 
-    /// [`gradient_of_x`](Self::gradient_of_x) where nobody wants any of it.
-    pub(crate) fn no_gradients<E>(&self) -> (Vec<E>, Vec<Option<Tensor>>) {
-        (vec![], self.norm.iter().flat_map(Norm::parameters).map(|_| None).collect())
-    }
-
-    /// The gradient of x from that of the layer's input, and those of the norm's parameters. `grad` is the gradient of the result.
+    /// The gradient of x from that of the layer's input, and those of the norm's parameters; none where that of the input wasn't wanted.
+    /// `grad` is the gradient of the result.
     pub(crate) fn gradient_of_x<E: Dtype>(
         &self,
         x: &[E],
-        of_input: Vec<E>,
+        of_input: Option<Vec<E>>,
         grad: &[E],
-    ) -> Result<(Vec<E>, Vec<Option<Tensor>>)> {
+    ) -> Result<LayerGradients<E>> {
+        let Some(of_input) = of_input else {
+            return Ok((None, self.norm.iter().flat_map(Norm::parameters).map(|_| None).collect()));
+        };
         let residual = self.residual.then_some(grad);
-        match &self.norm {
-            Some(norm) => norm.read().backward(x, &of_input, residual),
-            None if self.residual => Ok((checked(add_dropped(Some(grad), &of_input, None))?, vec![])),
-            None => Ok((of_input, vec![])),
-        }
+        let (of_x, of_norm) = match &self.norm {
+            Some(norm) => norm.read().backward(x, &of_input, residual)?,
+            None if self.residual => (checked(add_dropped(Some(grad), &of_input, None))?, vec![]),
+            None => (of_input, vec![]),
+        };
+        Ok((Some(of_x), of_norm))
     }
 }

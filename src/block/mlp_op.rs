@@ -10,7 +10,7 @@ use candle_core::{Result, Shape, Tensor};
 
 use crate::block::branch::OwnBranch;
 use crate::block::op::Dtype;
-use crate::block::operand::{Columns, checked};
+use crate::block::operand::{Columns, LayerGradients, checked};
 use crate::block::relay::{self, Layer};
 use crate::projection::{Reduced, SideBySide};
 
@@ -97,13 +97,7 @@ impl Layer for Op {
         Ok((output, Shape::from(dims)))
     }
 
-    fn backward<E: Dtype>(
-        &self,
-        x: &[E],
-        _: &[usize],
-        grad: &[E],
-        wants_x: bool,
-    ) -> Result<(Vec<E>, Vec<Option<Tensor>>)> {
+    fn backward<E: Dtype>(&self, x: &[E], _: &[usize], grad: &[E], wants_x: bool) -> Result<LayerGradients<E>> {
         let again;
         let kept = match self.kept.get().and_then(|kept| kept.downcast_ref::<Kept<E>>()) {
             Some(kept) => kept,
@@ -116,6 +110,7 @@ impl Layer for Op {
         let of_output = branch.gradient_of_output(grad)?;
         let grads = [Columns::all(&of_output, *embed_dim)];
         let (of_activated, of_down) = down.backward(&kept.activated, &kept.down_reduced, &grads, true)?;
+        let of_activated = of_activated.unwrap_or_default();
         let rows = of_output.len() / embed_dim;
         let of_hidden = checked(match is_gated {
             false => activation.backward(&kept.hidden, &of_activated),
@@ -126,8 +121,7 @@ impl Layer for Op {
         let wants_input = wants_x || branch.wants_input();
         let normed = kept.normed.as_deref().unwrap_or(x);
         let (of_input, of_inner) = inner.backward(normed, &kept.reduced, &grads, wants_input)?;
-        let (of_x, mut gradients) =
-            if wants_input { branch.gradient_of_x(x, of_input, grad)? } else { branch.no_gradients() };
+        let (of_x, mut gradients) = branch.gradient_of_x(x, of_input, grad)?;
         gradients.extend(of_inner);
         gradients.extend(of_down);
         Ok((of_x, gradients))

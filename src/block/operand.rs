@@ -61,6 +61,9 @@ pub(crate) fn rows<'a, E: Dtype>(what: &'static str, numbers: &'a [E], columns: 
     checked(Operand::row_major(what, numbers, numbers.len() / columns.max(1), columns))
 }
 
+/// The gradient of a layer's input, if it was wanted, and those of its parameters, each only if it was wanted.
+pub(crate) type LayerGradients<E> = (Option<Vec<E>>, Vec<Option<Tensor>>);
+
 /// Some columns of a row-major matrix.
 #[derive(Clone, Copy)]
 pub(crate) struct Columns<'a, E> {

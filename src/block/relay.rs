@@ -13,7 +13,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail};
 
 use crate::block::op::{Dtype, slice, with_dtype};
-use crate::block::operand::{Reading, tensor};
+use crate::block::operand::{LayerGradients, Reading, tensor};
 use crate::gradient::to_be_added;
 use crate::memory;
 
@@ -66,14 +66,8 @@ pub(crate) trait Layer: Send + Sync + 'static {
     /// The numbers and the shape of the result.
     fn forward<E: Dtype>(&self, x: &[E], dims: &[usize]) -> Result<(Vec<E>, Shape)>;
 
-    /// The gradient of x, which is empty unless it is wanted, and those of the parameters, each only if it is wanted.
-    fn backward<E: Dtype>(
-        &self,
-        x: &[E],
-        dims: &[usize],
-        grad: &[E],
-        wants_x: bool,
-    ) -> Result<(Vec<E>, Vec<Option<Tensor>>)>;
+    /// The gradient of x, which is there if it is wanted, and those of the parameters, each only if it is wanted.
+    fn backward<E: Dtype>(&self, x: &[E], dims: &[usize], grad: &[E], wants_x: bool) -> Result<LayerGradients<E>>;
 }
 
 /// Applies a layer with these parameters, which stand in the order of their gradients. `x` is copied if it isn't contiguous.
@@ -108,7 +102,7 @@ impl<L: Layer> CustomOp2 for Relayed<L> {
             let grad = grad_read.numbers::<E>()?;
             let (of_x, gradients) = self.layer.backward::<E>(x_read.numbers()?, x.dims(), grad, wants_x)?;
             self.gradients.leave(gradients);
-            wants_x.then(|| tensor(of_x, x.shape())).transpose()
+            of_x.filter(|_| wants_x).map(|of_x| tensor(of_x, x.shape())).transpose()
         })?;
         Ok((of_x.map(to_be_added).transpose()?, of_relay(relay)?))
     }

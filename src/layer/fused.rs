@@ -19,7 +19,7 @@ use candle_core::{DType, Result, Shape, Tensor, bail};
 
 use crate::block::branch::OwnBranch;
 use crate::block::op::Dtype;
-use crate::block::operand::{Columns, checked};
+use crate::block::operand::{Columns, LayerGradients, checked};
 use crate::block::relay::{self, Layer};
 use crate::mask::Mask;
 use crate::projection::{Reduced, SideBySide};
@@ -184,7 +184,7 @@ impl Op {
         let Some(out) = &self.layer.out else { return Ok((Cow::Borrowed(grad), vec![])) };
         let grads = [Columns::all(grad, grad.len() / (batch * len))];
         let (of_context, of_out) = out.backward(&kept.context, &kept.out_reduced, &grads, true)?;
-        Ok((Cow::Owned(of_context), of_out))
+        Ok((Cow::Owned(of_context.unwrap_or_default()), of_out))
     }
 
     /// The gradients of queries, keys and values before the rotary embedding.
@@ -229,13 +229,7 @@ impl Layer for Op {
         Ok((output, Shape::from((batch, len, columns))))
     }
 
-    fn backward<E: Dtype>(
-        &self,
-        x: &[E],
-        dims: &[usize],
-        grad: &[E],
-        wants_x: bool,
-    ) -> Result<(Vec<E>, Vec<Option<Tensor>>)> {
+    fn backward<E: Dtype>(&self, x: &[E], dims: &[usize], grad: &[E], wants_x: bool) -> Result<LayerGradients<E>> {
         let sequences = sequences(dims)?;
         let again;
         let kept = match self.kept.get().and_then(|kept| kept.downcast_ref::<Kept<E>>()) {
@@ -254,8 +248,7 @@ impl Layer for Op {
         let wants_input = wants_x || branch.wants_input();
         let normed = kept.normed.as_deref().unwrap_or(x);
         let (of_input, of_qkv) = self.layer.qkv.backward(normed, &kept.reduced, &grads, wants_input)?;
-        let (of_x, mut gradients) =
-            if wants_input { branch.gradient_of_x(x, of_input, grad)? } else { branch.no_gradients() };
+        let (of_x, mut gradients) = branch.gradient_of_x(x, of_input, grad)?;
         gradients.extend(of_qkv);
         gradients.extend(of_out);
         Ok((of_x, gradients))

@@ -14,7 +14,7 @@ use candle_nn::Linear;
 
 use crate::block::dropout::dropout as drop_out;
 use crate::block::op::Dtype;
-use crate::block::operand::Columns;
+use crate::block::operand::{Columns, LayerGradients};
 use crate::block::relay::{self, Layer};
 use crate::check::compute_dtype;
 use crate::empty::connected;
@@ -87,13 +87,7 @@ impl Layer for Projection {
         Ok((self.linear.forward(x, &self.linear.reduce(x)?, None)?, self.shape.clone()))
     }
 
-    fn backward<E: Dtype>(
-        &self,
-        x: &[E],
-        _: &[usize],
-        grad: &[E],
-        wants_x: bool,
-    ) -> Result<(Vec<E>, Vec<Option<Tensor>>)> {
+    fn backward<E: Dtype>(&self, x: &[E], _: &[usize], grad: &[E], wants_x: bool) -> Result<LayerGradients<E>> {
         self.linear.backward(x, &self.linear.reduce(x)?, &[Columns::all(grad, self.outputs)], wants_x)
     }
 }

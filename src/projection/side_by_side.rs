@@ -18,7 +18,7 @@ use candle_nn::Linear;
 
 use crate::block::epilogue::{Add, Scale};
 use crate::block::op::Dtype;
-use crate::block::operand::{Columns, Reading, checked, linear_gradients, rows, tensor};
+use crate::block::operand::{Columns, LayerGradients, Reading, checked, linear_gradients, rows, tensor};
 use crate::memory;
 use crate::projection::low_rank::LowRank;
 use crate::projection::quantised::Quantised;
@@ -190,7 +190,7 @@ impl SideBySide {
         reduced: &Reduced<E>,
         grads: &[Columns<E>],
         wants_x: bool,
-    ) -> Result<(Vec<E>, Vec<Option<Tensor>>)> {
+    ) -> Result<LayerGradients<E>> {
         let of_reduced =
             self.0.iter().zip(grads).map(|(x, grad)| x.gradient_of_reduced(*grad)).collect::<Result<Reduced<E>>>()?;
         let mut gradients = Vec::new();
@@ -201,7 +201,7 @@ impl SideBySide {
                 gradients.extend(adapted.gradients_of_low_rank(low_rank, x, reduced, of_reduced, *grad)?);
             }
         }
-        let of_x = if wants_x { self.gradient_of_x(grads, &of_reduced)? } else { vec![] };
+        let of_x = wants_x.then(|| self.gradient_of_x(grads, &of_reduced)).transpose()?;
         Ok((of_x, gradients))
     }
 

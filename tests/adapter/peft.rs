@@ -327,6 +327,8 @@ fn folders_that_do_not_fit_are_one_clear_error() -> Result<()> {
     let says =
         ["adapter_model.safetensors", query, "NaN", value, "is missing", "pooler.dense.lora_A.weight` is unexpected"];
     assert_error_says(load(folder.path()), &says);
+    let text = load(folder.path()).map(drop).unwrap_err().to_string();
+    assert_eq!(text.matches("unexpected").count(), 1, "only the pooler's is unexpected: {text}");
     let with_head = Model::load("bert_classifier")?;
     let folder = changed(
         &with_head,

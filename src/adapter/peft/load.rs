@@ -62,10 +62,7 @@ impl PeftAdapter {
                 if !self.rules.is_target(&full) {
                     continue;
                 }
-                match self.low_ranks(*layer, &module, &full, &mut problems)? {
-                    Some(parts) => of_layer.extend(parts),
-                    None => continue,
-                }
+                of_layer.extend(self.low_ranks(*layer, &module, &full, &mut problems)?.into_iter().flatten());
                 used.push(full);
             }
             let config = LoraConfig { targets: targets(of_layer.keys()), ..self.config.lora() };
@@ -76,7 +73,8 @@ impl PeftAdapter {
             return Err(AttentionError::CheckpointTensors { path: None, problems }.into());
         }
         for full in used {
-            self.tensors.retain(|tensor, _| !is_of(tensor, &full));
+            self.tensors.remove(&format!("{WRAPPER}.{full}.lora_A.weight"));
+            self.tensors.remove(&format!("{WRAPPER}.{full}.lora_B.weight"));
         }
         Ok(attached)
     }
