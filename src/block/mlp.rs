@@ -135,14 +135,9 @@ impl Mlp {
 
     /// An MLP with these parameters, which are exactly those of its config.
     pub(crate) fn from_parameters(config: &MlpConfig, parameters: Parameters) -> Result<Self> {
-        let find = |name: &str| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
-        let projection = |name: &'static str| {
-            let weight = find(&format!("{name}.weight"))?;
-            Some(Projection::new(name, Linear::new(weight, find(&format!("{name}.bias")))))
-        };
-        let required =
-            |name| projection(name).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {name}.weight")));
-        Ok(Self { config: config.clone(), gate: projection("gate"), up: required("up")?, down: required("down")? })
+        let required = |name| Projection::required(name, &parameters);
+        let (gate, config) = (Projection::find("gate", &parameters), config.clone());
+        Ok(Self { config, gate, up: required("up")?, down: required("down")? })
     }
 
     /// The output, with the active [adapter](crate::adapter), if there is one, and without its dropout.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use attention_kernels::mask::ScoreShape;
 use attention_kernels::{Dropout, philox};
 use candle_core::{Result as CandleResult, Tensor};
-use candle_nn::{Linear, VarBuilder};
+use candle_nn::VarBuilder;
 
 use crate::block::branch::Branch;
 use crate::block::norm::rms_norm;
@@ -58,12 +58,7 @@ impl Core {
         prefix: &str,
     ) -> Result<Self> {
         let find = |name: &str| parameters.iter().find(|(other, _)| *other == name).map(|(_, tensor)| tensor.clone());
-        let projection = |name: &'static str| {
-            let weight = find(&format!("{name}.weight"))?;
-            Some(Projection::new(name, Linear::new(weight, find(&format!("{name}.bias")))))
-        };
-        let required =
-            |name| projection(name).ok_or_else(|| candle_core::Error::msg(format!("no parameter named {name}.weight")));
+        let required = |name| Projection::required(name, &parameters);
         let q_proj = required("q_proj")?;
         let (dtype, device) = (q_proj.weight().dtype(), q_proj.weight().device());
         let slopes = || init::alibi_slopes(config.num_heads, dtype, device);
@@ -71,7 +66,7 @@ impl Core {
             kind,
             k_proj: required("k_proj")?,
             v_proj: required("v_proj")?,
-            o_proj: projection("o_proj"),
+            o_proj: Projection::find("o_proj", &parameters),
             qk_norm: find("q_norm.weight").zip(find("k_norm.weight")),
             sinks: find("sinks"),
             bias_kv: BiasKv { learned: find("bias_k").zip(find("bias_v")), zeros: config.add_zero_attn },

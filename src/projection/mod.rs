@@ -15,6 +15,7 @@ use attention_kernels::quantised::Format;
 
 use crate::adapter::config::{AdapterChoice, LoraConfig};
 use crate::error::{AttentionError, Result};
+use crate::layer::config::Name;
 pub(crate) use low_rank::LowRank;
 pub(crate) use op::project;
 pub(crate) use quantised::{Quantised, format_of, placeholder};
@@ -99,6 +100,21 @@ struct Merged {
 impl Projection {
     pub(crate) fn new(name: &'static str, linear: Linear) -> Self {
         Self { name, linear, quantised: None, adapters: vec![], active: None, merged: None }
+    }
+
+    /// The projection of this name among a layer's parameters, if it is there.
+    pub(crate) fn find(name: &'static str, parameters: &[(Name, Tensor)]) -> Option<Self> {
+        let tensor = |kind: &str| {
+            let full = format!("{name}.{kind}");
+            parameters.iter().find(|(other, _)| *other == full).map(|(_, tensor)| tensor.clone())
+        };
+        Some(Self::new(name, Linear::new(tensor("weight")?, tensor("bias"))))
+    }
+
+    /// The projection of this name among a layer's parameters, which have it.
+    pub(crate) fn required(name: &'static str, parameters: &[(Name, Tensor)]) -> Result<Self> {
+        let missing = || candle_core::Error::msg(format!("no parameter named {name}.weight"));
+        Ok(Self::find(name, parameters).ok_or_else(missing)?)
     }
 
     pub(crate) fn name(&self) -> &'static str {
