@@ -3,6 +3,8 @@
 //! Where there is no GPU, the tests say that they were skipped. `CANDLE_ATTENTION_GPU=required` makes that a failure,
 //! and `CANDLE_ATTENTION_GPU=cpu` uses the CPU instead of a GPU, to try the tests themselves.
 
+#[path = "../common/blocks.rs"]
+mod blocks_common;
 #[path = "../common/mod.rs"]
 mod common;
 #[path = "../common/grids.rs"]
@@ -36,6 +38,7 @@ mod sequences;
 mod emulator;
 
 mod attention;
+mod block;
 mod decoding;
 mod emulated;
 mod files;
