@@ -8,6 +8,7 @@ from problem import Problem, Strided
 from variants import ELEMENTS
 
 NAN = float("nan")
+CAREFUL_BLOCKS = 512
 
 
 class Tiles:
@@ -83,8 +84,8 @@ class Passes:
         threads, shared = (128, 0) if small else (tiles.threads, tiles.shared(kernel))
         self.runner.machine.launch(tiles.variant, kernel, grid, threads, shared, self.problem, [*self.tensors, self.careful])
 
-    def careful_pass(self, kernel, grid):
-        self.launch(Tiles(self.find(kernel, {}, lambda v: True)[0]), kernel, grid, small=True)
+    def careful_pass(self, kernel, blocks):
+        self.launch(Tiles(self.find(kernel, {}, lambda v: True)[0]), kernel, min(blocks, CAREFUL_BLOCKS), small=True)
 
     def mark(self, blocks):
         self.careful = self.marks(blocks)
@@ -134,7 +135,11 @@ class Passes:
         if self.d_bias is not None:
             t = self.pick("backward_bias")[0]
             *outer, rows, columns = self.inputs.bias.shape
-            self.launch(t, "backward_bias", outer[0] * outer[1] * tiles(rows, t.rows) * tiles(columns, t.others))
+            blocks = outer[0] * outer[1] * tiles(rows, t.rows) * tiles(columns, t.others)
+            p.careful_queries, p.careful_keys = t.rows, t.others
+            self.mark(blocks)
+            self.launch(t, "backward_bias", blocks)
+            self.careful_pass("careful_bias", blocks)
 
     def run(self):
         for x in (self.o, self.dq, self.dk, self.dv, self.lse):

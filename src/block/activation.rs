@@ -1,5 +1,7 @@
 //! Activation functions, plain and gated.
 
+use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI};
+
 use attention_kernels::activation;
 use candle_core::{D, Shape, Tensor};
 use serde::{Deserialize, Serialize};
@@ -77,14 +79,20 @@ impl Activation {
         }
     }
 
-    /// The same by candle's operations.
+    /// The same by candle's operations, but not by its own activations: the gradient of its ReLU is 1 at 0, those of its GELUs have
+    /// constants of six digits, and that of its SiLU is 0 for large numbers.
     fn elsewhere(self, x: &Tensor) -> candle_core::Result<Tensor> {
         match self {
-            Self::Relu => x.relu(),
-            Self::SquaredRelu => x.relu()?.sqr(),
-            Self::Gelu => x.gelu_erf(),
-            Self::GeluTanh => x.gelu(),
-            Self::Silu => x.silu(),
+            Self::Relu => x.le(0.0)?.where_cond(&x.zeros_like()?, x),
+            Self::SquaredRelu => Self::Relu.elsewhere(x)?.sqr(),
+            Self::Gelu => (x * ((x * FRAC_1_SQRT_2)?.erf()? + 1.0)?)? * 0.5,
+            // The tanh of greater numbers is 1 in f64, too, and their cubes could overflow.
+            Self::GeluTanh => {
+                let small = x.clamp(-10.0, 10.0)?;
+                let inner = (&small + (small.sqr()? * &small)?.affine(0.044715, 0.0)?)?;
+                (x * ((inner * FRAC_2_PI.sqrt())?.tanh()? + 1.0)?)? * 0.5
+            }
+            Self::Silu => x * candle_nn::ops::sigmoid(x)?,
         }
     }
 }
@@ -368,5 +376,36 @@ impl Function<1> for Halves {
             *width /= 2;
         }
         Shape::from(dims)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Var};
+
+    use super::*;
+
+    /// What other devices compute, on the CPU: numbers and gradients are those of the kernels, also where a cube or a square overflows.
+    #[test]
+    fn candles_operations_give_the_numbers_of_the_kernels() -> candle_core::Result<()> {
+        let mut numbers: Vec<f64> = (-160..=160).map(|i| f64::from(i) / 16.0).collect();
+        numbers.extend([-1e300, -1e120, -40.0, 40.0, 1e120, 1e300]);
+        for activation in
+            [Activation::Relu, Activation::SquaredRelu, Activation::Gelu, Activation::GeluTanh, Activation::Silu]
+        {
+            // Squares of the last numbers overflow, as they should.
+            let count = if activation == Activation::SquaredRelu { 321 } else { numbers.len() };
+            let x = Var::new(&numbers[..count], &Device::Cpu)?;
+            let run =
+                |y: Tensor| Ok::<_, candle_core::Error>((y.clone(), y.backward()?.remove(&x).expect("a gradient")));
+            let (y, grad) = run(activation.elsewhere(&x)?)?;
+            let (expected, expected_grad) = run(activation.forward(&x)?)?;
+            for (got, expected) in [(y, expected), (grad, expected_grad)] {
+                let scale = (expected.abs()? + 1.0)?;
+                let error = ((got - expected)?.abs()? / scale)?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+                assert!(error < 1e-14, "{activation:?}: {error:e}");
+            }
+        }
+        Ok(())
     }
 }

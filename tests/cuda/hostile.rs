@@ -42,7 +42,7 @@ fn the_fused_path_is_refused_where_it_is_not() -> Result<()> {
     Ok(())
 }
 
-/// A hundred gigabytes of scores in f64, and more of them than candle's kernels can count.
+/// Scores in f64 that take 34 GB several times, which is too much for most GPUs, and more scores than candle's kernels can count.
 #[test]
 fn too_many_scores_are_an_error_and_no_end() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
@@ -51,7 +51,10 @@ fn too_many_scores_are_an_error_and_no_end() -> Result<()> {
     }
     let attend = |x: &Tensor| scaled_dot_product_attention(x, x, x, &AttentionOptions::default());
     let zeros = |len| Tensor::zeros((1, 1, len, 8), DType::F64, &gpu);
-    assert_error_says(attend(&zeros(65_000)?), &["scores", "memory"]);
+    match attend(&zeros(65_000)?) {
+        Ok(output) => assert_eq!(output.context.abs()?.max_all()?.to_scalar::<f64>()?, 0.0),
+        error => assert_error_says(error, &["scores", "memory"]),
+    }
     assert_error_says(attend(&zeros(500_000)?), &["scores", "entries"]);
     let short = randn(1, (1, 1, 5, 8), DType::F64)?;
     assert_close(&attend(&short.to_device(&gpu)?)?.context, &attend(&short)?.context, 1e-12, "after that");

@@ -8,6 +8,8 @@ use crate::error::Error;
 
 /// What the numbers that ask for the careful pass are in errors.
 pub(super) const FLAGS: &str = "tiles that aren't finite";
+/// The most blocks of a careful kernel. They share the flags, few of which are set, so that most end at once.
+const CAREFUL_BLOCKS: u32 = 512;
 /// Threads of a block of the kernels without tiles of their own.
 pub(super) const SMALL_BLOCK: u32 = 128;
 
@@ -91,14 +93,14 @@ impl<'a> Launches<'a> {
         launches.careful("careful_bias", blocks)
     }
 
-    /// Starts a kernel that computes again what isn't finite.
-    pub(super) fn careful(&self, kernel: &'static str, grid: u32) -> Result<(), Error> {
+    /// Starts a kernel that computes again what isn't finite, of a pass that had `blocks` blocks.
+    pub(super) fn careful(&self, kernel: &'static str, blocks: u32) -> Result<(), Error> {
         self.start(Launch {
             source: Source::Careful,
             kernel,
             defines: self.variant.careful_defines(),
             hopper: false,
-            grid,
+            grid: blocks.min(CAREFUL_BLOCKS),
             threads: SMALL_BLOCK,
             shared_bytes: 0,
             regions: Vec::new(),

@@ -38,7 +38,7 @@ KERNEL(backward_delta, 128) {
 
 KERNEL(backward_keys, THREADS) {
     SHARED_MEMORY(shared);
-    const Place place(p.kv_len, ROWS, p.kv_heads, false);
+    const Place place(blockIdx.x, p.kv_len, ROWS, p.kv_heads, false);
     const int own = threadIdx.x / 32 * WARP_ROWS, heads = p.heads / p.kv_heads;
     const Own k_tile{shared};
     const OwnValues v_tile{shared + Own::BYTES};
@@ -114,7 +114,7 @@ KERNEL(backward_keys, THREADS) {
 
 KERNEL(backward_queries, THREADS) {
     SHARED_MEMORY(shared);
-    const Place place(p.q_len, ROWS, p.heads, true);
+    const Place place(blockIdx.x, p.q_len, ROWS, p.heads, true);
     const int own = threadIdx.x / 32 * WARP_ROWS, kv_head = place.head / (p.heads / p.kv_heads);
     const Own q_tile{shared};
     const OwnValues do_tile{shared + Own::BYTES};
@@ -153,6 +153,7 @@ KERNEL(backward_queries, THREADS) {
         wait_for_products<1>();
         done(t.s);
         t.template weights<MASKED>(stats, scale_log2);
+        done(t.s);  // so that the weights are not computed behind the wait
         if (!IS_ASYNC) dot(t.ds, do_tile, own, v_tile(stage));
         wait_for_products<0>();
         done(t.ds);

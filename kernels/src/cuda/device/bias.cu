@@ -63,7 +63,7 @@ template <bool TIMES_DISTANCE> DEVICE void add_up(const Problem &p, const Result
     const Other k_tile{do_tile.address + OwnValues::BYTES};
     const OtherValues v_tile{k_tile.address + Other::BYTES};
     const int own = threadIdx.x / 32 * WARP_ROWS;
-    const Part part(p, result.dims, ROWS, OTHERS);
+    const Part part(p, blockIdx.x, result.dims, ROWS, OTHERS);
     const int (&from)[4] = part.from, (&to)[4] = part.to;
     Sums acc = {};
     for (int batch = from[0]; batch < to[0]; batch++)

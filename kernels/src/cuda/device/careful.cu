@@ -1,7 +1,8 @@
 // The careful pass: rows whose results aren't finite are computed again, in f64 and key by key. Nothing that is hidden is read, and no
 // sum overflows. A result that is still not finite comes from what a visible key or query holds. As kernels/src/careful.rs.
 //
-// A block of threads has the rows of a block of the fast pass, and ends at once if that has set no flag. A warp has one row at a time.
+// A block of threads looks at the flags of a few blocks of the fast pass and has the rows of those that have set one. A warp has one row
+// at a time. Most often no flag is set, and then these launches are short: they have few blocks, however many the fast pass has.
 #include "scores.cuh"
 
 constexpr int WARPS = 4, COLUMNS = 256 / 32;  // of a lane, at most
@@ -125,12 +126,25 @@ DEVICE void forward_row(const Scores &scores, int query, int kv_head) {
     store_global(p.log_total + row, is_finite(largest) ? float((lse - largest * unit) / LN2) : 0.0f);
 }
 
+// f(block) for every block of the fast pass that has set its flag; all blocks of this launch share them.
+template <class F> DEVICE void for_flagged(const Problem &p, int blocks, F f) {
+    for (int block = blockIdx.x; block < blocks; block += gridDim.x)
+        if (load_global(p.careful + block)) f(block);
+}
+DEVICE int tiles_of(int len, int rows) { return (len + rows - 1) / rows; }
+
+// f(scores, query, head of its keys) for every query of a flagged block.
+template <class F> DEVICE void for_flagged_queries(const Problem &p, F f) {
+    for_flagged(p, tiles_of(p.q_len, p.careful_queries) * p.heads * p.batch, [&](int block) {
+        const Place place(block, p.q_len, p.careful_queries, p.heads, true);
+        const Scores scores(p, place.batch, place.head);
+        const int end = min(place.first + p.careful_queries, p.q_len);
+        for (int query = place.first + threadIdx.x / 32; query < end; query += WARPS) f(scores, query, place.head / (p.heads / p.kv_heads));
+    });
+}
+
 KERNEL(careful_forward, 128) {
-    if (!load_global(p.careful + blockIdx.x)) return;
-    const Place place(p.q_len, p.careful_queries, p.heads, true);
-    const Scores scores(p, place.batch, place.head);
-    const int end = min(place.first + p.careful_queries, p.q_len);
-    for (int query = place.first + threadIdx.x / 32; query < end; query += WARPS) forward_row(scores, query, place.head / (p.heads / p.kv_heads));
+    for_flagged_queries(p, [&](const Scores &scores, int query, int kv_head) { forward_row(scores, query, kv_head); });
 }
 
 DEVICE void gradients_of_query(const Scores &scores, int query, int kv_head) {
@@ -158,11 +172,7 @@ DEVICE void gradients_of_query(const Scores &scores, int query, int kv_head) {
 }
 
 KERNEL(careful_queries, 128) {
-    if (!load_global(p.careful + blockIdx.x)) return;
-    const Place place(p.q_len, p.careful_queries, p.heads, true);
-    const Scores scores(p, place.batch, place.head);
-    const int end = min(place.first + p.careful_queries, p.q_len);
-    for (int query = place.first + threadIdx.x / 32; query < end; query += WARPS) gradients_of_query(scores, query, place.head / (p.heads / p.kv_heads));
+    for_flagged_queries(p, [&](const Scores &scores, int query, int kv_head) { gradients_of_query(scores, query, kv_head); });
 }
 
 DEVICE void gradients_of_key(const Problem &p, int batch, int kv_head, int key) {
@@ -186,10 +196,11 @@ DEVICE void gradients_of_key(const Problem &p, int batch, int kv_head, int key) 
 }
 
 KERNEL(careful_keys, 128) {
-    if (!load_global(p.careful + blockIdx.x)) return;
-    const Place place(p.kv_len, p.careful_keys, p.kv_heads, false);
-    const int end = min(place.first + p.careful_keys, p.kv_len);
-    for (int key = place.first + threadIdx.x / 32; key < end; key += WARPS) gradients_of_key(p, place.batch, place.head, key);
+    for_flagged(p, tiles_of(p.kv_len, p.careful_keys) * p.kv_heads * p.batch, [&](int block) {
+        const Place place(block, p.kv_len, p.careful_keys, p.kv_heads, false);
+        const int end = min(place.first + p.careful_keys, p.kv_len);
+        for (int key = place.first + threadIdx.x / 32; key < end; key += WARPS) gradients_of_key(p, place.batch, place.head, key);
+    });
 }
 
 // The gradient of one number of a bias: the sum over the scores that it was added to, which the lanes share.
@@ -208,17 +219,19 @@ DEVICE double gradient_of_bias(const Problem &p, const Part &part, int query, in
 }
 
 KERNEL(careful_bias, 128) {
-    if (!load_global(p.careful + blockIdx.x)) return;
-    const Part part(p, p.bias_dims, p.careful_queries, p.careful_keys);
-    const int rows = p.bias_dims[2] == 1 ? 1 : part.to[2] - part.from[2], columns = p.bias_dims[3] == 1 ? 1 : part.to[3] - part.from[3];
-    const int batch = p.bias_dims[0] == 1 ? 0 : part.from[0], head = p.bias_dims[1] == 1 ? 0 : part.from[1];
-    for (int i = threadIdx.x / 32; i < rows * columns; i += WARPS) {
-        const int row = part.from[2] + i / columns, column = part.from[3] + i % columns;
-        float *to = p.d_bias + ((int64_t(batch) * p.bias_dims[1] + head) * p.bias_dims[2] + row) * p.bias_dims[3] + column;
-        const bool wrong = !is_finite(load_global(to));
-        __syncwarp();
-        if (!wrong) continue;
-        const double sum = gradient_of_bias(p, part, row, column);
-        if (threadIdx.x % 32 == 0) store_global(to, float(sum));
-    }
+    const Part all(p, 0, p.bias_dims, p.careful_queries, p.careful_keys);
+    for_flagged(p, all.count, [&](int block) {
+        const Part part(p, block, p.bias_dims, p.careful_queries, p.careful_keys);
+        const int rows = p.bias_dims[2] == 1 ? 1 : part.to[2] - part.from[2], columns = p.bias_dims[3] == 1 ? 1 : part.to[3] - part.from[3];
+        const int batch = p.bias_dims[0] == 1 ? 0 : part.from[0], head = p.bias_dims[1] == 1 ? 0 : part.from[1];
+        for (int i = threadIdx.x / 32; i < rows * columns; i += WARPS) {
+            const int row = part.from[2] + i / columns, column = part.from[3] + i % columns;
+            float *to = p.d_bias + ((int64_t(batch) * p.bias_dims[1] + head) * p.bias_dims[2] + row) * p.bias_dims[3] + column;
+            const bool wrong = !is_finite(load_global(to));
+            __syncwarp();
+            if (!wrong) continue;
+            const double sum = gradient_of_bias(p, part, row, column);
+            if (threadIdx.x % 32 == 0) store_global(to, float(sum));
+        }
+    });
 }

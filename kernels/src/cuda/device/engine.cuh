@@ -189,11 +189,9 @@ template <int LEN> DEVICE void as_operand(uint32_t (&operand)[TILES][LEN / 16][4
             for (int i = 0; i < 4; i++) operand[m][j][i] = pack(a[m][8 * j + 2 * i], a[m][8 * j + 2 * i + 1]);
 }
 
-// acc (this warp's rows x N) += a * b, where `a` is a result of this warp.
-template <int LEN, int N> DEVICE void accumulate(float (&acc)[TILES][N / 2], const float (&a)[TILES][LEN / 2], Tile<LEN, N> b) {
+// acc (this warp's rows x N) += a * b, where `a` is a result of this warp as an operand.
+template <int LEN, int N> DEVICE void accumulate(float (&acc)[TILES][N / 2], const uint32_t (&a)[TILES][LEN / 16][4], Tile<LEN, N> b) {
 #ifdef HOPPER
-    uint32_t x[TILES][LEN / 16][4];
-    as_operand<LEN>(x, a);
     constexpr int PART = N < 128 ? N : 128;  // columns of an instruction
     keep(acc[0]);
     wgmma_begin();
@@ -201,30 +199,37 @@ template <int LEN, int N> DEVICE void accumulate(float (&acc)[TILES][N / 2], con
     for (int part = 0; part < N / PART; part++)
 #pragma unroll
         for (int j = 0; j < LEN / 16; j++)
-            wgmma<true>(reinterpret_cast<float (&)[PART / 2]>(acc[0][part * PART / 2]), x[0][j], descriptor(b.address + part * (PART / 64) * b.PANEL + j * 16 * 128, b.PANEL), true);
+            wgmma<true>(reinterpret_cast<float (&)[PART / 2]>(acc[0][part * PART / 2]), a[0][j], descriptor(b.address + part * (PART / 64) * b.PANEL + j * 16 * 128, b.PANEL), true);
     wgmma_commit();
 #else
-    if constexpr (IS_F32) return accumulate_f32<LEN, N>(acc, a, b);
-    else {
-        uint32_t x[TILES][LEN / 16][4];
-        as_operand<LEN>(x, a);
-        const int lane = threadIdx.x % 32;
-        const uint32_t b_lane = b.address + lane % 16 * 128 + ((lane / 16 ^ lane % 8) * 16);
+    const int lane = threadIdx.x % 32;
+    const uint32_t b_lane = b.address + lane % 16 * 128 + ((lane / 16 ^ lane % 8) * 16);
 #pragma unroll
-        for (int j = 0; j < LEN / 16; j++) {
+    for (int j = 0; j < LEN / 16; j++) {
 #pragma unroll
-            for (int i = 0; i < N / 16; i++) {
-                uint32_t y[4];
-                ldmatrix_x4<true>(y, (b_lane ^ (i % 4 * 32)) + i / 4 * b.PANEL + j * 16 * 128);
+        for (int i = 0; i < N / 16; i++) {
+            uint32_t y[4];
+            ldmatrix_x4<true>(y, (b_lane ^ (i % 4 * 32)) + i / 4 * b.PANEL + j * 16 * 128);
 #pragma unroll
-                for (int m = 0; m < TILES; m++) {
-                    mma_half(&acc[m][8 * i], x[m][j], y[0], y[1]);
-                    mma_half(&acc[m][8 * i + 4], x[m][j], y[2], y[3]);
-                }
+            for (int m = 0; m < TILES; m++) {
+                mma_half(&acc[m][8 * i], a[m][j], y[0], y[1]);
+                mma_half(&acc[m][8 * i + 4], a[m][j], y[2], y[3]);
             }
         }
     }
 #endif
+}
+// Likewise, of the result itself.
+template <int LEN, int N> DEVICE void accumulate(float (&acc)[TILES][N / 2], const float (&a)[TILES][LEN / 2], Tile<LEN, N> b) {
+#ifndef HOPPER
+    if constexpr (IS_F32) return accumulate_f32<LEN, N>(acc, a, b);
+    else
+#endif
+    {
+        uint32_t x[TILES][LEN / 16][4];
+        as_operand<LEN>(x, a);
+        accumulate<LEN, N>(acc, x, b);
+    }
 }
 
 // Until at most the last `LEFT` products are under way.

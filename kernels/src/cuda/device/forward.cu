@@ -18,7 +18,7 @@ DEVICE void modify(const Scores &scores, float (&s)[TILES][NUMBERS], int first_q
         for (int i = 0; i < NUMBERS; i++) {
             const int query = first_query + m * 16 + i / 2 % 2 * 8 + lane / 4, key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
             if (!PLAIN) s[m][i] = scores.visible(query, key) ? scores.modified(s[m][i], query, key) : -INFINITY;
-            else if (key >= scores.p.kv_len || !scores.limits.allow(query, key)) s[m][i] = -INFINITY;
+            else s[m][i] = (key < scores.p.kv_len) & scores.limits.allow(query, key) ? s[m][i] : -INFINITY;
         }
 }
 
@@ -52,12 +52,9 @@ template <int M> DEVICE bool store(const Problem &p, const Place &place, int fir
             const float inverse = empty ? 0.0f : p.dropout_keep / total;
             Element *to = static_cast<Element *>(p.o.data) + place.batch * p.o.batch + place.head * p.o.head + query * p.o.row;
 #pragma unroll
-            for (int i = 0; i < M / 2; i++) {
-                const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
-                const float x = empty ? 0.0f : o[m][i / 2 * 4 + 2 * half + i % 2] * inverse;
-                const Element rounded = narrow(x);
-                careful |= column < p.value_dim && !is_finite(widen(rounded));
-                if (column < p.value_dim) store_global(to + column, rounded);
+            for (int j = 0; j < M / 4; j++) {
+                const float x = o[m][4 * j + 2 * half], y = o[m][4 * j + 2 * half + 1];
+                careful |= !store_pair(to, j * 8 + lane % 4 * 2, p.value_dim, empty ? 0.0f : x * inverse, empty ? 0.0f : y * inverse);
             }
             // Without visible keys the row is empty; but scores that all overflowed look the same.
             careful |= empty || !is_finite(largest);
@@ -68,7 +65,7 @@ template <int M> DEVICE bool store(const Problem &p, const Place &place, int fir
 
 KERNEL(attention_forward, THREADS) {
     SHARED_MEMORY(shared);
-    const Place place(p.q_len, ROWS, p.heads, true);
+    const Place place(blockIdx.x, p.q_len, ROWS, p.heads, true);
     const int kv_head = place.head / (p.heads / p.kv_heads), own = threadIdx.x / 32 * WARP_ROWS;
     const Scores scores(p, place.batch, place.head);
     const Range range = scores.limits.keys_of(place.first, ROWS);
@@ -96,6 +93,66 @@ KERNEL(attention_forward, THREADS) {
     Softmax softmax(!PLAIN && p.sinks ? load_global(p.sinks + place.head) : -INFINITY);
     const float scale_log2 = p.scale * LOG2E;
 
+#if defined(HOPPER) && STAGES == 2
+    // The scores of a tile are computed together with the context of the tile before, and while wgmma computes the latter, the warps
+    // compute the weights of the former. K of two tiles ahead and V of one ahead are on their way. Source: FlashAttention-3, section 3.2.
+    uint32_t weights[TILES][KEYS / 16][4];
+    auto weigh = [&](auto masked, float (&s)[TILES][NUMBERS], float (&shrink)[TILES][2], int key) {
+        constexpr bool MASKED = decltype(masked)::value;
+        if (MASKED) modify(scores, s, place.first + own, key);
+        softmax.update<MASKED>(s, shrink, scale_log2);
+        if (!PLAIN && p.dropout_threshold) drop(scores, s, place.first + own, key);
+    };
+    auto turn = [&](int current, int second) {
+        wait_for_copies<0>();
+        publish();
+        if (second >= first) k.copy<true>(k_tile(stage), second * KEYS, p.kv_len);
+        if (current >= first) v.copy<true>(v_tile(stage ^ 1), current * KEYS, p.kv_len);
+        commit_copies();
+    };
+    if (tile >= first) {
+        int next = seek(tile - 1);
+        if (next >= first) k.copy<true>(k_tile(1), next * KEYS, p.kv_len);
+        commit_copies();
+        wait_for_copies<2>();
+        publish();
+        {
+            float s[TILES][NUMBERS], shrink[TILES][2];
+            dot(s, q_tile, own, k_tile(0));
+            wait_for_products<0>();
+            done(s);
+            weigh(Yes{}, s, shrink, tile * KEYS);
+            as_operand<KEYS>(weights, s);
+        }
+        // Before a step, `tile` has weights, and `next` is the tile whose scores the step computes.
+        auto step = [&](auto masked) {
+            const int second = seek(next - 1);
+            turn(next, second);
+            float s[TILES][NUMBERS], shrink[TILES][2];
+            dot(s, q_tile, own, k_tile(stage ^ 1));
+            accumulate<KEYS, VALUE_DIM>(o, weights, v_tile(stage));
+            wait_for_products<1>();
+            done(s);
+            weigh(masked, s, shrink, next * KEYS);
+            done(s);  // so that the weights are not computed behind the wait
+            wait_for_products<0>();
+            done(o);
+            multiply_rows(o, shrink);
+            as_operand<KEYS>(weights, s);
+            next = second, stage ^= 1;
+        };
+        for (;;) {
+            if (PLAIN) while (next >= first && next * KEYS >= range.full_begin && (next + 1) * KEYS <= range.full_end) step(No{});
+            if (next < first) break;
+            step(Yes{});
+        }
+        wait_for_copies<0>();
+        publish();
+        accumulate<KEYS, VALUE_DIM>(o, weights, v_tile(stage));
+        wait_for_products<0>();
+        done(o);
+    }
+#else
     auto step = [&](auto masked) {
         constexpr bool MASKED = decltype(masked)::value;
         const int next = seek(tile - 1), key = tile * KEYS;
@@ -115,7 +172,9 @@ KERNEL(attention_forward, THREADS) {
             commit_copies();
         }
         if (MASKED) modify(scores, s, place.first + own, key);
-        softmax.update<MASKED>(s, o, scale_log2);
+        float shrink[TILES][2];
+        softmax.update<MASKED>(s, shrink, scale_log2);
+        multiply_rows(o, shrink);
         if (!PLAIN && p.dropout_threshold) drop(scores, s, place.first + own, key);
         if (STAGES == 2) {
             wait_for_copies<1>();
@@ -134,6 +193,7 @@ KERNEL(attention_forward, THREADS) {
         if (tile < first) break;
         step(Yes{});
     }
+#endif
     wait_for_copies<0>();
     const bool careful = __syncthreads_or(store(p, place, place.first + own, o, softmax));
     if (threadIdx.x == 0) store_global(p.careful + blockIdx.x, uint8_t(careful));

@@ -58,7 +58,7 @@ template <bool ROWS_ARE_KEYS, bool OF_PRODUCTS = true> struct Tiles {
             float &x = s[m][i];
             if constexpr (PLAIN) {
                 x = exp2_fast((x * scale_log2 - row.largest) - row.log_total);
-                if (MASKED) x = key < scores.p.kv_len && scores.limits.allow(query, key) ? (x < TINY ? TINY : x) : 0;
+                if (MASKED) x = (key < scores.p.kv_len) & scores.limits.allow(query, key) ? (x < TINY ? TINY : x) : 0;
             } else {
                 const bool visible = row.largest != INFINITY && scores.visible(query, key);
                 float weight = visible ? exp2_fast((scores.modified(x, query, key) - row.largest) * LOG2E - row.log_total) : 0;
@@ -109,10 +109,7 @@ template <int M> DEVICE bool store(const Strided &tensor, int batch, int head, i
             Element *to = static_cast<Element *>(tensor.data) + batch * tensor.batch + head * tensor.head + row * tensor.row;
 #pragma unroll
             for (int j = 0; j < M / 4; j++) {
-                const int column = j * 8 + lane % 4 * 2;
-                const Element x = narrow(acc[m][4 * j + 2 * half] * factor), y = narrow(acc[m][4 * j + 2 * half + 1] * factor);
-                if (column < dim) store_global(to + column, x), careful |= !is_finite(widen(x));
-                if (column + 1 < dim) store_global(to + column + 1, y), careful |= !is_finite(widen(y));
+                careful |= !store_pair(to, j * 8 + lane % 4 * 2, dim, acc[m][4 * j + 2 * half] * factor, acc[m][4 * j + 2 * half + 1] * factor);
             }
         }
     return careful;

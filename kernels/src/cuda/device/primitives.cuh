@@ -207,3 +207,19 @@ DEVICE float sum_of_row(float x) {
 // False for NaN, too.
 DEVICE bool is_finite(float x) { return fabsf(x) <= -LOWEST; }
 DEVICE float infinity_to_lowest(float x) { return x < LOWEST ? LOWEST : x; }
+
+// Writes columns `column` (even) and the next of a row of a result, as far as they are among the `dim` columns. Returns whether both are
+// finite.
+DEVICE bool store_pair(Element *row, int column, int dim, float x, float y) {
+    const Element first = narrow(x), second = narrow(y);
+    const bool has_second = PLAIN || column + 1 < dim;
+    if (!PLAIN && column >= dim) return true;
+    if constexpr (PLAIN) {
+        struct alignas(2 * sizeof(Element)) Pair { Element first, second; };
+        store_global(reinterpret_cast<Pair *>(row + column), Pair{first, second});
+    } else {
+        store_global(row + column, first);
+        if (has_second) store_global(row + column + 1, second);
+    }
+    return is_finite(widen(first)) & (!has_second | is_finite(widen(second)));
+}

@@ -3,12 +3,12 @@
 #pragma once
 #include "problem.cuh"
 
-// The part of the results of a block of threads: rows `first` on of a head of a sequence.
+// The part of the results of block `block` of threads: rows `first` on of a head of a sequence.
 struct Place {
     int first, head, batch;
     // The last rows come first: a causal mask gives them the most work.
-    DEVICE Place(int len, int rows, int heads, bool last_first) {
-        const int tiles = (len + rows - 1) / rows, tile = blockIdx.x % tiles, rest = blockIdx.x / tiles;
+    DEVICE Place(int block, int len, int rows, int heads, bool last_first) {
+        const int tiles = (len + rows - 1) / rows, tile = block % tiles, rest = block / tiles;
         first = (last_first ? tiles - 1 - tile : tile) * rows, head = rest % heads, batch = rest / heads;
     }
 };
@@ -29,15 +29,16 @@ DEVICE void store_statistics(const Problem &p, int64_t row, float largest, float
 // axis the first index, and behind the last.
 struct Part {
     int from[4], to[4];
-    DEVICE Part(const Problem &p, const int (&dims)[4], int rows, int columns) {
+    int count = 1;  // of all parts
+    DEVICE Part(const Problem &p, int block, const int (&dims)[4], int rows, int columns) {
         const int lens[4] = {p.batch, p.heads, p.q_len, p.kv_len}, steps[4] = {1, 1, rows, columns};
-        int rest = blockIdx.x;
+        int rest = block;
 #pragma unroll
         for (int axis = 3; axis >= 0; axis--) {
             const bool all = dims[axis] == 1;
             const int parts = all ? 1 : (lens[axis] + steps[axis] - 1) / steps[axis];
             from[axis] = all ? 0 : rest % parts * steps[axis], to[axis] = all ? lens[axis] : min(from[axis] + steps[axis], lens[axis]);
-            rest /= parts;
+            rest /= parts, count *= parts;
         }
     }
 };
@@ -55,10 +56,10 @@ struct Limits {
         offset = p.mask.offsets ? load_global(p.mask.offsets + batch) : p.mask.offset;
         keys = p.mask.lengths ? load_global(p.mask.lengths + batch) : p.mask.keys;
     }
-    // Sizes and offsets are at most 2^30, so that nothing overflows.
+    // Sizes and offsets are at most 2^30, so that nothing overflows. Without branches, of which a tile of scores would have hundreds.
     DEVICE bool allow(int query, int key) const {
         const int distance = key - (query + offset);
-        return (distance <= above && distance >= -below && key < keys) || key >= always;
+        return ((distance <= above) & (distance >= -below) & (key < keys)) | (key >= always);
     }
     // The keys that some query of first..first + count may see.
     DEVICE Range keys_of(int first, int count) const {

@@ -16,8 +16,8 @@ struct Softmax {
 #pragma unroll
             for (int half = 0; half < 2; half++) largest[m][half] = sink, sum[m][half] = sink != -INFINITY && threadIdx.x % 4 == 0 ? 1.0f : 0.0f;
     }
-    // Makes weights of scores, and multiplies the context by what the sums so far have to be multiplied by.
-    template <bool MASKED, int M> DEVICE void update(float (&s)[TILES][NUMBERS], float (&o)[TILES][M], float scale_log2) {
+    // Makes weights of scores. `shrink` becomes what the context so far has to be multiplied by.
+    template <bool MASKED> DEVICE void update(float (&s)[TILES][NUMBERS], float (&shrink)[TILES][2], float scale_log2) {
 #pragma unroll
         for (int m = 0; m < TILES; m++)
 #pragma unroll
@@ -31,7 +31,7 @@ struct Softmax {
                 most = fmaxf(most, largest[m][half]);
                 // So far no key is visible: any number serves, since all scores are minus infinity.
                 const float base = MASKED && most == -INFINITY ? 0.0f : most;
-                const float shrink = exp2_fast(PLAIN ? largest[m][half] - base : (largest[m][half] - base) * LOG2E);
+                shrink[m][half] = exp2_fast(PLAIN ? largest[m][half] - base : (largest[m][half] - base) * LOG2E);
                 largest[m][half] = most;
                 // Summed from zero: a sum that is long errs less in parts.
                 float part = 0;
@@ -42,9 +42,15 @@ struct Softmax {
                         s[m][e] = exp2_fast(PLAIN ? s[m][e] * scale_log2 - base : (s[m][e] - base) * LOG2E);
                         part += s[m][e];
                     }
-                sum[m][half] = sum[m][half] * shrink + part;
-#pragma unroll
-                for (int j = 0; j < M / 4; j++) o[m][4 * j + 2 * half] *= shrink, o[m][4 * j + 2 * half + 1] *= shrink;
+                sum[m][half] = sum[m][half] * shrink[m][half] + part;
             }
     }
 };
+
+// The context so far, times a factor for each row.
+template <int M> DEVICE void multiply_rows(float (&o)[TILES][M], const float (&factors)[TILES][2]) {
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int i = 0; i < M; i++) o[m][i] *= factors[m][i / 2 % 2];
+}
