@@ -9,7 +9,7 @@ use crate::mask::Mask;
 #[non_exhaustive]
 pub enum Backend {
     /// The fused path if it can serve the call, otherwise the reference. The choice changes results only by rounding.
-    /// On a GPU it is the reference, which allocates all q_len x kv_len scores; a warning is logged once.
+    /// On a GPU the reference allocates all q_len x kv_len scores, and a warning is logged once.
     #[default]
     Auto,
     /// candle's tensor operations, with every score in memory.

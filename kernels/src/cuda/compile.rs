@@ -76,6 +76,8 @@ impl Program {
         if let Some(code) = file.as_deref().and_then(read) {
             return Ok(code);
         }
+        let kept = file.as_deref().map_or("kept nowhere".to_string(), |file| format!("kept as {}", file.display()));
+        log::info!("compiling the CUDA kernel {kernel}, which takes seconds; the machine code is {kept}");
         let code = self.compile(kernel)?;
         if let Some(Err(error)) = file.as_deref().map(|file| write(file, &code)) {
             log::debug!("CUDA kernels are compiled again in the next process, since they can't be kept: {error}");

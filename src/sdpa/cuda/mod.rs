@@ -22,18 +22,14 @@ use call::Call;
 use ops::{Attention, Carrier, LogSumExp, Parameter};
 pub use storage::with_machine;
 
-/// Whether `Backend::Auto` uses these kernels on a GPU. They have run on an emulator alone; until they have run on a GPU, and their
-/// results and times are known there, `Backend::Fused` has to ask for them.
-const AUTO_USES_CUDA_KERNELS: bool = false;
-
 /// What an option is in an error of memory.
 const OPTION: &str = "bias, slopes or sinks in f32";
 
-/// Whether these kernels are to serve a call.
+/// Whether these kernels are to serve a call that leaves the choice or asks for a fused path: on every GPU, and on the emulator if it is asked
+/// for.
 pub(crate) fn is_asked(checked: &Checked) -> bool {
-    let is_asked = AUTO_USES_CUDA_KERNELS || checked.options.backend == Backend::Fused;
     match checked.q.device() {
-        Device::Cuda(_) => is_asked,
+        Device::Cuda(_) => true,
         Device::Cpu => checked.options.backend == Backend::Fused && storage::has_emulator(),
         _ => false,
     }

@@ -78,11 +78,13 @@ KERNEL(decode_split, THREADS) {
                 for (int i = 0; i < NUMBERS / 2; i++) {
                     float &x = s[m][i / 2 * 4 + 2 * half + i % 2];
                     const int key = tile * KEYS + i / 2 * 8 + lane % 4 * 2 + i % 2;
-                    if (PLAIN) x = query < p.q_len && key < p.kv_len && scores.limits.allow(query, key) ? x : -INFINITY;
+                    if (PLAIN) x = (query < p.q_len) & (key < p.kv_len) & scores.limits.allow(query, key) ? x : -INFINITY;
                     else x = scores.visible(query, key) ? scores.modified(x, query, key) : -INFINITY;
                 }
             }
-        softmax.template update<true>(s, o, p.scale * LOG2E);
+        float shrink[TILES][2];
+        softmax.template update<true>(s, shrink, p.scale * LOG2E);
+        multiply_rows(o, shrink);
         if (!PLAIN && p.dropout_threshold)
 #pragma unroll
             for (int m = 0; m < TILES; m++)
