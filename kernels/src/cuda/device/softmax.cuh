@@ -27,7 +27,8 @@ struct Softmax {
                 for (int j = 0; j < KEYS / 8; j++) most = fmaxf(most, fmaxf(s[m][4 * j + 2 * half], s[m][4 * j + 2 * half + 1]));
                 most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
                 most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-                if (PLAIN) most *= scale_log2;
+                // An unsafe product becomes infinity, and asks for the careful pass.
+                if (PLAIN) most = is_safe(most) | (most == -INFINITY) ? most * scale_log2 : INFINITY;
                 most = fmaxf(most, largest[m][half]);
                 // So far no key is visible: any number serves, since all scores are minus infinity.
                 const float base = MASKED && most == -INFINITY ? 0.0f : most;
