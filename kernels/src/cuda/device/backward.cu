@@ -28,8 +28,6 @@ KERNEL(backward_delta, 128) {
 #pragma unroll
     for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
     if (lane != 0) return;
-    // Products of a plain pass are not looked at one by one: where these are unsafe, all of the row goes to the careful pass.
-    if (!is_safe(sum)) sum = NAN;
     if (p.d_lse) sum -= load_global(p.d_lse + row);
     store_global(p.delta + row, sum);
     if (p.sink_rows) {

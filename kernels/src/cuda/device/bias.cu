@@ -31,7 +31,7 @@ DEVICE bool store_sums(const Problem &p, const Result &result, float *to, int qu
             for (int i = 0; i < NUMBERS; i++) {
                 const int row = own + m * 16 + i / 2 % 2 * 8, column = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
                 const bool is_mine = over_keys ? i % 2 == 0 && i < 4 && lane % 4 == 0 : column < p.kv_len;
-                if (is_mine && row < p.q_len) store_global(to + int64_t(row) * result.dims[3] + (over_keys ? 0 : column), acc[m][i]), careful |= !is_safe(acc[m][i]);
+                if (is_mine && row < p.q_len) store_global(to + int64_t(row) * result.dims[3] + (over_keys ? 0 : column), acc[m][i]), careful |= !is_finite(acc[m][i]);
             }
         return careful;
     }
@@ -52,7 +52,7 @@ DEVICE bool store_sums(const Problem &p, const Result &result, float *to, int qu
     for (int column = threadIdx.x; column < (over_keys ? 1 : OTHERS); column += THREADS) {
         float sum = 0;
         for (int w = 0; w < WARPS; w++) sum += load_shared<float>(shared + (w * OTHERS + column) * 4);
-        if (over_keys || key + column < p.kv_len) store_global(to + (over_keys ? 0 : key + column), sum), careful |= !is_safe(sum);
+        if (over_keys || key + column < p.kv_len) store_global(to + (over_keys ? 0 : key + column), sum), careful |= !is_finite(sum);
     }
     return careful;
 }

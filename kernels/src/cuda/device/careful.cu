@@ -1,5 +1,5 @@
-// The careful pass: rows whose results aren't finite, or not safe, are computed again, in f64 and key by key. Nothing that is hidden is
-// read, and no sum overflows. A result that is still not finite comes from what a visible key or query holds. As kernels/src/careful.rs.
+// The careful pass: rows whose results aren't finite are computed again, in f64 and key by key. Nothing that is hidden is read, and no
+// sum overflows. A result that is still not finite comes from what a visible key or query holds. As kernels/src/careful.rs.
 //
 // A block of threads looks at the flags of a few blocks of the fast pass and has the rows of those that have set one. A warp has one row
 // at a time. Most often no flag is set, and then these launches are short: they have few blocks, however many the fast pass has.
@@ -22,17 +22,17 @@ DEVICE double dot(const Element *a, const Element *b, int dim) {
     for (int c = 0; c < dim; c++) sum += number(a, c) * number(b, c);
     return sum;
 }
-// Whether a row has a number that isn't safe. All lanes get the answer.
-DEVICE bool has_unsafe(const Element *row, int dim) {
+// Whether a row has a number that isn't finite. All lanes get the answer.
+DEVICE bool has_non_finite(const Element *row, int dim) {
     bool found = false;
-    for (int c = threadIdx.x % 32; c < dim; c += 32) found |= !is_safe(widen(load_global(row + c)));
+    for (int c = threadIdx.x % 32; c < dim; c += 32) found |= !is_finite(widen(load_global(row + c)));
     return __any_sync(ALL_LANES, found);
 }
-// Writes sums in the place of numbers that aren't safe, or of all.
+// Writes sums in the place of numbers that aren't finite, or of all.
 DEVICE void replace(const Element *row, int dim, const double (&sums)[COLUMNS], bool all) {
     for (int i = 0; i < COLUMNS; i++) {
         const int c = threadIdx.x % 32 + 32 * i;
-        if (c < dim && (all || !is_safe(widen(load_global(row + c))))) store_global(const_cast<Element *>(row) + c, narrow(float(sums[i])));
+        if (c < dim && (all || !is_finite(widen(load_global(row + c))))) store_global(const_cast<Element *>(row) + c, narrow(float(sums[i])));
     }
 }
 // sums += weight * row of each lane that has one, in the order of the lanes.
@@ -87,7 +87,7 @@ DEVICE void forward_row(const Scores &scores, int query, int kv_head) {
     const float base = load_global(p.largest + row);
     const bool bad_statistics = !is_finite(base) || !is_finite(load_global(p.log_total + row));
     __syncwarp();
-    if (!bad_statistics && !has_unsafe(o, p.value_dim)) return;
+    if (!bad_statistics && !has_non_finite(o, p.value_dim)) return;
     const Range range = scores.limits.keys_of(query, 1);
     Total total{-INFINITY, 0};
     for (int key = range.begin + lane; key < range.end; key += 32)
@@ -118,10 +118,12 @@ DEVICE void forward_row(const Scores &scores, int query, int kv_head) {
     replace(o, p.value_dim, sums, bad_statistics);
     __syncwarp();
     if (!bad_statistics || lane != 0) return;
-    store_global(p.lse + row, total.largest + log(total.sum));
+    const double unit = PLAIN ? LN2 : 1.0, lse = total.largest + log(total.sum);
+    const float largest = float(total.largest / unit);
+    store_global(p.lse + row, lse);
     // NaN makes the backward pass compute the row carefully, too.
-    store_global(p.largest + row, NAN);
-    store_global(p.log_total + row, 0.0f);
+    store_global(p.largest + row, is_finite(largest) ? largest : NAN);
+    store_global(p.log_total + row, is_finite(largest) ? float((lse - largest * unit) / LN2) : 0.0f);
 }
 
 // f(block) for every block of the fast pass that has set its flag; all blocks of this launch share them.
@@ -150,10 +152,10 @@ DEVICE void gradients_of_query(const Scores &scores, int query, int kv_head) {
     const int lane = threadIdx.x % 32;
     const Element *dq = row_of(p.dq, scores.batch, scores.head, query);
     const int64_t row = first_row(p, scores.batch, scores.head) + query;
-    const bool bad_slope = p.slope_rows && !is_safe(load_global(p.slope_rows + row));
-    const bool bad_sink = p.sink_rows && !is_safe(load_global(p.sink_rows + row));
+    const bool bad_slope = p.slope_rows && !is_finite(load_global(p.slope_rows + row));
+    const bool bad_sink = p.sink_rows && !is_finite(load_global(p.sink_rows + row));
     __syncwarp();
-    if (!bad_slope && !bad_sink && !has_unsafe(dq, p.head_dim)) return;
+    if (!bad_slope && !bad_sink && !has_non_finite(dq, p.head_dim)) return;
     const double delta = delta_of(p, scores.batch, scores.head, query);
     const Range range = scores.limits.keys_of(query, 1);
     double sums[COLUMNS] = {}, of_slope = 0;
@@ -163,7 +165,7 @@ DEVICE void gradients_of_query(const Scores &scores, int query, int kv_head) {
         if (s.visible) of_slope -= s.gradient * scores.distance(query, first + lane);
         add_rows(sums, s.of_product * p.scale, s.visible, p.k, scores.batch, kv_head, first, p.head_dim);
     }
-    replace(dq, p.head_dim, sums, true);
+    replace(dq, p.head_dim, sums, false);
     of_slope = sum_of_lanes(of_slope);
     if (lane == 0 && bad_slope) store_global(p.slope_rows + row, float(of_slope));
     if (lane == 0 && bad_sink) store_global(p.sink_rows + row, float(-exp(double(load_global(p.sinks + scores.head)) - load_global(p.lse + row)) * delta));
@@ -176,7 +178,7 @@ KERNEL(careful_queries, 128) {
 DEVICE void gradients_of_key(const Problem &p, int batch, int kv_head, int key) {
     const int lane = threadIdx.x % 32, heads = p.heads / p.kv_heads;
     const Element *dk = row_of(p.dk, batch, kv_head, key), *dv = row_of(p.dv, batch, kv_head, key);
-    if (!has_unsafe(dk, p.head_dim) && !has_unsafe(dv, p.value_dim)) return;
+    if (!has_non_finite(dk, p.head_dim) && !has_non_finite(dv, p.value_dim)) return;
     double of_key[COLUMNS] = {}, of_value[COLUMNS] = {};
     for (int head = kv_head * heads; head < (kv_head + 1) * heads; head++) {
         const Scores scores(p, batch, head);
@@ -189,8 +191,8 @@ DEVICE void gradients_of_key(const Problem &p, int batch, int kv_head, int key) 
             if (p.d_o.data) add_rows(of_value, s.weight * p.dropout_keep, s.visible && s.kept, p.d_o, batch, head, first, p.value_dim);
         }
     }
-    replace(dk, p.head_dim, of_key, true);
-    replace(dv, p.value_dim, of_value, true);
+    replace(dk, p.head_dim, of_key, false);
+    replace(dv, p.value_dim, of_value, false);
 }
 
 KERNEL(careful_keys, 128) {
@@ -225,7 +227,7 @@ KERNEL(careful_bias, 128) {
         for (int i = threadIdx.x / 32; i < rows * columns; i += WARPS) {
             const int row = part.from[2] + i / columns, column = part.from[3] + i % columns;
             float *to = p.d_bias + ((int64_t(batch) * p.bias_dims[1] + head) * p.bias_dims[2] + row) * p.bias_dims[3] + column;
-            const bool wrong = !is_safe(load_global(to));
+            const bool wrong = !is_finite(load_global(to));
             __syncwarp();
             if (!wrong) continue;
             const double sum = gradient_of_bias(p, part, row, column);

@@ -137,10 +137,9 @@ KERNEL(decode_merge, 128) {
                 const float of_split = load_global(from + split * stride + VALUE_DIM);
                 if (of_split != -INFINITY) sum += exp2_fast((of_split - largest) * unit) * load_global(from + split * stride + column);
             }
-            const float x = empty ? 0.0f : sum * (p.dropout_keep / total);
-            const Element rounded = narrow(x);
+            const Element rounded = narrow(empty ? 0.0f : sum * (p.dropout_keep / total));
             store_global(to + column, rounded);
-            careful |= !(is_safe(x) & is_finite(widen(rounded)));
+            careful |= !is_finite(widen(rounded));
         }
         careful |= empty || !is_finite(largest);
         if (threadIdx.x == 0) store_statistics(p, row, largest, total);

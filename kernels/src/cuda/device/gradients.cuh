@@ -86,7 +86,6 @@ template <bool ROWS_ARE_KEYS, bool OF_PRODUCTS = true> struct Tiles {
     template <bool MASKED, class Stats> DEVICE void gradients(Stats stats) {
         for_each<MASKED>(stats, [&](int m, int i, int, int, const Row &row) {
             float &x = ds[m][i];
-            if (!PLAIN && !is_safe(x)) x = NAN;  // for the careful pass
             if constexpr (PLAIN) {
                 x = MASKED && s[m][i] == 0 ? 0 : s[m][i] * (x - row.delta);
             } else {

@@ -206,13 +206,10 @@ DEVICE float sum_of_row(float x) {
 }
 // False for NaN, too.
 DEVICE bool is_finite(float x) { return fabsf(x) <= -LOWEST; }
-// Whether no sum on the way to this one can have overflowed. A matrix instruction rounds towards zero, so that a sum beyond f32 becomes the
-// greatest number, not infinity, and later terms may make it smaller again.
-DEVICE bool is_safe(float x) { return fabsf(x) < 1.2676506e30f; }  // 2^100
 DEVICE float infinity_to_lowest(float x) { return x < LOWEST ? LOWEST : x; }
 
 // Writes columns `column` (even) and the next of a row of a result, as far as they are among the `dim` columns. Returns whether both are
-// finite and safe.
+// finite.
 DEVICE bool store_pair(Element *row, int column, int dim, float x, float y) {
     const Element first = narrow(x), second = narrow(y);
     const bool has_second = PLAIN || column + 1 < dim;
@@ -224,5 +221,5 @@ DEVICE bool store_pair(Element *row, int column, int dim, float x, float y) {
         store_global(row + column, first);
         if (has_second) store_global(row + column + 1, second);
     }
-    return is_safe(x) & is_finite(widen(first)) & (!has_second | (is_safe(y) & is_finite(widen(second))));
+    return is_finite(widen(first)) & (!has_second | is_finite(widen(second)));
 }

@@ -121,11 +121,11 @@ struct Scores {
         }
         return !bias || bias_at(query, key) != -INFINITY;
     }
-    // The score of a visible key, of a product q · k. An unsafe product becomes NaN, so that the careful pass computes it. A sum with a bias
-    // stays a number, as a sum with the lowest number does.
+    // The score of a visible key, of a product q · k. A product that overflowed becomes NaN, so that the careful pass computes it. A sum
+    // with a bias stays a number, as a sum with the lowest number does.
     DEVICE float modified(float s, int query, int key) const {
-        if (!is_safe(s)) return NAN;
         s *= p.scale;
+        if (s == -INFINITY) return NAN;
         if (p.softcap > 0) s = p.softcap * tanhf(s / p.softcap);
         if (bias) s = infinity_to_lowest(s + bias_at(query, key));
         if (p.slopes) s = infinity_to_lowest(s - slope * distance(query, key));

@@ -27,8 +27,7 @@ struct Softmax {
                 for (int j = 0; j < KEYS / 8; j++) most = fmaxf(most, fmaxf(s[m][4 * j + 2 * half], s[m][4 * j + 2 * half + 1]));
                 most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
                 most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-                // An unsafe product becomes infinity, and asks for the careful pass.
-                if (PLAIN) most = is_safe(most) | (most == -INFINITY) ? most * scale_log2 : INFINITY;
+                if (PLAIN) most *= scale_log2;
                 most = fmaxf(most, largest[m][half]);
                 // So far no key is visible: any number serves, since all scores are minus infinity.
                 const float base = MASKED && most == -INFINITY ? 0.0f : most;

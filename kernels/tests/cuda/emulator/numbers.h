@@ -1,9 +1,7 @@
 // Numbers of 16 bits, without the instructions that only some processors have.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 namespace emulated {
 
@@ -39,11 +37,8 @@ inline uint16_t float_to_f16(float x) {
     return sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13);
 }
 
-// The nearest f32 that isn't farther from zero: what a matrix instruction makes of a sum. A sum beyond f32 becomes the greatest number, not
-// infinity.
+// The nearest f32 that isn't farther from zero.
 inline float toward_zero(double x) {
-    const double greatest = std::numeric_limits<float>::max();
-    if (std::isfinite(x) && std::fabs(x) > greatest) return float(std::copysign(greatest, x));
     uint64_t bits;
     memcpy(&bits, &x, 8);
     bits &= ~uint64_t(0x1FFFFFFF);
