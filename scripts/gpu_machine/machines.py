@@ -20,6 +20,7 @@ class Gpu:
         torch.zeros(1, device="cuda")  # PyTorch makes the context that the kernels are loaded into.
         self.driver, self.kernels = ctypes.CDLL("libcuda.so.1"), {}
         self.capability = torch.cuda.get_device_capability()
+        self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
         self.compiled = Path(tempfile.mkdtemp())
 
     def check(self, code, what):
@@ -80,7 +81,7 @@ class Region(ctypes.Structure):
 class Emulator:
     """For trying the check itself without a GPU. Each variant becomes a shared library."""
 
-    device, capability = "cpu", (9, 0)
+    device, capability, multiprocessors = "cpu", (9, 0), 3
 
     def __init__(self):
         self.headers = Path(os.environ.get("EMULATOR", HERE.parents[1] / "kernels/tests/cuda/emulator"))

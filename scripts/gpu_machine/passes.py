@@ -16,15 +16,18 @@ class Tiles:
 
     def __init__(self, variant):
         self.variant, d = variant, variant.defines
-        self.threads = 32 * d.get("WARPS", 4)
-        self.rows = self.threads // 2 * d.get("ROW_TILES", 1)
+        self.rows = 16 * d.get("WARPS", 4) * d.get("ROW_TILES", 1)
+        # A specialised kernel has a warp group more, which copies, and two mbarriers for each stage of its keys, values and queries.
+        self.specialised = bool(d.get("SPECIALISED"))
+        self.threads = 32 * d.get("WARPS", 4) + 128 * self.specialised
         self.others = d.get("OTHERS", 0)
 
     def shared(self, kernel):
         d = self.variant.defines
         both = d["HEAD_DIM"] + d["VALUE_DIM"]
         own = d["HEAD_DIM"] if kernel in ("attention_forward", "decode_split") else both
-        return (4 if d["ELEMENT"] == 0 else 2) * (self.rows * own + d["STAGES"] * self.others * both)
+        barriers = (32 * d["STAGES"] + 16) * self.specialised
+        return (4 if d["ELEMENT"] == 0 else 2) * (self.rows * own + d["STAGES"] * self.others * both) + barriers
 
 
 def tiles(length, rows):
@@ -113,8 +116,12 @@ class Passes:
         grid = tiles(c.q_len, t.rows) * c.heads * c.batch
         self.mark(grid)
         p.careful_queries = t.rows
-        self.launch(t, "attention_forward", grid)
+        self.launch(t, "attention_forward", self.grid(t, grid))
         self.careful_pass("careful_forward", grid)
+
+    def grid(self, t, blocks):
+        """A specialised kernel does any number of blocks of queries with a block of threads."""
+        return min(blocks, self.runner.machine.multiprocessors) if t.variant.defines.get("PERSISTENT") else blocks
 
     def backward(self):
         c, p, q = self.case, self.problem, self.query_tiles

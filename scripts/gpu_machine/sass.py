@@ -63,6 +63,9 @@ def loops(code):
             mix = Counter(op.split(".")[0] for op in body)
             found.append(Loop(first, at, len(body), matrix, mix["LDL"] + mix["STL"], mix))
     within = lambda a, b: a is not b and b.first <= a.first and a.last <= b.last
+    # What waits in a loop behind the kernel, and comes back into one of these.
+    enters = lambda a, b: b.first < a.first <= b.last < a.last
+    found = [loop for loop in found if not any(enters(loop, other) for other in found)]
     return [loop for loop in found if not any(within(other, loop) for other in found)]
 
 

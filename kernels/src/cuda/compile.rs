@@ -15,13 +15,14 @@ use super::machine::{Launch, Source};
 use crate::error::Error;
 
 /// The files that the sources include, by name.
-const HEADERS: [(&str, &str); 7] = [
+const HEADERS: [(&str, &str); 8] = [
     ("primitives.cuh", include_str!("device/primitives.cuh")),
     ("wgmma.cuh", include_str!("device/wgmma.cuh")),
     ("problem.cuh", include_str!("device/problem.cuh")),
     ("engine.cuh", include_str!("device/engine.cuh")),
     ("scores.cuh", include_str!("device/scores.cuh")),
     ("softmax.cuh", include_str!("device/softmax.cuh")),
+    ("forward_specialised.cuh", include_str!("device/forward_specialised.cuh")),
     ("gradients.cuh", include_str!("device/gradients.cuh")),
 ];
 

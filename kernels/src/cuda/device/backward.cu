@@ -153,7 +153,6 @@ KERNEL(backward_queries, THREADS) {
         wait_for_products<1>();
         done(t.s);
         t.template weights<MASKED>(stats, scale_log2);
-        done(t.s);  // so that the weights are not computed behind the wait
         if (!IS_ASYNC) dot(t.ds, do_tile, own, v_tile(stage));
         wait_for_products<0>();
         done(t.ds);

@@ -55,14 +55,17 @@ DEVICE Score score_of(const Scores &scores, int query, int key, int kv_head, dou
     const Problem &p = scores.p;
     Score s{0, 0, 0, scores.visible(query, key), true};
     if (!s.visible) return s;
-    const double lse = load_global(p.lse + first_row(p, scores.batch, scores.head) + query);
+    // In two parts: beside a score of 1e38 the logarithm of the sum is nothing.
+    const int64_t row = first_row(p, scores.batch, scores.head) + query;
+    const double log_sum = load_global(p.log_total + row) * LN2, largest = load_global(p.lse + row) - log_sum;
     const double product = dot(row_of(p.q, scores.batch, scores.head, query), row_of(p.k, scores.batch, kv_head, key), p.head_dim);
-    s.weight = exp(scores.modified(product, query, key) - lse);
+    s.weight = exp(scores.modified(product, query, key) - largest - log_sum);
     if (s.weight < SMALLEST) s.weight = SMALLEST;
     s.kept = !p.dropout_threshold || is_kept(p, scores.batch, scores.head, query, key);
     const double dp = s.kept && p.d_o.data ? p.dropout_keep * dot(row_of(p.d_o, scores.batch, scores.head, query), row_of(p.v, scores.batch, kv_head, key), p.value_dim) : 0;
     s.gradient = s.weight * (dp - delta);
-    s.of_product = s.gradient * (p.softcap > 0 ? scores.softcap_slope(product) : 1.0);
+    // Beyond f32 a score no longer follows its product.
+    if (!scores.overflows(product * p.scale)) s.of_product = s.gradient * (p.softcap > 0 ? scores.softcap_slope(product) : 1.0);
     return s;
 }
 DEVICE double delta_of(const Problem &p, int batch, int head, int query) {
@@ -118,12 +121,12 @@ DEVICE void forward_row(const Scores &scores, int query, int kv_head) {
     replace(o, p.value_dim, sums, bad_statistics);
     __syncwarp();
     if (!bad_statistics || lane != 0) return;
-    const double unit = PLAIN ? LN2 : 1.0, lse = total.largest + log(total.sum);
+    const double unit = PLAIN ? LN2 : 1.0, log_sum = log(total.sum);
     const float largest = float(total.largest / unit);
-    store_global(p.lse + row, lse);
+    store_global(p.lse + row, total.largest + log_sum);
     // NaN makes the backward pass compute the row carefully, too.
     store_global(p.largest + row, is_finite(largest) ? largest : NAN);
-    store_global(p.log_total + row, is_finite(largest) ? float((lse - largest * unit) / LN2) : 0.0f);
+    store_global(p.log_total + row, float(((is_finite(largest) ? total.largest - largest * unit : 0.0) + log_sum) / LN2));
 }
 
 // f(block) for every block of the fast pass that has set its flag; all blocks of this launch share them.

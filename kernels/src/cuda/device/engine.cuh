@@ -44,17 +44,17 @@ template <int LEN, int N> struct Tile {
     static constexpr int BYTES = LEN * N * int(sizeof(Element)), PANEL = LEN * 128;
 };
 
-// A thread's part of the copies of one tensor's rows to tiles.
-template <int N> struct Source {
+// A thread's part of the copies of one tensor's rows to tiles, which WORKERS threads make: all, or each group of so many for itself.
+template <int N, int WORKERS = THREADS> struct Source {
     const Element *from;
     int64_t step;
     int row, chunk, dim;
     uint32_t to;
     bool aligned;
-    static constexpr int AT_ONCE = THREADS / 8;
+    static constexpr int AT_ONCE = WORKERS / 8;
 
     DEVICE Source(const Strided &tensor, int batch, int head, int dim) : dim(dim) {
-        row = threadIdx.x / 8, chunk = threadIdx.x % 8, step = tensor.row;
+        row = threadIdx.x % WORKERS / 8, chunk = threadIdx.x % 8, step = tensor.row;
         from = static_cast<const Element *>(tensor.data) + batch * tensor.batch + head * tensor.head + row * step + chunk * CHUNK;
         to = row * 128 + ((chunk ^ (row % 8)) * 16);
         const int64_t strides = tensor.batch | tensor.head | tensor.row | dim;

@@ -63,6 +63,9 @@ template <int M> DEVICE bool store(const Problem &p, const Place &place, int fir
     return careful;
 }
 
+#ifdef SPECIALISED
+#include "forward_specialised.cuh"
+#else
 KERNEL(attention_forward, THREADS) {
     SHARED_MEMORY(shared);
     const Place place(blockIdx.x, p.q_len, ROWS, p.heads, true);
@@ -134,7 +137,6 @@ KERNEL(attention_forward, THREADS) {
             wait_for_products<1>();
             done(s);
             weigh(masked, s, shrink, next * KEYS);
-            done(s);  // so that the weights are not computed behind the wait
             wait_for_products<0>();
             done(o);
             multiply_rows(o, shrink);
@@ -198,3 +200,4 @@ KERNEL(attention_forward, THREADS) {
     const bool careful = __syncthreads_or(store(p, place, place.first + own, o, softmax));
     if (threadIdx.x == 0) store_global(p.careful + blockIdx.x, uint8_t(careful));
 }
+#endif

@@ -102,6 +102,61 @@ template <int LEFT> DEVICE void wait_for_copies() {
 #endif
 }
 
+// ---- Barriers of some of a block's warps. All lanes of a warp call these together, but for init_barrier, which is one thread's.
+// An mbarrier is 8 bytes of shared memory. A phase of it ends with the `count`-th arrival, and the next one begins. __syncthreads must
+// follow.
+DEVICE void init_barrier(uint32_t barrier, int count) {
+#ifdef CUDA_ON_CPU
+    emulated::init_barrier(barrier, count);
+#else
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+#endif
+}
+// One arrival of the warp.
+DEVICE void arrive(uint32_t barrier) {
+#ifdef CUDA_ON_CPU
+    emulated::arrive(barrier);
+#else
+    __syncwarp();  // what all lanes did comes before
+    if (threadIdx.x % 32 == 0) asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0];}" ::"r"(barrier) : "memory");
+#endif
+}
+// One arrival of each lane, as soon as all the copies are there that it has begun.
+DEVICE void arrive_with_copies(uint32_t barrier) {
+#ifdef CUDA_ON_CPU
+    emulated::arrive_with_copies(barrier);
+#else
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+// Until the phase with this parity has ended. Before the first one, that with parity 1 counts as ended.
+DEVICE void wait_for_phase(uint32_t barrier, int parity) {
+#ifdef CUDA_ON_CPU
+    emulated::wait_for_phase(barrier, parity);
+#else
+    uint32_t ended;
+    do
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(ended) : "r"(barrier), "r"(parity) : "memory");
+    while (!ended);
+#endif
+}
+// Until `threads` threads have come to barrier `id` (1 to 15; 0 is that of __syncthreads), here or by `pass_named`.
+DEVICE void meet_at_named(int id, int threads) {
+#ifdef CUDA_ON_CPU
+    emulated::meet_at_named(id, threads);
+#else
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+// Counts as having come, and goes on.
+DEVICE void pass_named(int id, int threads) {
+#ifdef CUDA_ON_CPU
+    emulated::pass_named(id, threads);
+#else
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
 // ---- Matrix instructions
 // Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8. Lane l gets 4 bytes of each: number l % 4
 // of row l / 4. Transposed (16-bit numbers only), it gets the numbers 2 (l % 4) and the next of column l / 4.

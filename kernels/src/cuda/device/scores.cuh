@@ -131,14 +131,17 @@ struct Scores {
         if (p.slopes) s = infinity_to_lowest(s - slope * distance(query, key));
         return s;
     }
-    // Likewise in f64, with the sums rounded as in f32.
+    // Likewise in f64, with the sums rounded as in f32. A product beyond f32 becomes its greatest or lowest number, as on the CPU.
     DEVICE double modified(double s, int query, int key) const {
         s *= double(p.scale);
+        if (overflows(s)) s = s > 0 ? -double(LOWEST) : double(LOWEST);
         if (p.softcap > 0) s = p.softcap * tanh(s / p.softcap);
         if (bias) s = rounded(s + bias_at(query, key));
         if (p.slopes) s = rounded(s - double(slope) * distance(query, key));
         return s;
     }
+    // Of a finite number.
+    static DEVICE bool overflows(double s) { return fabs(s) > -double(LOWEST) && fabs(s) < double(INFINITY); }
     static DEVICE double rounded(double s) {
         if (s < LOWEST) return LOWEST;
         return s <= -LOWEST ? double(float(s)) : s;

@@ -38,11 +38,28 @@ DEVICE void publish_to_wgmma() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
+// The registers of each thread of the warp group from here on: fewer than before, or more, which others must have given back.
+template <int COUNT> DEVICE void give_registers_back() {
+#ifndef CUDA_ON_CPU
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+template <int COUNT> DEVICE void take_registers() {
+#ifndef CUDA_ON_CPU
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
 // So that the compiler moves no use of the registers across.
 template <int N> DEVICE void keep(float (&d)[N]) {
 #ifndef CUDA_ON_CPU
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+// So that the assembler, too, computes x before what follows: for it, `keep` is nothing. x is never negative, which it can't know.
+DEVICE void compute_before(float x) {
+#ifndef CUDA_ON_CPU
+    asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p trap;}" ::"f"(x) : "memory");
 #endif
 }
 

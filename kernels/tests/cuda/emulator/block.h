@@ -4,6 +4,7 @@
 #include <csetjmp>
 #include <cstdarg>
 #include <cstdio>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -31,6 +32,12 @@ namespace emulated {
 // One instruction of a warp, for all its lanes.
 using Collective = void (*)(void *const lanes[32]);
 constexpr uint32_t ALL_LANES = 0xFFFFFFFF;
+constexpr int MAX_WARPS = 32;
+
+// Of each warp the last epoch whose accesses are ordered before.
+struct Clock {
+    uint32_t seen[MAX_WARPS] = {};
+};
 
 struct Copy {
     uint32_t to;
@@ -75,8 +82,30 @@ struct Warp {
     uint32_t runnable = ALL_LANES, at_warp = 0, at_block = 0, finished = 0;
     Collective collective = nullptr;
     void *arguments[32];
-    uint32_t epoch = 1;  // __syncwarp and __syncthreads so far
+    uint32_t epoch = 1;  // __syncwarp, __syncthreads and arrivals at other barriers so far
     Products products;
+    Clock clock;           // what is ordered before what it does now
+    Clock fenced;          // what was when all its lanes had last done fence_async
+    uint32_t fencing = 0;  // lanes that did since the warp last waited
+    // What it waits for, but for the other lanes and the block: the next phase after `phase`.
+    enum { ForNothing, ForPhase, AtNamed } waits = ForNothing;
+    uint32_t barrier = 0, phase = 0;
+};
+
+// Barriers. `phases` have ended; of the present one, `arriving` is what those knew who came.
+struct Mbarrier {
+    uint32_t count = 0, arrived = 0, phases = 0, maker = 0, made_in = 0;
+    Clock arriving, ended;
+};
+struct Named {
+    uint32_t came = 0, phases = 0;
+    int threads = 0;
+    Clock arriving, ended;
+};
+// One that is still to come at an mbarrier, when the copies of a warp's lanes have landed.
+struct Arrival {
+    uint32_t address, warp, ends[32];
+    Clock clock;
 };
 
 // What is known of 4 bytes of shared memory. `writer` and `reader` are those since the last barrier of the block.
@@ -123,6 +152,10 @@ struct Block {
     std::vector<uint8_t> shared_storage;
     uint8_t *shared = nullptr;
     std::vector<Word> words;
+    std::vector<uint32_t> reads;  // of each word, the epoch in which each warp last read it; empty without mbarriers
+    std::map<uint32_t, Mbarrier> mbarriers;
+    Named named[16];
+    std::vector<Arrival> arrivals;
     uint32_t shared_bytes = 0, epoch = 1;
     bool check = true, eager = false, any = false, last_any = false;
     Region *loaded = nullptr, *stored = nullptr;  // the regions of the last accesses

@@ -26,7 +26,13 @@
 //   template <class T> void store_shared(uint32_t address, T value);
 //   template <class T> T load_global(const T *from);                  in one of the launch's regions, aligned to its size
 //   template <class T> void store_global(T *to, T value);
-//   void fence_async();                                               fence.proxy.async: what this thread wrote is seen by wgmma
+//   void fence_async();                                               fence.proxy.async: what this thread wrote, or waited for, is seen by wgmma
+//   void init_barrier(uint32_t address, int count);                   an mbarrier; a __syncthreads must follow. By one thread; those below by whole warps
+//   void arrive(uint32_t address);                                    one arrival for the warp, after __syncwarp
+//   void arrive_with_copies(uint32_t address);                        cp.async.mbarrier.arrive.noinc: one arrival of each lane, when its copies have landed
+//   void wait_for_phase(uint32_t address, int parity);
+//   void meet_at_named(int id, int threads);                          bar.sync
+//   void pass_named(int id, int threads);                             bar.arrive
 //   void wgmma_begin();                                               wgmma.fence: needed before the first wgmma of each group
 //   template <int KIND> void wgmma(float *d, int n, bool accumulate, bool transposed, const uint32_t *a_or_null, uint64_t a_descriptor, uint64_t b_descriptor);
 //        d: n / 2 registers of this lane. a_or_null: four registers; they are read at once. Descriptors: 128-byte swizzle
@@ -42,6 +48,8 @@
 //     __syncthreads (shuffles, ldmatrix and mma order no memory); no fence_async by the writer before a wgmma reads
 //   global memory: out of the regions, unaligned; a word that two blocks store, or one stores and another loads
 //   lanes of a warp at different instructions, or some of them finished; threads that end while others wait at __syncthreads
+//   warps that wait at barriers for ever; an mbarrier that isn't there yet; more arrivals than a phase has; a warp that
+//     comes twice to a named barrier, and one that still waits for threads at the end
 //   copies or wgmmas that are not waited for at the end; a wgmma without wgmma_begin; registers written while a wgmma owns them
 #pragma once
 #include <cmath>
@@ -77,6 +85,12 @@ void copy_async(uint32_t to, const void *from, bool there);
 void commit_copies();
 void wait_for_copies(int left);
 void fence_async();
+void init_barrier(uint32_t address, int count);
+void arrive(uint32_t address);
+void arrive_with_copies(uint32_t address);
+void wait_for_phase(uint32_t address, int parity);
+void meet_at_named(int id, int threads);
+void pass_named(int id, int threads);
 void wgmma_begin();
 void wgmma(int kind, float *d, int n, bool accumulate, bool transposed, const uint32_t *a, uint64_t a_descriptor, uint64_t b_descriptor);
 void wgmma_commit();

@@ -1,5 +1,7 @@
 // The instructions of a warp, but for wgmma.
 #pragma once
+#include <algorithm>
+
 #include "shared.h"
 
 namespace emulated {

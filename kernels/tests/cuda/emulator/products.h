@@ -1,7 +1,7 @@
 // wgmma: products of a group of four warps (64 rows), whose operands lie in shared memory. Each warp does its 16 rows by itself.
 // A product is computed when it is waited for; until then its registers hold NaN and its operands must not be written.
 #pragma once
-#include "instructions.h"
+#include "barriers.h"
 
 namespace emulated {
 
@@ -50,7 +50,9 @@ inline void check_operand(const Operand &operand, int first, int rows, Moment mo
                 w.products--;
                 continue;
             }
-            if (b.threads[w.last_writer].fences == w.fences)
+            // The reader may do it as well, after it has waited for the writer.
+            const bool by_reader = w.writer == w.last_writer && w.writer / 32u != warp && w.write_epoch <= b.warps[warp].fenced.seen[w.writer / 32];
+            if (b.threads[w.last_writer].fences == w.fences && !by_reader)
                 fail("wgmma: byte %u of its operand was written by thread %u without a fence_async after", i * 4, w.last_writer);
             w.products++;
         }

@@ -1,5 +1,7 @@
 // Runs the threads of a block, warp by warp and lane by lane, in an order that the seed draws.
 #pragma once
+#include <algorithm>
+
 #include "products.h"
 
 namespace emulated {
@@ -35,6 +37,10 @@ inline void prepare(Block &b, Launch &launch, uint32_t index) {
     b.shared_storage.assign(launch.shared_bytes + 16, 0xFF);  // NaN
     b.shared = b.shared_storage.data() + (-reinterpret_cast<uintptr_t>(b.shared_storage.data()) & 15);
     b.words.assign(b.check ? (launch.shared_bytes + 3) / 4 : 0, Word{});
+    b.reads.clear();
+    b.mbarriers.clear();
+    b.arrivals.clear();
+    for (Named &named : b.named) named = Named{};
 
     b.stacks.reserve(launch.threads);
     b.threads.resize(launch.threads);
@@ -73,6 +79,7 @@ inline void run_lanes(Block &b, unsigned w, bool shuffled) {
 // A warp runs on until it waits for the block, or by chance gives way to the others.
 inline void run_warp(Block &b, unsigned w, bool shuffled) {
     Warp &warp = b.warps[w];
+    wait_is_over(b, warp);
     while (warp.runnable) {
         run_lanes(b, w, shuffled);
         if (!warp.at_warp) return;
@@ -83,7 +90,11 @@ inline void run_warp(Block &b, unsigned w, bool shuffled) {
         warp.at_warp = 0;
         warp.collective(warp.arguments);
         b.active = nullptr;
-        warp.runnable = ALL_LANES;
+        if (warp.waits != Warp::ForNothing) {
+            if (!wait_is_over(b, warp)) return;
+        } else {
+            warp.runnable = ALL_LANES;
+        }
         if (shuffled && b.draw() % 4 == 0) return;
     }
 }
@@ -93,7 +104,10 @@ inline void pass_barrier(Block &b) {
     b.counters.barriers++;
     b.last_any = b.any;
     b.any = false;
+    Clock all;
+    for (size_t w = 0; w < b.warps.size(); w++) all.seen[w] = b.warps[w].epoch;
     for (Warp &warp : b.warps) {
+        acquire(warp, all);
         warp.runnable = ALL_LANES;
         warp.at_block = 0;
         warp.epoch++;
@@ -101,6 +115,8 @@ inline void pass_barrier(Block &b) {
 }
 
 inline void check_end(Block &b) {
+    for (int id = 0; id < 16; id++)
+        if (b.named[id].came) fail("the block ended while named barrier %d waits for more threads", id);
     for (const Thread &thread : b.threads) {
         if (b.check && b.stacks.overflowed(thread.index)) {
             b.stacks.release();
@@ -133,7 +149,14 @@ inline void run_block(Block &b, Launch &launch, uint32_t index) {
             finished += __builtin_popcount(warp.finished);
             running += __builtin_popcount(warp.runnable);
         }
-        if (running) continue;
+        if (running || std::any_of(b.warps.begin(), b.warps.end(), [&](Warp &warp) { return wait_is_over(b, warp); })) {
+            // Copies may land at any time.
+            if (shuffled && b.draw() % 4 == 0) fire_one();
+            continue;
+        }
+        if (fire_one()) continue;
+        for (const Warp &warp : b.warps)
+            if (warp.waits != Warp::ForNothing) fail_waiting(b, warp);
         if (!waiting) break;
         if (finished) fail("%u threads ended while %u wait at __syncthreads", finished, waiting);
         pass_barrier(b);

@@ -16,10 +16,10 @@ inline Who lanes_of(unsigned warp) { return {uint16_t(LANES | warp), uint16_t(wa
 inline bool in_warp(uint16_t name, unsigned warp) {
     return name < LANES ? name / 32u == warp : name < SEVERAL_WARPS && (name & ~LANES) == int(warp);
 }
-// Whether nothing orders an access of `me` after one of `name`.
-inline bool races(uint16_t name, Who me, bool same_warp_epoch) {
+// Whether nothing orders an access of `me` after one of `name` in this epoch of its warp.
+inline bool races(const Block &b, uint16_t name, uint32_t epoch, Who me, bool same_warp_epoch) {
     if (name == NOBODY) return false;
-    if (!in_warp(name, me.warp)) return true;
+    if (!in_warp(name, me.warp)) return name >= SEVERAL_WARPS || b.warps[me.warp].clock.seen[name < LANES ? name / 32 : name & ~LANES] < epoch;
     return same_warp_epoch && !(name == me.name && name < LANES);
 }
 inline uint16_t join(uint16_t name, Who me, bool same_warp_epoch) {
@@ -43,11 +43,22 @@ inline void read_word(Block &b, uint32_t index, uint8_t mask, Who me, uint32_t w
     Word &w = b.words[index];
     if (w.block_epoch != b.epoch) new_epoch(w, b.epoch);
     if (w.copies) fail("shared memory at byte %u: read before its copy was waited for", index * 4);
-    if ((w.writing & mask) && races(w.writer, me, w.write_epoch == warp_epoch)) fail_race("a write", index, w.writer);
+    if ((w.writing & mask) && races(b, w.writer, w.write_epoch, me, w.write_epoch == warp_epoch)) fail_race("a write", index, w.writer);
     if ((w.written & mask) != mask) fail("shared memory at byte %u: read before it was written", index * 4);
     w.reader = join(w.reader, me, w.read_epoch == warp_epoch);
     w.reading |= mask;
     w.read_epoch = warp_epoch;
+    if (!b.reads.empty()) b.reads[index * b.warps.size() + me.warp] = warp_epoch;
+}
+
+// Whether nothing orders a write of `me` after the reads.
+inline bool races_with_reads(const Block &b, const Word &w, uint32_t index, Who me, uint32_t warp_epoch) {
+    if (w.reader < SEVERAL_WARPS || w.reader == NOBODY || b.reads.empty()) return races(b, w.reader, w.read_epoch, me, w.read_epoch == warp_epoch);
+    for (unsigned other = 0; other < b.warps.size(); other++) {
+        const uint32_t read = b.reads[index * b.warps.size() + other];
+        if (other == me.warp ? read == warp_epoch : read > b.warps[me.warp].clock.seen[other]) return true;
+    }
+    return false;
 }
 
 inline void write_word(Block &b, uint32_t index, uint8_t mask, Who me, uint32_t warp_epoch) {
@@ -55,8 +66,8 @@ inline void write_word(Block &b, uint32_t index, uint8_t mask, Who me, uint32_t 
     if (w.block_epoch != b.epoch) new_epoch(w, b.epoch);
     if (w.copies) fail("shared memory at byte %u: written while a copy to it is under way", index * 4);
     if (w.products) fail("shared memory at byte %u: written while a wgmma reads it", index * 4);
-    if ((w.writing & mask) && races(w.writer, me, w.write_epoch == warp_epoch)) fail_race("a write", index, w.writer);
-    if ((w.reading & mask) && races(w.reader, me, w.read_epoch == warp_epoch)) fail_race("a read", index, w.reader);
+    if ((w.writing & mask) && races(b, w.writer, w.write_epoch, me, w.write_epoch == warp_epoch)) fail_race("a write", index, w.writer);
+    if ((w.reading & mask) && races_with_reads(b, w, index, me, warp_epoch)) fail_race("a read", index, w.reader);
     w.writer = (w.writing & ~mask) ? join(w.writer, me, true) : me.name;
     w.writing |= mask;
     w.write_epoch = warp_epoch;
@@ -118,17 +129,24 @@ void commit_copies() {
     t.groups.push_back(t.copies.size());
 }
 
+inline void land(const Copy &copy) {
+    Block &b = *block;
+    if (b.check)
+        for (int i = 0; i < 4; i++) b.words[copy.to / 4 + i].copies = 0;
+    memcpy(b.shared + copy.to, copy.bytes, 16);
+}
+void fire_all_of(unsigned warp);
+
 void wait_for_copies(int left) {
     Block &b = *block;
     Thread &t = *b.current;
+    fire_all_of(t.index / 32);
     while (t.groups.size() - t.groups_done > size_t(left)) {
         const uint32_t end = t.groups[t.groups_done++];
         for (; t.landed < end; t.landed++) {
             const Copy &copy = t.copies[t.landed];
-            if (b.check)
-                for (int i = 0; i < 4; i++) b.words[copy.to / 4 + i].copies = 0;
+            land(copy);
             touch(b, copy.to, 16, true, thread_of(b));
-            memcpy(b.shared + copy.to, copy.bytes, 16);
         }
     }
     if (t.groups_done == t.groups.size() && t.landed == t.copies.size()) {
@@ -138,6 +156,11 @@ void wait_for_copies(int left) {
     }
 }
 
-void fence_async() { block->current->fences++; }
+void fence_async() {
+    Warp &warp = warp_of(*block);
+    block->current->fences++;
+    warp.fencing |= 1u << block->current->index % 32;
+    if (warp.fencing == ALL_LANES) warp.fenced = warp.clock;
+}
 
 }  // namespace emulated
