@@ -11,7 +11,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
 
-use crate::alloc::reserve;
+use crate::alloc::{filled, reserve};
 use crate::error::Error;
 use crate::matrix::{Matrix, MatrixMut};
 use crate::schedule::for_each_chunk;
@@ -49,6 +49,12 @@ pub trait Number: sealed::Sealed + Copy + Default + Send + Sync + 'static {
     ///
     /// Too little memory for a copy, where the types differ.
     fn from_floats(what: &'static str, numbers: Vec<Self::Float>) -> Result<Vec<Self>, Error>;
+    /// All numbers widened.
+    ///
+    /// # Errors
+    ///
+    /// As [`Number::from_floats`].
+    fn into_floats(what: &'static str, numbers: Vec<Self>) -> Result<Vec<Self::Float>, Error>;
 }
 
 macro_rules! float {
@@ -79,6 +85,9 @@ macro_rules! float {
                 });
             }
             fn from_floats(_: &'static str, numbers: Vec<$number>) -> Result<Vec<$number>, Error> {
+                Ok(numbers)
+            }
+            fn into_floats(_: &'static str, numbers: Vec<$number>) -> Result<Vec<$number>, Error> {
                 Ok(numbers)
             }
         }
@@ -121,6 +130,13 @@ macro_rules! half_type {
                 // SAFETY: the chunks are all of them, and `narrow` has written each.
                 unsafe { halves.set_len(count) };
                 Ok(halves)
+            }
+            fn into_floats(what: &'static str, numbers: Vec<$number>) -> Result<Vec<f32>, Error> {
+                let mut floats = filled(what, numbers.len(), 0f32)?;
+                for_each_chunk(&mut floats, CHUNK, |chunk, to| {
+                    <$number>::widen_all(&numbers[chunk * CHUNK..][..to.len()], to);
+                });
+                Ok(floats)
             }
         }
     };

@@ -37,6 +37,7 @@
 //!
 //! | floor | file | what |
 //! |---|---|---|
+//! | 8 | `merge` | attention over several parts of the keys, put together |
 //! | 8 | `cuda` | attention on a GPU: plans, masks as the kernels read them, launches |
 //! | 7 | `attention` | the two passes: tasks, and their parts of the results |
 //! | 6 | `prefill` | a task of many queries, forward and backward |
@@ -51,6 +52,7 @@
 //! | 4 | `matmul` | matrix products of linear layers, with an epilogue |
 //! | 3 | `pointwise` | functions of numbers at the same place |
 //! | 3 | `problem` | one call, checked |
+//! | 2 | `part` | some of the scores of a larger call |
 //! | 3 | `gemm/pack` | operands of products, in the order in which the kernels read them |
 //! | 3 | `gemm/bf16_tiles` | products of bf16 by AMX's tiles |
 //! | 3 | `softmax/bf16` | the softmax of scores computed by tiles, which rounds weights to bf16 |
@@ -100,9 +102,11 @@ pub mod mask;
 mod math;
 pub mod matmul;
 mod matrix;
+mod merge;
 pub mod norm;
 mod operands;
 pub mod optimizer;
+mod part;
 pub mod philox;
 mod pointwise;
 mod prefill;
@@ -123,6 +127,8 @@ pub use dropout::Dropout;
 pub use dtype::Number;
 pub use error::{Error, MaskError};
 pub use layout::Layout;
+pub use merge::Merged;
+pub use part::Part;
 pub use problem::{BiasView, Problem, ProblemOptions, View};
 pub use simd::SimdFloat;
 pub use softmax::LogSumExp;

@@ -7,6 +7,7 @@ use crate::dropout::Dropout;
 use crate::dtype::{Number, Source};
 use crate::gemm::bf16_tiles;
 use crate::mask::{Coverage, Rule, ScoreShape};
+use crate::part::Part;
 use crate::problem::{BiasView, Problem, ProblemOptions};
 use crate::simd::SimdFloat;
 
@@ -23,6 +24,7 @@ pub(crate) struct Operands<'a, R> {
     /// Whether the tensors hold bf16.
     pub(crate) is_bf16: bool,
     pub(crate) shape: ScoreShape,
+    pub(crate) part: Part,
     pub(crate) scale: f64,
     pub(crate) softcap: Option<f64>,
     pub(crate) mask: &'a Rule,
@@ -47,6 +49,7 @@ impl<E: Number> Problem<'_, E> {
             group: shape.num_heads / kv_heads,
             is_bf16: TypeId::of::<E>() == TypeId::of::<half::bf16>(),
             shape,
+            part: self.part(),
             scale: self.scale(),
             softcap,
             mask,
@@ -86,9 +89,10 @@ impl<R: SimdFloat> Operands<'_, R> {
         !self.mask.is_full() || self.bias.is_some()
     }
 
-    pub(crate) fn slope(&self, (b, h): (usize, usize)) -> Option<R> {
-        let (slopes, heads) = (self.slopes?, self.shape.num_heads);
-        Some(slopes[if slopes.len() == heads { h } else { b * heads + h }])
+    pub(crate) fn slope(&self, at: (usize, usize)) -> Option<R> {
+        let slopes = self.slopes?;
+        let is_shared = slopes.len() == self.part.whole.num_heads;
+        Some(slopes[if is_shared { self.part.at(at).1 } else { self.part.row(at) }])
     }
 
     /// The part of `keys` outside which no query of the tile may attend to any key, and whether all may inside.
@@ -106,13 +110,18 @@ impl<R: SimdFloat> Operands<'_, R> {
         if self.mask.is_full() {
             return (keys, Coverage::All);
         }
-        let (rule, shape) = (self.mask, &self.shape);
-        let visible = rule.visible_keys(shape, at, queries, keys.clone());
+        let visible = self.part.visible_keys(self.mask, at, queries, &keys);
         let is_inside = keys.start <= visible.start && visible.start <= visible.end && visible.end <= keys.end;
         assert!(is_inside, "visible keys lie among those asked for");
-        let coverage = if visible.is_empty() { Coverage::None } else { rule.tile(shape, at, queries, &visible) };
+        let coverage = if visible.is_empty() { Coverage::None } else { self.coverage(at, queries, &visible) };
         // Two rules may have visible keys, and none together.
         let end = if coverage == Coverage::None { visible.start } else { visible.end };
         (visible.start..end, coverage)
+    }
+
+    /// How much of a tile the mask shows.
+    #[inline(always)]
+    pub(crate) fn coverage(&self, at: (usize, usize), queries: &Range<usize>, keys: &Range<usize>) -> Coverage {
+        self.part.tile(self.mask, at, queries, keys)
     }
 }

@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::gemm::microkernel::pad;
 use crate::mask::{Rule, ScoreShape};
 use crate::matrix::Matrix;
+use crate::part::Part;
 use crate::simd::SimdFloat;
 
 /// A tensor (batch, heads, len, dim) in a slice, whose last axis is contiguous.
@@ -59,6 +60,34 @@ impl<'a, E: Number> View<'a, E> {
     /// (batch, heads, len, dim)
     pub fn dims(&self) -> [usize; 4] {
         self.dims
+    }
+
+    /// The indices `range` of an axis: 0 is batch, 1 heads, 2 len.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Dims`] if the axis has no such indices, or is none of the three.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use attention_kernels::View;
+    ///
+    /// let data = [0.0f32, 1.0, 2.0, 3.0];
+    /// let tokens = View::new("key", &data, [4, 4, 1], [1, 1, 4, 1])?.narrow(2, 1..3)?;
+    /// assert_eq!((tokens.dims(), tokens.row(0, 0, 1)), ([1, 1, 2, 1], &[2.0][..]));
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    pub fn narrow(mut self, axis: usize, range: Range<usize>) -> Result<Self, Error> {
+        if axis > 2 || range.start > range.end || range.end > self.dims[axis] {
+            let expected = format!("indices {range:?} of axis {axis}");
+            return Err(Error::Dims { what: "view", expected, got: self.dims });
+        }
+        self.dims[axis] = range.len();
+        // An empty view may start behind the end of its slice.
+        let first = if self.dims.contains(&0) { 0 } else { range.start * self.strides[axis] };
+        self.data = &self.data[first..];
+        Ok(self)
     }
 
     /// The numbers of one row.
@@ -163,11 +192,13 @@ pub struct ProblemOptions<'a, R> {
     pub slopes: Option<&'a [R]>,
     /// Drops some of the weights.
     pub dropout: Option<Dropout>,
+    /// Where the scores stand among those of a larger problem. Mask, bias, slopes and dropout are then those of the whole.
+    pub part: Option<Part>,
 }
 
 impl<R> Default for ProblemOptions<'_, R> {
     fn default() -> Self {
-        Self { scale: None, softcap: None, mask: &Rule::Full, bias: None, slopes: None, dropout: None }
+        Self { scale: None, softcap: None, mask: &Rule::Full, bias: None, slopes: None, dropout: None, part: None }
     }
 }
 
@@ -258,7 +289,7 @@ impl<'a, E: Number> Problem<'a, E> {
     }
 
     fn check_options(&self) -> Result<(), Error> {
-        let shape = self.shape();
+        let shape = self.part().check(&self.shape())?.whole;
         self.options.mask.check(&shape)?;
         let scores = [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
         if let Some(bias) = self.options.bias
@@ -281,6 +312,11 @@ impl<'a, E: Number> Problem<'a, E> {
     pub fn shape(&self) -> ScoreShape {
         let [batch, num_heads, q_len, _] = self.q.dims;
         ScoreShape { batch, num_heads, q_len, kv_len: self.k.dims[2] }
+    }
+
+    /// Where the scores stand among those of the whole: everywhere, if they are no part.
+    pub(crate) fn part(&self) -> Part {
+        self.options.part.unwrap_or_else(|| Part::all_of(self.shape()))
     }
 
     /// The sizes of the query: (batch, num_heads, q_len, head_dim).

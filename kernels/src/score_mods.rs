@@ -9,6 +9,7 @@ use crate::mask::Coverage;
 use crate::math::tanh;
 use crate::matrix::{Matrix, MatrixMut};
 use crate::operands::Operands;
+use crate::part::Part;
 use crate::problem::BiasView;
 use crate::simd::{SimdFloat, as_vectors, as_vectors_mut, load_up_to, store_up_to};
 
@@ -40,9 +41,9 @@ impl Tile {
             softcap(simd, R::from_f64(cap), scores.reborrow(), tanh);
         }
         if let Some(bias) = operands.bias {
-            self.add_bias(simd, bias, scores.reborrow());
+            self.add_bias(simd, operands, bias, scores.reborrow());
             if is_careful {
-                self.hide_by_bias(bias, scores.reborrow(), -R::INFINITY);
+                self.hide_by_bias(operands, bias, scores.reborrow(), -R::INFINITY);
             }
         }
         if let Some(slope) = operands.slope(self.at) {
@@ -54,10 +55,16 @@ impl Tile {
     }
 
     #[inline(always)]
-    fn add_bias<R: SimdFloat, S: Simd>(&self, simd: S, bias: BiasView<R>, mut scores: MatrixMut<R>) {
+    fn add_bias<R: SimdFloat, S: Simd>(
+        &self,
+        simd: S,
+        operands: &Operands<R>,
+        bias: BiasView<R>,
+        mut scores: MatrixMut<R>,
+    ) {
         let [_, _, si, sj] = bias.strides();
         let (queries, keys) = (self.queries, self.keys.len());
-        let from = bias.from(self.at, self.first_query, self.keys.start);
+        let from = self.bias_from(operands, bias);
         if si == 0 {
             for j in 0..keys {
                 let x = from[j * sj];
@@ -72,10 +79,23 @@ impl Tile {
         }
     }
 
+    /// The elements of the bias from the tile's first query and key on.
+    #[inline(always)]
+    fn bias_from<'b, R>(&self, operands: &Operands<R>, bias: BiasView<'b, R>) -> &'b [R] {
+        let [_, _, first_query, first_key] = operands.part.first;
+        bias.from(operands.part.at(self.at), first_query + self.first_query, first_key + self.keys.start)
+    }
+
     /// Replaces the numbers that a bias of minus infinity hides.
-    fn hide_by_bias<R: SimdFloat>(&self, bias: BiasView<R>, mut numbers: MatrixMut<R>, with: R) {
+    fn hide_by_bias<R: SimdFloat>(
+        &self,
+        operands: &Operands<R>,
+        bias: BiasView<R>,
+        mut numbers: MatrixMut<R>,
+        with: R,
+    ) {
         let [_, _, si, sj] = bias.strides();
-        let from = bias.from(self.at, self.first_query, self.keys.start);
+        let from = self.bias_from(operands, bias);
         for j in 0..self.keys.len() {
             let row = numbers.row(j)[..self.queries].iter_mut().enumerate();
             row.filter(|(i, _)| from[i * si + j * sj] == -R::INFINITY).for_each(|(_, x)| *x = with);
@@ -84,8 +104,9 @@ impl Tile {
 
     #[inline(always)]
     fn subtract_distances<R: SimdFloat>(&self, operands: &Operands<R>, slope: R, mut scores: MatrixMut<R>) {
-        let shape = operands.shape;
-        let first = (shape.kv_len + self.first_query) as f64 - shape.q_len as f64;
+        let Part { whole, first: [_, _, first_query, first_key] } = operands.part;
+        // The position of the first query among the keys of the part.
+        let first = (whole.kv_len + first_query + self.first_query) as f64 - (whole.q_len + first_key) as f64;
         for (j, key) in self.keys.clone().enumerate() {
             for (i, s) in scores.row(j).iter_mut().enumerate() {
                 *s -= slope * R::from_f64((first + i as f64 - key as f64).abs());
@@ -99,7 +120,7 @@ impl Tile {
         let queries = self.first_query..self.first_query + self.queries;
         for (j, key) in self.keys.clone().enumerate() {
             let row = numbers.row(j);
-            operands.mask.hidden(&operands.shape, self.at, &queries, key, &mut |hidden| {
+            operands.part.hidden(operands.mask, self.at, &queries, key, &mut |hidden| {
                 row[hidden.start - self.first_query..hidden.end - self.first_query].fill(with);
             });
         }
@@ -116,7 +137,7 @@ impl Tile {
             self.hide(operands, numbers.reborrow(), R::ZERO);
         }
         if let Some(bias) = operands.bias {
-            self.hide_by_bias(bias, numbers.reborrow(), R::ZERO);
+            self.hide_by_bias(operands, bias, numbers.reborrow(), R::ZERO);
         }
         for j in 0..self.keys.len() {
             numbers.row(j)[self.queries..].fill(R::ZERO);
@@ -131,9 +152,10 @@ impl Tile {
         operands: &Operands<R>,
         factors: MatrixMut<R>,
     ) {
-        let head = (self.at.0 * operands.shape.num_heads + self.at.1) as u64;
+        let (part, queries) = (&operands.part, self.first_query..self.first_query + self.queries);
         if let Some(dropout) = operands.dropout {
-            dropout.factors(simd, head, self.first_query, &self.keys, factors);
+            let (head, first_query) = (part.row(self.at) as u64, part.queries(&queries).start);
+            dropout.factors(simd, head, first_query, &part.keys(&self.keys), factors);
         }
     }
 }

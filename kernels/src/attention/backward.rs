@@ -107,9 +107,14 @@ fn check<E: Number>(
             return Err(Error::Length { what, expected: format!("one for each of {rows} queries"), got });
         }
     }
-    if options.bias && problem.options().bias.is_none() {
-        let (what, expected) = ("gradient of the bias", "a problem with a bias");
-        return Err(Error::Option { what, expected, got: "none".to_owned() });
+    let got = match problem.options() {
+        options if options.bias.is_none() => "none",
+        options if options.part.is_some() => "a part of one",
+        _ => return Ok(()),
+    };
+    if options.bias {
+        let (what, expected) = ("gradient of the bias", "a whole problem with a bias");
+        return Err(Error::Option { what, expected, got: got.to_owned() });
     }
     Ok(())
 }
@@ -122,18 +127,18 @@ fn query_rows<E: Number>(
     exponent: i32,
 ) -> Result<Vec<QueryRow<E::Float>>, Error> {
     let shape = problem.shape();
-    let factor = times_power_of_two(E::Float::ONE, -exponent);
+    let of_grads = times_power_of_two(E::Float::ONE, -exponent);
     let row = |index: usize| {
         let (head, i) = (index / shape.q_len, index % shape.q_len);
         let (b, h) = (head / shape.num_heads, head % shape.num_heads);
         let (context, grad) = (saved.context.row(b, h, i), incoming.context.row(b, h, i));
-        let mut delta = instruction_set().dispatch(DotProduct { context, grad, factor });
+        let mut delta = instruction_set().dispatch(DotProduct { context, grad, factor: of_grads });
         if let Some(grads) = incoming.logsumexp {
-            delta -= grads[index] * factor;
+            delta -= grads[index] * of_grads;
         }
-        let LogSumExp { largest, log_total, .. } = saved.logsumexp[index];
+        let LogSumExp { largest, factor, log_total } = saved.logsumexp[index];
         let largest = if largest == -E::Float::INFINITY { E::Float::INFINITY } else { largest };
-        QueryRow { largest, log_total, delta }
+        QueryRow { largest, factor, log_total, delta }
     };
     let count = saved.logsumexp.len();
     let mut rows = reserve("sums of the queries", count)?;

@@ -206,7 +206,7 @@ impl<R: SimdFloat> Decode<'_, R> {
     fn modify<S: Simd>(&self, simd: S, tile: &Tile, head: usize, is_careful: bool, pieces: &mut Pieces<R>) {
         let (operands, stride) = (self.operands, self.tiles.keys);
         let (queries, count) = (tile.queries, tile.keys.len());
-        let coverage = operands.mask.tile(&operands.shape, tile.at, &(0..queries), &tile.keys);
+        let coverage = operands.coverage(tile.at, &(0..queries), &tile.keys);
         // Keys that this head may not attend to at all are hidden here as well: other heads may look at them.
         let coverage = if coverage == Coverage::All { coverage } else { Coverage::Some };
         if !operands.modifies(coverage) {

@@ -5,6 +5,7 @@ mod documents;
 mod nested;
 mod rule;
 mod table;
+mod text;
 
 pub use nested::Nested;
 pub use rule::{Offset, PerSequence, Rule};

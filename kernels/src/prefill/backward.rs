@@ -119,10 +119,13 @@ impl<R: SimdFloat> Backward<'_, R> {
         block.grad_queries.fill(R::ZERO);
         let shape = operands.shape;
         let rows = &self.rows[(at.0 * shape.num_heads + at.1) * shape.q_len..][queries.clone()];
-        let missing = QueryRow { largest: R::INFINITY, log_total: R::ZERO, delta: R::ZERO };
+        let (_, factor) = gemm.factors(operands);
+        let missing = QueryRow { largest: R::INFINITY, factor, log_total: R::ZERO, delta: R::ZERO };
         for i in 0..block.delta.len() {
             let row = rows.get(i).copied().unwrap_or(missing);
-            (block.largest[i], block.log_total[i], block.delta[i]) = (row.largest, row.log_total, row.delta);
+            // A log-sum-exp that was merged from several parts may be of scores that were multiplied at another place.
+            let largest = if row.factor == factor { row.largest } else { row.largest * (row.factor / factor) };
+            (block.largest[i], block.log_total[i], block.delta[i]) = (largest, row.log_total, row.delta);
         }
     }
 

@@ -16,6 +16,8 @@ use crate::simd::SimdFloat;
 pub(crate) struct QueryRow<R> {
     /// As in [`LogSumExp`](crate::softmax::LogSumExp), but infinite for a query without keys, which makes every weight zero.
     pub(crate) largest: R,
+    /// What scores were still to be multiplied by when the greatest was found.
+    pub(crate) factor: R,
     /// ln Σ exp(s - largest)
     pub(crate) log_total: R,
     /// δ = Σ do ∘ o - dlse

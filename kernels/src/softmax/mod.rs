@@ -23,10 +23,33 @@ pub struct LogSumExp<R> {
     /// ln Σ exp(factor · (scores - largest))
     pub(crate) log_total: R,
     /// What the softmax multiplied scores by: 1 where they had been scaled before it.
-    factor: R,
+    pub(crate) factor: R,
 }
 
 impl<R: SimdFloat> LogSumExp<R> {
+    /// The sum of `largest`, the greatest score or minus infinity, and `log_total`, which is ln Σ exp(scores - largest).
+    pub fn from_parts(largest: R, log_total: R) -> Self {
+        Self { largest, log_total, factor: R::ONE }
+    }
+
+    /// Of the keys of both, and the shares of their weights that belong to each.
+    pub(crate) fn merged(self, other: Self) -> (Self, [R; 2]) {
+        let parts = [self, other];
+        let scaled = parts.map(|part| part.largest.to_f64() * part.factor.to_f64());
+        if scaled[1] == f64::NEG_INFINITY {
+            return (self, [R::ONE, R::ZERO]);
+        }
+        let largest = scaled[0].max(scaled[1]);
+        let totals = [0, 1].map(|i| (scaled[i] - largest + parts[i].log_total.to_f64()).exp());
+        let total = totals[0] + totals[1];
+        let logsumexp = match scaled.iter().position(|&scaled| scaled == largest) {
+            Some(i) => Self { log_total: R::from_f64(total.ln()), ..parts[i] },
+            // One of them is NaN.
+            None => Self::from_parts(R::from_f64(scaled[0] + scaled[1]), R::from_f64(total.ln())),
+        };
+        (logsumexp, totals.map(|of_part| R::from_f64(of_part / total)))
+    }
+
     /// Of the greatest score, what scores are still to be multiplied by, and the sum of exponentials relative to it, which is zero
     /// if there was no key.
     #[inline(always)]

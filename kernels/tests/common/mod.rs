@@ -7,7 +7,7 @@ use attention_kernels::dropout::kept_by_dropout;
 use attention_kernels::mask::{PerSequence, Rule, ScoreShape, Table};
 use attention_kernels::philox::uniform;
 use attention_kernels::{
-    BackwardOptions, BiasView, Dropout, Element, Gradients, Incoming, Layout, LogSumExp, Number, Output, Problem,
+    BackwardOptions, BiasView, Dropout, Element, Gradients, Incoming, Layout, LogSumExp, Number, Output, Part, Problem,
     ProblemOptions, Saved, SimdFloat, View, backward, forward,
 };
 
@@ -132,12 +132,29 @@ pub fn values<R: SimdFloat + Number>(logsumexp: &[LogSumExp<R>]) -> Vec<f64> {
 }
 
 /// Both passes, with results of layout `layout`.
-pub fn run<E: Element>(
+pub fn run<E: Element>(case: &Case, views: Views<E>, layout: Layout, bias_gradient: bool) -> (Output<E>, Gradients<E>) {
+    with_problem(case, None, [views[0], views[1], views[2]], |problem| {
+        let output = forward(problem, layout).unwrap();
+        let dims = problem.context_dims();
+        let context = View::new("context", &output.context, layout.strides(dims), dims).unwrap();
+        let grad_logsumexp = case
+            .grad_logsumexp
+            .then(|| narrow::<E::Float>(&uniform(20, 1.0, output.logsumexp.len()).collect::<Vec<_>>()));
+        let saved = Saved { context, logsumexp: &output.logsumexp };
+        let incoming = Incoming { context: views[3], logsumexp: grad_logsumexp.as_deref() };
+        let bias = bias_gradient && case.bias.is_some();
+        let gradients = backward(problem, saved, incoming, BackwardOptions { layout, bias }).unwrap();
+        (output, gradients)
+    })
+}
+
+/// Calls `f` with the problem of a case, or a part of it.
+pub fn with_problem<E: Element, T>(
     case: &Case,
-    [q, k, v, grad]: Views<E>,
-    layout: Layout,
-    bias_gradient: bool,
-) -> (Output<E>, Gradients<E>) {
+    part: Option<Part>,
+    [q, k, v]: [View<E>; 3],
+    f: impl FnOnce(&Problem<E>) -> T,
+) -> T {
     let floats = |numbers: &[f64]| narrow::<E::Float>(numbers);
     let bias = case.bias.as_ref().map(|(dims, numbers)| (*dims, floats(numbers)));
     let slopes = case.slopes.as_deref().map(floats);
@@ -152,18 +169,9 @@ pub fn run<E: Element>(
         bias,
         slopes: slopes.as_deref(),
         dropout: case.dropout,
+        part,
     };
-    let problem = Problem::new(q, k, v, options).unwrap();
-    let output = forward(&problem, layout).unwrap();
-    let dims = problem.context_dims();
-    let context = View::new("context", &output.context, layout.strides(dims), dims).unwrap();
-    let grad_logsumexp =
-        case.grad_logsumexp.then(|| floats(&uniform(20, 1.0, output.logsumexp.len()).collect::<Vec<_>>()));
-    let saved = Saved { context, logsumexp: &output.logsumexp };
-    let incoming = Incoming { context: grad, logsumexp: grad_logsumexp.as_deref() };
-    let bias = bias_gradient && case.bias.is_some();
-    let gradients = backward(&problem, saved, incoming, BackwardOptions { layout, bias }).unwrap();
-    (output, gradients)
+    f(&Problem::new(q, k, v, options).unwrap())
 }
 
 /// Results of the plain loops, heads first.

@@ -1,0 +1,115 @@
+//! [`Part`]: some of the scores of a larger problem.
+
+use std::ops::Range;
+
+use crate::error::Error;
+use crate::mask::{Coverage, Rule, ScoreShape};
+
+/// Where the scores of a problem stand among those of a larger one, the whole, of which they are some sequences, heads, queries
+/// and keys. What depends on places is that of the whole: mask, bias, distances, and which weights are dropped.
+///
+/// # Examples
+///
+/// ```
+/// use attention_kernels::mask::{Rule, ScoreShape};
+/// use attention_kernels::{Layout, Part, Problem, ProblemOptions, View, forward};
+///
+/// // Queries 2 and 3 of a causal sequence, and its keys 1 to 3: query 2 doesn't see key 3.
+/// let causal = Rule::Band { below: None, above: Some(0), offset: None };
+/// let part = Part { whole: ScoreShape { batch: 1, num_heads: 1, q_len: 4, kv_len: 4 }, first: [0, 0, 2, 1] };
+/// let (q, kv) = ([0.0f64; 2], [1.0, 2.0, 6.0]);
+/// let view = |data, len| View::new("test", data, [len, len, 1], [1, 1, len, 1]);
+/// let options = ProblemOptions { mask: &causal, part: Some(part), ..Default::default() };
+/// let problem = Problem::new(view(&q, 2)?, view(&kv, 3)?, view(&kv, 3)?, options)?;
+/// assert_eq!(forward(&problem, Layout::HeadsFirst)?.context[0], 1.5);
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The sizes of the whole.
+    pub whole: ScoreShape,
+    /// Its first sequence, head, query and key.
+    pub first: [usize; 4],
+}
+
+impl Part {
+    /// All scores of a problem.
+    pub(crate) fn all_of(whole: ScoreShape) -> Self {
+        Self { whole, first: [0; 4] }
+    }
+
+    /// This part, if the whole has scores of this shape there.
+    pub(crate) fn check(self, shape: &ScoreShape) -> Result<Self, Error> {
+        let sizes = |shape: &ScoreShape| [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
+        let ends = self.first.iter().zip(sizes(shape)).map(|(first, size)| first.checked_add(size));
+        if ends.zip(sizes(&self.whole)).all(|(end, whole)| end.is_some_and(|end| end <= whole)) {
+            return Ok(self);
+        }
+        let expected = format!("scores of the whole {:?} from {:?} on", sizes(&self.whole), self.first);
+        Err(Error::Dims { what: "part", expected, got: sizes(shape) })
+    }
+
+    /// A sequence and a head of the part as those of the whole.
+    #[inline(always)]
+    pub(crate) fn at(&self, (b, h): (usize, usize)) -> (usize, usize) {
+        (self.first[0] + b, self.first[1] + h)
+    }
+
+    #[inline(always)]
+    pub(crate) fn queries(&self, queries: &Range<usize>) -> Range<usize> {
+        self.first[2] + queries.start..self.first[2] + queries.end
+    }
+
+    #[inline(always)]
+    pub(crate) fn keys(&self, keys: &Range<usize>) -> Range<usize> {
+        self.first[3] + keys.start..self.first[3] + keys.end
+    }
+
+    /// The number of a head among those of all sequences of the whole.
+    #[inline(always)]
+    pub(crate) fn row(&self, at: (usize, usize)) -> usize {
+        let (b, h) = self.at(at);
+        b * self.whole.num_heads + h
+    }
+
+    /// The part of `keys` outside which the rule hides all keys from the queries.
+    #[inline(always)]
+    pub(crate) fn visible_keys(
+        &self,
+        rule: &Rule,
+        at: (usize, usize),
+        queries: &Range<usize>,
+        keys: &Range<usize>,
+    ) -> Range<usize> {
+        let visible = rule.visible_keys(&self.whole, self.at(at), &self.queries(queries), self.keys(keys));
+        visible.start.saturating_sub(self.first[3])..visible.end.saturating_sub(self.first[3])
+    }
+
+    /// How much of a tile the rule shows.
+    #[inline(always)]
+    pub(crate) fn tile(
+        &self,
+        rule: &Rule,
+        at: (usize, usize),
+        queries: &Range<usize>,
+        keys: &Range<usize>,
+    ) -> Coverage {
+        rule.tile(&self.whole, self.at(at), &self.queries(queries), &self.keys(keys))
+    }
+
+    /// Calls `hide` with the queries, out of `queries`, that may not attend to a key.
+    #[inline(always)]
+    pub(crate) fn hidden(
+        &self,
+        rule: &Rule,
+        at: (usize, usize),
+        queries: &Range<usize>,
+        key: usize,
+        hide: &mut dyn FnMut(Range<usize>),
+    ) {
+        let first = self.first[2];
+        rule.hidden(&self.whole, self.at(at), &self.queries(queries), self.first[3] + key, &mut |hidden| {
+            hide(hidden.start - first..hidden.end - first);
+        });
+    }
+}

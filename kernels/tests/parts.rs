@@ -1,0 +1,190 @@
+//! Parts of a problem, put together, are the whole: the forward pass merged by log-sum-exp, gradients summed.
+
+mod common;
+
+use std::ops::Range;
+
+use attention_kernels::mask::ScoreShape;
+use attention_kernels::philox::uniform;
+use attention_kernels::{
+    BackwardOptions, Element, Error, Incoming, Layout, LogSumExp, Merged, Part, Problem, ProblemOptions, Saved, View,
+    backward, forward,
+};
+use common::{Case, Sizes, cases, narrow, run, to_f64, with_problem};
+use half::bf16;
+
+const LAYOUT: Layout = Layout::HeadsFirst;
+
+/// Where the sequences, key heads, queries and keys are cut. The cuts of keys are no multiples of the four that share a random number.
+struct Cuts([Vec<usize>; 4]);
+
+impl Cuts {
+    fn ranges(&self, axis: usize) -> Vec<Range<usize>> {
+        self.0[axis].windows(2).map(|ends| ends[0]..ends[1]).collect()
+    }
+}
+
+fn view<E: Element>(data: &[E], dims: [usize; 4]) -> View<'_, E> {
+    View::new("test", data, LAYOUT.strides(dims), dims).unwrap()
+}
+
+/// Sequences, heads and tokens of a part.
+type Place = [Range<usize>; 3];
+
+fn rows([b, h, i]: &Place) -> impl Iterator<Item = (usize, usize, usize)> {
+    let (h, i) = (h.clone(), i.clone());
+    b.clone().flat_map(move |b| {
+        let i = i.clone();
+        h.clone().flat_map(move |h| i.clone().map(move |i| (b, h, i)))
+    })
+}
+
+/// The numbers of a part of a tensor, and its sizes.
+fn part_of<E: Element>(x: View<E>, place: &Place) -> (Vec<E>, [usize; 4]) {
+    let part = (0..3).fold(x, |x, axis| x.narrow(axis, place[axis].clone()).unwrap());
+    let [batch, heads, len, _] = part.dims();
+    let all = rows(&[0..batch, 0..heads, 0..len]).flat_map(|(b, h, i)| part.row(b, h, i).to_vec()).collect();
+    (all, part.dims())
+}
+
+/// Adds the rows of a part to those of the whole.
+fn add(to: &mut [f64], dims: [usize; 4], numbers: &[f64], place: &Place) {
+    for ((b, h, i), from) in rows(place).zip(numbers.chunks_exact(dims[3])) {
+        let start = ((b * dims[1] + h) * dims[2] + i) * dims[3];
+        to[start..start + dims[3]].iter_mut().zip(from).for_each(|(to, x)| *to += x);
+    }
+}
+
+/// Gradients of q, k and v, and the context, from parts.
+fn in_parts<E: Element>(sizes: &Sizes, case: &Case, data: &[Vec<E>; 4], cuts: &Cuts) -> [Vec<f64>; 4] {
+    let dims = [sizes.q(), sizes.k(), sizes.v(), sizes.context()];
+    let group = sizes.heads / sizes.kv_heads;
+    let mut results = [0, 1, 2, 3].map(|i| vec![0.0; dims[i].iter().product()]);
+    for b in cuts.ranges(0) {
+        for kv_heads in cuts.ranges(1) {
+            for i in cuts.ranges(2) {
+                let queries = [b.clone(), kv_heads.start * group..kv_heads.end * group, i];
+                let keys: Vec<Place> = cuts.ranges(3).into_iter().map(|j| [b.clone(), kv_heads.clone(), j]).collect();
+                of_queries(sizes, case, data, &queries, &keys, &mut results);
+            }
+        }
+    }
+    results
+}
+
+/// Adds the results of some queries, over all parts of the keys.
+fn of_queries<E: Element>(
+    sizes: &Sizes,
+    case: &Case,
+    data: &[Vec<E>; 4],
+    queries: &Place,
+    keys: &[Place],
+    results: &mut [Vec<f64>; 4],
+) {
+    let dims = [sizes.q(), sizes.k(), sizes.v(), sizes.context()];
+    let [q, k, v, grad] = [0, 1, 2, 3].map(|i| view(&data[i], dims[i]));
+    let ((q, q_dims), (grad, context_dims)) = (part_of(q, queries), part_of(grad, queries));
+    let whole = ScoreShape { batch: sizes.batch, num_heads: sizes.heads, q_len: sizes.q_len, kv_len: sizes.kv_len };
+    let with_keys = |place: &Place, f: &mut dyn FnMut(&Problem<E>)| {
+        let ((k, k_dims), (v, v_dims)) = (part_of(k, place), part_of(v, place));
+        let first = [queries[0].start, queries[1].start, queries[2].start, place[2].start];
+        let views = [view(&q, q_dims), view(&k, k_dims), view(&v, v_dims)];
+        with_problem(case, Some(Part { whole, first }), views, f);
+    };
+    let mut merged: Option<Merged<E::Float>> = None;
+    for place in keys {
+        with_keys(place, &mut |problem| {
+            let output = forward(problem, LAYOUT).unwrap();
+            match &mut merged {
+                None => merged = Some(Merged::new(output).unwrap()),
+                Some(merged) => merged.add(output).unwrap(),
+            }
+        });
+    }
+    let merged = merged.unwrap();
+    let context: Vec<E> = merged.context.iter().map(|&x| E::narrow(x)).collect();
+    add(&mut results[3], dims[3], &to_f64(&context), queries);
+    let grad_logsumexp: Vec<f64> = uniform(20, 1.0, sizes.batch * sizes.heads * sizes.q_len).collect();
+    let of_part = rows(queries).map(|(b, h, i)| grad_logsumexp[(b * sizes.heads + h) * sizes.q_len + i]);
+    let of_part = case.grad_logsumexp.then(|| narrow::<E::Float>(&of_part.collect::<Vec<_>>()));
+    for place in keys {
+        with_keys(place, &mut |problem| {
+            let saved = Saved { context: view(&context, context_dims), logsumexp: &merged.logsumexp };
+            let incoming = Incoming { context: view(&grad, context_dims), logsumexp: of_part.as_deref() };
+            let gradients = backward(problem, saved, incoming, BackwardOptions::default()).unwrap();
+            add(&mut results[0], dims[0], &to_f64(&gradients.q), queries);
+            add(&mut results[1], dims[1], &to_f64(&gradients.k), place);
+            add(&mut results[2], dims[2], &to_f64(&gradients.v), place);
+        });
+    }
+}
+
+#[track_caller]
+fn close(what: &str, got: &[f64], expected: &[f64], tolerance: f64) {
+    let greatest = expected.iter().fold(1.0f64, |a, x| a.max(x.abs()));
+    for (i, (x, y)) in got.iter().zip(expected).enumerate() {
+        assert!((x - y).abs() <= tolerance * greatest, "{what}, {i}: {x}, not {y}");
+    }
+}
+
+fn check<E: Element>(tolerance: f64) {
+    let short = Sizes { batch: 3, heads: 4, kv_heads: 2, q_len: 11, kv_len: 23, dim: 5, value_dim: 3 };
+    let long = Sizes { batch: 1, heads: 2, kv_heads: 1, q_len: 70, kv_len: 150, dim: 20, value_dim: 18 };
+    for (sizes, cuts) in [
+        (short, Cuts([vec![0, 1, 3], vec![0, 1, 2], vec![0, 2, 7, 11], vec![0, 1, 6, 15, 23]])),
+        (long, Cuts([vec![0, 1], vec![0, 1], vec![0, 1, 70], vec![0, 61, 149, 150]])),
+    ] {
+        for case in cases(&sizes) {
+            let dims = [sizes.q(), sizes.k(), sizes.v(), sizes.context()];
+            let data = [0, 1, 2, 3]
+                .map(|i| narrow::<E>(&uniform(i as u64 + 1, 1.5, dims[i].iter().product()).collect::<Vec<_>>()));
+            let views = [0, 1, 2, 3].map(|i| view(&data[i], dims[i]));
+            let (output, gradients) = run(&case, views, LAYOUT, false);
+            let parts = in_parts(&sizes, &case, &data, &cuts);
+            let whole = [&gradients.q, &gradients.k, &gradients.v, &output.context];
+            for ((what, part), whole) in ["q", "k", "v", "context"].into_iter().zip(&parts).zip(whole) {
+                close(&format!("{what}, {}, {sizes:?}", case.name), part, &to_f64(whole), tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "many numbers")]
+fn parts_together_are_the_whole() {
+    check::<f64>(1e-13);
+    check::<f32>(2e-6);
+    check::<bf16>(2e-2);
+}
+
+#[test]
+fn part_outside_the_whole_is_an_error() {
+    let data = [0.0f32; 4];
+    let x = view(&data, [1, 1, 4, 1]);
+    let whole = ScoreShape { batch: 1, num_heads: 1, q_len: 8, kv_len: 6 };
+    for (first, fits) in
+        [([0, 0, 4, 2], true), ([0, 0, 4, 3], false), ([0, 1, 0, 0], false), ([0, 0, usize::MAX, 0], false)]
+    {
+        let options = ProblemOptions { part: Some(Part { whole, first }), ..Default::default() };
+        let problem = Problem::new(x, x, x, options);
+        assert_eq!(matches!(problem, Err(Error::Dims { what: "part", .. })), !fits, "{first:?}");
+    }
+    assert!(x.narrow(2, 1..5).is_err() && x.narrow(3, 0..1).is_err() && x.narrow(2, 4..4).is_ok());
+}
+
+#[test]
+fn rows_without_keys_stay_zero_whatever_comes_first() {
+    let output = |context: f64, largest: f64| attention_kernels::Output {
+        context: vec![context],
+        logsumexp: vec![LogSumExp::from_parts(largest, 0.0)],
+    };
+    let (none, one) = (|| output(0.0, f64::NEG_INFINITY), || output(5.0, 1e300));
+    for (first, second, context, value) in
+        [(none(), none(), 0.0, f64::NEG_INFINITY), (none(), one(), 5.0, 1e300), (one(), none(), 5.0, 1e300)]
+    {
+        let mut merged = Merged::new(first).unwrap();
+        merged.add(second).unwrap();
+        assert_eq!((merged.context[0], merged.logsumexp[0].value()), (context, value));
+        assert!(merged.logsumexp[0].log_total().is_finite());
+    }
+}
