@@ -204,6 +204,26 @@ pub enum AttentionError {
         /// What it is.
         got: String,
     },
+    /// Ranks that disagree. Every rank gets this error.
+    #[error("{what}: expected the same on every rank, got {} on rank {} and {} on rank {}", .got[0], .ranks[0], .got[1], .ranks[1])]
+    Ranks {
+        /// What they disagree about.
+        what: String,
+        /// Two ranks that differ.
+        ranks: [usize; 2],
+        /// What each of them has.
+        got: [String; 2],
+    },
+    /// A message that didn't arrive.
+    #[error("{what}: expected a message of rank {rank}, got {got}")]
+    Communication {
+        /// What the ranks were doing.
+        what: String,
+        /// The rank that should have sent.
+        rank: usize,
+        /// Why there is none.
+        got: String,
+    },
     /// A file that can't be read or written.
     #[error(transparent)]
     File(#[from] FileError),

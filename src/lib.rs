@@ -41,6 +41,7 @@
 //! | 10 | `block/layouts` | how other programs name and arrange the parameters of whole blocks |
 //! | 9 | `block/config` | the config of a block, its checks and its parameters |
 //! | 9 | `layer/shared` | the methods that both layers share: parameters and files |
+//! | 9 | `layer/sequence` | self-attention of a sequence, of which several ranks may hold a part each |
 //! | 9 | `layer/adapted` | the core as a layer of projections |
 //! | 9 | `layer/cached` | attention over keys and values that were computed earlier |
 //! | 8 | `block/linear` | x·Wᵀ + b with a gradient |
@@ -50,6 +51,20 @@
 //! | 15 | `quantised` | weights in 8 and 4 bits, and GGUF files |
 //! | 15 | `adapter` | fine-tuning by LoRA, on any projection |
 //! | 15 | `adapter/peft` | adapters in the files that PEFT writes |
+//! | 15 | `parallel` | work over several ranks |
+//! | 8 | `parallel/data` | data parallelism: the mean of the gradients over the ranks |
+//! | 6 | `parallel/threads` | ranks as threads of one process |
+//! | 6 | `parallel/nccl` | tensors of CUDA devices over NCCL (feature `nccl`; not run so far) |
+//! | 6 | `parallel/mpi` | ranks as processes of `mpirun` (feature `mpi`) |
+//! | 5 | `parallel/rank` | the work of one rank, from its start to its end |
+//! | 4 | `parallel/host` | what ranks do together with tensors on the CPU |
+//! | 3 | `parallel/context/work` | how the work of attention is divided among ranks |
+//! | 2 | `parallel/context` | attention over a sequence that is split across ranks: the split, the ring, Ulysses |
+//! | 3 | `parallel/engine` | rounds and exchanges of messages; ranks that disagree, fail or are gone |
+//! | 2 | `parallel/message` | a message, and tensors in it as bytes |
+//! | 1 | `parallel/calls` | a thread that runs calls in their order |
+//! | 1 | `parallel/sum` | the sum of a tensor over ranks, in their order |
+//! | 1 | `parallel/communicator` | what ranks do together, as a trait |
 //! | 9 | `adapter/linear` | adapters on any linear layer |
 //! | 8 | `adapter/adapt` | adapters added to a layer, chosen, merged |
 //! | 8 | `layer/kv_cache` | keys and values of the tokens so far |
@@ -62,6 +77,7 @@
 //! | 6 | `sdpa` | `scaled_dot_product_attention`: checks its input, then chooses the backend |
 //! | 5 | `sdpa/reference` | attention with every score in memory: read this first |
 //! | 5 | `sdpa/fused` | attention without a q_len x kv_len matrix: the interface to the kernels; sinks are added after them |
+//! | 5 | `sdpa/parallel` | attention over several ranks: what they agree on |
 //! | 5 | `sdpa/cuda` | fused attention by the CUDA kernels |
 //! | 6 | `projection` | a linear layer inside another layer, with its adapters, as one operation |
 //! | 5 | `projection/side_by_side` | linear layers that read the same input, on numbers |
@@ -113,6 +129,7 @@ mod gradient;
 mod layer;
 mod mask;
 mod memory;
+pub mod parallel;
 mod projection;
 pub mod quantised;
 pub mod rotary;
@@ -147,3 +164,8 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/fine_tuning.md")]
 struct FineTuning;
+
+/// The programs in the guide to several ranks are compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/parallel.md")]
+struct Parallel;

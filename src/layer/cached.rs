@@ -124,6 +124,7 @@ impl Core {
         memory: &ProjectedMemory,
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
+        options.check_alone("cross-attention")?;
         self.check_input("input", x, self.config.embed_dim)?;
         self.check_projected(memory, &options.adapter)?;
         let x_3 = if memory.has_batch { x.clone() } else { x.unsqueeze(0)? };
@@ -198,6 +199,7 @@ fn check_options(options: &ForwardOptions, cache: &KvCache) -> Result<(), Attent
     let refuse = |part, expected: &str, got: &str| {
         Err(AttentionError::Cache { part, expected: expected.into(), got: got.into() })
     };
+    options.check_alone("a cache")?;
     if options.train {
         return refuse("train", "false, since no gradient flows through a cache", "true");
     }

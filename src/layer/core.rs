@@ -4,26 +4,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use attention_kernels::mask::ScoreShape;
-use attention_kernels::{Dropout, philox};
+use attention_kernels::philox;
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::block::branch::Branch;
 use crate::block::norm::rms_norm;
-use crate::check::{check_device, compute_dtype};
+use crate::check::check_device;
 use crate::checkpoint::{Header, LayerKind, Parameters};
 use crate::error::{AttentionError, Result};
 use crate::layer::bias_kv::BiasKv;
 use crate::layer::config::SelfAttentionConfig;
-use crate::layer::fused::{FusedLayer, HeadSizes};
 use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::memory;
-use crate::projection::{Adapted, Call, Projection, Projections, SideBySide, project};
+use crate::projection::{Adapted, Call, Projection, Projections, project};
 use crate::rotary::{Positions, RotaryEmbedding};
 use crate::sdpa::broadcast::{InputAxes, align_bias, align_mask, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
-use crate::sdpa::{AttentionOptions, AttentionOutput, Backend, attention};
+use crate::sdpa::{AttentionOptions, AttentionOutput, attention};
 
 /// The parameters of a layer, and the computation with them.
 #[derive(Clone, Debug)]
@@ -39,7 +37,7 @@ pub(super) struct Core {
     pub(super) sinks: Option<Tensor>,
     pub(super) bias_kv: BiasKv,
     alibi_slopes: Option<Tensor>,
-    rotary: Option<RotaryEmbedding>,
+    pub(super) rotary: Option<RotaryEmbedding>,
     dropout_seed: u64,
     pub(super) dropout_calls: Arc<AtomicU64>,
 }
@@ -147,87 +145,6 @@ impl Core {
         all.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect()
     }
 
-    /// Self-attention over `x` (batch, len, embed_dim) or (len, embed_dim), with what stands around it in a block.
-    pub(super) fn attend_to_itself(
-        &self,
-        x: &Tensor,
-        options: &ForwardOptions,
-        branch: Branch,
-    ) -> Result<ForwardOutput> {
-        self.check_input("input", x, self.config.embed_dim)?;
-        if x.rank() == 3 {
-            return self.attend_in_branch(x, options, branch);
-        }
-        self.attend_in_branch(&x.unsqueeze(0)?, options, branch)?.map(|tensor| tensor.squeeze(0))
-    }
-
-    fn attend_in_branch(&self, x: &Tensor, options: &ForwardOptions, branch: Branch) -> Result<ForwardOutput> {
-        let positions = options.positions(x, &[options.position_offset])?;
-        let (batch, len, _) = x.dims3()?;
-        let shape = ScoreShape { batch, num_heads: self.config.num_heads, q_len: len, kv_len: len };
-        let call = self.call(options);
-        let attention = self.attention_options(options, &shape, &call)?;
-        if let Some(output) = self.attend_at_once(x, &attention, &positions, &shape, branch, &call)? {
-            return Ok(ForwardOutput { output, weights: None, scores: None, logsumexp: None });
-        }
-        let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
-        let query = self.queries(&normed, &positions, &call)?;
-        let (key, value) = self.keys_and_values([&normed, &normed], &positions, &call)?;
-        let attended = self.attend_heads(&query, key, value, attention, &call)?;
-        Ok(ForwardOutput { output: branch.finish(x, attended.output)?, ..attended })
-    }
-
-    /// The output by one operation, if it serves this layer and this call.
-    fn attend_at_once(
-        &self,
-        x: &Tensor,
-        options: &AttentionOptions,
-        positions: &Positions,
-        shape: &ScoreShape,
-        branch: Branch,
-        call: &Call,
-    ) -> Result<Option<Tensor>> {
-        let config = &self.config;
-        let is_served = x.device().is_cpu()
-            && x.elem_count() > 0
-            && options.backend != Backend::Reference
-            && !(options.return_weights || options.return_logsumexp || options.return_scores.is_some())
-            && options.attn_bias.is_none()
-            && options.alibi_slopes.is_none()
-            && options.sinks.is_none()
-            && config.qk_norm_eps.is_none()
-            && config.extra_keys() == 0;
-        if !is_served {
-            return Ok(None);
-        }
-        let angles = match &self.rotary {
-            None => None,
-            Some(rotary) => match rotary.kernel_angles(shape.q_len, compute_dtype(x.dtype()), positions)? {
-                Some(angles) => Some(angles),
-                None => return Ok(None),
-            },
-        };
-        options.attn_mask.rule().check(shape).map_err(AttentionError::from)?;
-        let heads = HeadSizes {
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads(),
-            head_dim: config.head_dim(),
-            value_dim: config.value_dim(),
-        };
-        let layer = FusedLayer {
-            heads,
-            qkv: SideBySide::new([self.q_proj.call(call)?, self.k_proj.call(call)?, self.v_proj.call(call)?])?,
-            out: self.o_proj.as_ref().map(|out| SideBySide::new([out.call(call)?])).transpose()?,
-            branch: branch.to_owned(),
-            scale: options.scale.unwrap_or(1.0 / (heads.head_dim as f64).sqrt()),
-            softcap: options.softcap(),
-            mask: options.attn_mask.clone(),
-            dropout: (options.dropout_p > 0.0).then_some(Dropout { p: options.dropout_p, seed: options.dropout_seed }),
-            angles,
-        };
-        Ok(layer.forward(x)?)
-    }
-
     /// Cross-attention: queries from `x` (batch, q_len, embed_dim), keys from `key` (batch, kv_len, kv_dim), values
     /// from `value` (batch, kv_len, value_input_dim). All three may lack the batch axis.
     pub(super) fn attend_to_memory(
@@ -236,6 +153,7 @@ impl Core {
         [key, value]: [&Tensor; 2],
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
+        options.check_alone("cross-attention")?;
         self.check_input("input", x, self.config.embed_dim)?;
         self.check_memory([key, value])?;
         if x.rank() != key.rank() || (x.rank() == 3 && !batches_fit(x.dim(0)?, key.dim(0)?)) {
@@ -343,6 +261,7 @@ impl Core {
             return_weights: options.return_weights,
             return_scores: options.return_scores,
             return_logsumexp: options.return_logsumexp,
+            parallel: options.parallel.clone(),
         })
     }
 

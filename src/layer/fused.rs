@@ -12,9 +12,7 @@ use std::sync::{Arc, OnceLock};
 
 use attention_kernels::residual::add_dropped;
 use attention_kernels::rotary::Heads;
-use attention_kernels::{
-    self as kernels, BackwardOptions, Dropout, Incoming, LogSumExp, Problem, ProblemOptions, Saved, View,
-};
+use attention_kernels::{self as kernels, Dropout, Incoming, LogSumExp, ProblemOptions, Saved, View};
 use candle_core::{DType, Result, Shape, Tensor, bail};
 
 use crate::block::branch::OwnBranch;
@@ -22,6 +20,7 @@ use crate::block::op::Dtype;
 use crate::block::operand::{Columns, LayerGradients, checked};
 use crate::block::relay::{self, Layer};
 use crate::mask::Mask;
+use crate::parallel::context::{Call, ContextParallel};
 use crate::projection::{Reduced, SideBySide};
 use crate::rotary::KernelAngles;
 
@@ -49,6 +48,8 @@ pub(super) struct FusedLayer {
     /// Dropout of the weights.
     pub(super) dropout: Option<Dropout>,
     pub(super) angles: Option<KernelAngles>,
+    /// The ranks that share the sequence.
+    pub(super) parallel: Option<ContextParallel>,
 }
 
 impl FusedLayer {
@@ -106,9 +107,7 @@ impl Op {
         let reduced = layer.qkv.reduce(&normed)?;
         let mut qkv = layer.qkv.forward(&normed, &reduced, None)?;
         self.rotate(&mut qkv, len, false)?;
-        let output = self.with_problem(&qkv, [batch, len], |problem| {
-            checked(kernels::forward(problem, kernels::Layout::TokensFirst))
-        })?;
+        let output = self.with_call(&qkv, [batch, len], |call| Ok(call.forward(layer.parallel.as_ref())?))?;
         let normed = match normed {
             Cow::Owned(normed) => Some(normed),
             Cow::Borrowed(_) => None,
@@ -135,11 +134,11 @@ impl Op {
         angles.rotate(numbers, &heads, inverse)
     }
 
-    fn with_problem<E: Dtype, T>(
+    fn with_call<E: Dtype, T>(
         &self,
         qkv: &[E],
         [batch, len]: [usize; 2],
-        f: impl FnOnce(&Problem<E>) -> Result<T>,
+        f: impl FnOnce(&Call<E>) -> Result<T>,
     ) -> Result<T> {
         let HeadSizes { num_heads, num_kv_heads, head_dim, value_dim } = self.layer.heads;
         let [q, k, v] = self.widths();
@@ -152,7 +151,7 @@ impl Op {
         let FusedLayer { scale, softcap, ref mask, dropout, .. } = self.layer;
         let options =
             ProblemOptions { scale: Some(scale), softcap, mask: mask.rule(), dropout, ..ProblemOptions::default() };
-        f(&checked(Problem::new(query, key, value, options))?)
+        f(&Call { q: query, k: key, v: value, options, layout: kernels::Layout::TokensFirst })
     }
 
     /// The output for a context.
@@ -195,12 +194,13 @@ impl Op {
         [batch, len]: [usize; 2],
     ) -> Result<[Vec<E>; 3]> {
         let layout = kernels::Layout::TokensFirst;
-        let gradients = self.with_problem(&kept.qkv, [batch, len], |problem| {
-            let dims = problem.context_dims();
+        let parallel = self.layer.parallel.as_ref();
+        let gradients = self.with_call(&kept.qkv, [batch, len], |call| {
+            let dims = call.context_dims();
             let view = |what, numbers| checked(View::new(what, numbers, layout.strides(dims), dims));
             let saved = Saved { context: view("context", &kept.context)?, logsumexp: &kept.logsumexp };
             let incoming = Incoming { context: view("gradient of the context", of_context)?, logsumexp: None };
-            checked(kernels::backward(problem, saved, incoming, BackwardOptions { layout, bias: false }))
+            Ok(call.backward(parallel, saved, incoming, false)?)
         })?;
         let (mut q, mut k) = (gradients.q, gradients.k);
         let [q_width, k_width, _] = self.widths();
@@ -216,8 +216,10 @@ impl Layer for Op {
     fn forward<E: Dtype>(&self, x: &[E], dims: &[usize]) -> Result<(Vec<E>, Shape)> {
         let [batch, len] = sequences(dims)?;
         let kept = self.attend(x, [batch, len])?;
+        let is_alone = self.layer.parallel.is_none();
         let has_non_finite = kept.logsumexp.iter().any(|x| !kernels::SimdFloat::is_finite(x.value()));
-        if has_non_finite && self.scores_may_overflow(&kept.qkv) {
+        // Several ranks have looked for that before, since all have to know.
+        if is_alone && has_non_finite && self.scores_may_overflow(&kept.qkv) {
             self.overflows.store(true, Ordering::Relaxed);
         }
         let output = self.project(x, &kept)?;

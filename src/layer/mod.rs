@@ -11,6 +11,7 @@ pub(crate) mod init;
 mod kv_cache;
 mod options;
 mod self_attention;
+mod sequence;
 mod shared;
 
 pub use cached::ProjectedMemory;

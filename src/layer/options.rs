@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use crate::adapter::config::AdapterChoice;
 use crate::error::{AttentionError, Error, Result};
 use crate::mask::Mask;
+use crate::parallel::context::ContextParallel;
 use crate::rotary::Positions;
 use crate::sdpa::{Backend, ScoreStage};
 
@@ -36,6 +37,9 @@ pub struct ForwardOptions {
     /// Whether to return [`ForwardOutput::logsumexp`]. Half types are widened for it, which changes other numbers by
     /// rounding. Numbers in f32 and f64 stay the same.
     pub return_logsumexp: bool,
+    /// The ranks that share the sequence. The input, `position_ids` and the results are then those of this rank's tokens, and the
+    /// other options those of the whole sequence. Without `position_ids`, each token has its position in the whole.
+    pub parallel: Option<ContextParallel>,
 }
 
 /// What a layer returns. If the input has no batch axis, none of these has one.
@@ -55,13 +59,24 @@ pub struct ForwardOutput {
 impl ForwardOptions {
     /// The positions of the tokens of x (batch, len, dim). They count up from `offsets` if there are no `position_ids`.
     pub(super) fn positions(&self, x: &Tensor, offsets: &[usize]) -> Result<Positions> {
-        let Some(ids) = &self.position_ids else { return Ok(Positions::from_offsets(offsets)) };
+        let Some(ids) = &self.position_ids else {
+            return match &self.parallel {
+                Some(parallel) => Ok(Positions::from_ranges(&parallel.own_positions(), self.position_offset)?),
+                None => Ok(Positions::from_offsets(offsets)),
+            };
+        };
         if self.position_offset != 0 {
             let (name, expected) = ("position_offset", "0 with position_ids");
             return Err(AttentionError::Number { name, expected, got: self.position_offset as f64 }.into());
         }
         let (batch, len, _) = x.dims3()?;
         Positions::from_ids(ids, batch, len)
+    }
+
+    /// Refuses ranks that share the sequence, for calls that don't serve them.
+    pub(super) fn check_alone(&self, got: &'static str) -> Result<(), AttentionError> {
+        let expected = "self-attention of a whole sequence with ForwardOptions::parallel";
+        if self.parallel.is_some() { Err(AttentionError::Backend { expected, got }) } else { Ok(()) }
     }
 }
 

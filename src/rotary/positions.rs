@@ -1,5 +1,7 @@
 //! [`Positions`]: the position of each token.
 
+use std::ops::Range;
+
 use attention_kernels::{collected, reserve};
 use candle_core::{DType, Device, Tensor};
 
@@ -26,6 +28,16 @@ impl Positions {
             [first, rest @ ..] if rest.iter().all(|offset| offset == first) => Self::From(vec![*first]),
             _ => Self::From(offsets.to_vec()),
         }
+    }
+
+    /// The positions of some ranges, one after the other, each plus an offset. All sequences share them.
+    pub(crate) fn from_ranges(ranges: &[Range<usize>], offset: usize) -> Result<Self, AttentionError> {
+        let mut ids = reserve(POSITIONS, ranges.iter().map(Range::len).sum())?;
+        for range in ranges {
+            let end = offset.checked_add(range.end).ok_or(position_overflow(offset))?;
+            ids.extend(offset + range.start..end);
+        }
+        Ok(Self::Each { lists: 1, ids })
     }
 
     /// The positions that a tensor of integers (len) or (batch, len) holds, for a batch of sequences of `len` tokens.

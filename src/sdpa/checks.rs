@@ -24,6 +24,7 @@ pub(crate) struct Checked<'a> {
     /// (batch, num_kv_heads, kv_len, value_dim)
     pub(crate) v: Tensor,
     pub(crate) options: &'a AttentionOptions,
+    /// The scores of the whole sequence, of which several ranks may hold a part each.
     pub(crate) scores: ScoreShape,
     pub(crate) value_dim: usize,
     pub(crate) scale: f64,
@@ -46,11 +47,35 @@ impl<'a> Checked<'a> {
         check_scale_and_softcap(options.scale, options.softcap, q.dtype())?;
         check_number("dropout_p", Some(options.dropout_p), "a probability in [0, 1)", |x| (0.0..1.0).contains(&x))?;
         let (_, num_heads, q_len, head_dim) = q.dims4()?;
-        let scores = ScoreShape { batch, num_heads, q_len, kv_len: k.dim(2)? };
+        let mut scores = ScoreShape { batch, num_heads, q_len, kv_len: k.dim(2)? };
+        if let Some(parallel) = &options.parallel {
+            let [q_dims, k_dims] = [&q, &k].map(|x| x.dims().to_vec());
+            check_own_tokens(axes, [("query", q_dims), ("key", k_dims)], parallel.own_len())?;
+            (scores.q_len, scores.kv_len) = (parallel.split.len(), parallel.split.len());
+        }
         check_options(&q, &scores, options)?;
         let (value_dim, scale) = (v.dim(3)?, options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt()));
         Ok(Self { inputs, layout, q, k, v, options, scores, value_dim, scale })
     }
+}
+
+/// Checks that tensors (batch, heads, len, dim) hold the tokens that the split gives to this rank.
+fn check_own_tokens(
+    axes: InputAxes,
+    tensors: [(&'static str, Vec<usize>); 2],
+    own_len: usize,
+) -> Result<(), AttentionError> {
+    for (tensor, dims) in tensors {
+        if dims[2] != own_len {
+            let expected = format!("with the {own_len} tokens that the split gives to this rank");
+            return Err(AttentionError::Shape {
+                tensor,
+                expected,
+                shape: axes.of([dims[0], dims[1], dims[2], dims[3]]),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Checks that query, key and value have the same rank, from 2 to 4, and returns it.

@@ -6,17 +6,17 @@
 
 use std::sync::{Arc, OnceLock};
 
-use attention_kernels::{
-    self as kernels, BackwardOptions, BiasView, Dropout, Element, Number, Problem, ProblemOptions, View,
-};
+use attention_kernels::{self as kernels, BiasView, Dropout, ProblemOptions, View};
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Shape, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 
 use crate::check::compute_dtype;
+use crate::empty::connected;
 use crate::error::AttentionError;
 use crate::gradient::to_be_added;
 use crate::mask::Mask;
 use crate::memory;
+use crate::parallel::context::{self, Call, ContextParallel};
 use crate::sdpa::checks::Checked;
 use crate::sdpa::head_layout::HeadLayout;
 use crate::sdpa::options::AttentionOutput;
@@ -54,6 +54,7 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
         packed: trained_bias.map(|_| PackedKv::new(&k, &v)),
         layout,
         pack_logsumexp: want_logsumexp,
+        parallel: options.parallel.clone(),
         logsumexp: Arc::default(),
     };
     let logsumexp = op.logsumexp.clone();
@@ -68,7 +69,8 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
         }
         None => q.apply_op3(&k, &v, op)?,
     };
-    if logsumexp.get().is_some_and(LogSumExp::has_non_finite) {
+    // Several ranks have looked for that before, since all have to know.
+    if options.parallel.is_none() && logsumexp.get().is_some_and(LogSumExp::has_non_finite) {
         let extras = [options.attn_bias.as_ref(), options.alibi_slopes.as_ref()];
         let range = Range::read(&checked.q, &checked.k, scale, None, extras)?;
         if range.scores_may_overflow || range.sums_may_overflow {
@@ -86,7 +88,8 @@ fn unsupported(checked: &Checked) -> Option<AttentionError> {
     if !matches!(q.device(), Device::Cpu) {
         return refuse("tensors on the CPU", "another device");
     }
-    if [q, k, v].iter().any(|tensor| tensor.elem_count() == 0) {
+    // A rank without tokens takes part in what the others do.
+    if options.parallel.is_none() && [q, k, v].iter().any(|tensor| tensor.elem_count() == 0) {
         return refuse("tensors that are not empty", "an empty one");
     }
     if options.alibi_slopes.as_ref().is_some_and(Tensor::track_op) {
@@ -99,8 +102,8 @@ fn unsupported(checked: &Checked) -> Option<AttentionError> {
 /// context.
 fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_core::Result<AttentionOutput> {
     let Checked { scores, layout, value_dim, options, .. } = *checked;
-    let dtype = checked.q.dtype();
-    let rows = scores.batch * scores.num_heads * scores.q_len;
+    let (dtype, q_len) = (checked.q.dtype(), checked.q.dim(2)?);
+    let rows = scores.batch * scores.num_heads * q_len;
     if !with_logsumexp {
         // It has its shape: candle would copy and add the gradient of a reshape that changes nothing.
         return Ok(AttentionOutput { context: result.clone(), weights: None, scores: None, logsumexp: None });
@@ -109,19 +112,25 @@ fn unpack(checked: &Checked, result: &Tensor, with_logsumexp: bool) -> candle_co
     let bytes = memory::bytes(&[rows, 10], result.dtype());
     let contexts = memory::bytes(&[rows, value_dim, 2], result.dtype());
     memory::ask("context beside its sinks", result.device(), memory::sum([bytes, contexts]))?;
-    let shape = layout.shape(scores.batch, scores.num_heads, scores.q_len, value_dim);
+    let shape = layout.shape(scores.batch, scores.num_heads, q_len, value_dim);
     let mut context = result.narrow(0, 0, rows * value_dim)?.reshape(shape)?;
-    let numbers = |start: usize| result.narrow(0, start, rows)?.reshape((scores.batch, scores.num_heads, scores.q_len));
+    let numbers = |start: usize| result.narrow(0, start, rows)?.reshape((scores.batch, scores.num_heads, q_len));
     let log_total = numbers(rows * value_dim)?;
     // The results don't depend on it, only on the sum of both, so that it needs no gradient.
     let largest = numbers(rows * (value_dim + 1))?.detach();
     let logsumexp = match &options.sinks {
         Some(sinks) => {
             let sinks = sinks.to_dtype(compute_dtype(dtype))?;
-            let (share, logsumexp) = share_and_logsumexp(&largest, &log_total, &sinks)?;
-            let bhld = layout.transpose(&context)?.broadcast_mul(&share.unsqueeze(D::Minus1)?)?;
-            context = layout.transpose(&bhld)?;
-            logsumexp
+            if rows == 0 {
+                // A rank without tokens: candle would give the sinks no gradient.
+                context = connected(context, &sinks)?;
+                connected(log_total, &sinks)?
+            } else {
+                let (share, logsumexp) = share_and_logsumexp(&largest, &log_total, &sinks)?;
+                let bhld = layout.transpose(&context)?.broadcast_mul(&share.unsqueeze(D::Minus1)?)?;
+                context = layout.transpose(&bhld)?;
+                logsumexp
+            }
         }
         None => (log_total + largest)?,
     };
@@ -184,7 +193,7 @@ impl LogSumExp {
 }
 
 /// A type of number that both candle and the kernels know, and the variant of [`LogSumExp`] for it.
-trait Stored: Element + Number<Float: WithDType> + WithDType {
+trait Stored: context::Dtype {
     fn save(logsumexp: Vec<kernels::LogSumExp<Self::Float>>) -> LogSumExp;
     fn saved(logsumexp: &LogSumExp) -> Option<&[kernels::LogSumExp<Self::Float>]>;
 }
@@ -220,6 +229,8 @@ struct FusedAttention {
     layout: HeadLayout,
     packed: Option<PackedKv>,
     pack_logsumexp: bool,
+    /// The ranks that share the sequence.
+    parallel: Option<ContextParallel>,
     logsumexp: Arc<OnceLock<LogSumExp>>,
 }
 
@@ -227,11 +238,11 @@ struct FusedAttention {
 type Inputs<'a> = [(&'a CpuStorage, &'a Layout); 3];
 
 impl FusedAttention {
-    /// Builds the kernels' problem from the inputs, and runs `f` on it.
-    fn with_problem<E: Stored, T>(
+    /// Builds the kernels' call from the inputs, and runs `f` on it.
+    fn with_call<E: Stored, T>(
         &self,
         inputs: Inputs,
-        f: impl FnOnce(&Problem<E>) -> candle_core::Result<T>,
+        f: impl FnOnce(&Call<E>) -> candle_core::Result<T>,
     ) -> candle_core::Result<T> {
         let [(q, q_layout), (second, second_layout), (third, third_layout)] = inputs;
         let q = self.view::<E>("query", q, q_layout)?;
@@ -263,8 +274,9 @@ impl FusedAttention {
             bias,
             slopes,
             dropout: self.dropout,
+            part: None,
         };
-        f(&Problem::new(q, k, v, options).map_err(AttentionError::from)?)
+        f(&Call { q, k, v, options, layout: self.layout.in_memory() })
     }
 
     fn view<'a, E: Stored>(
@@ -281,9 +293,9 @@ impl FusedAttention {
     }
 
     fn forward<E: Stored>(&self, inputs: Inputs) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.with_problem::<E, _>(inputs, |problem| {
-            let [batch, heads, q_len, dv] = problem.context_dims();
-            let output = kernels::forward(problem, self.layout.in_memory()).map_err(AttentionError::from)?;
+        self.with_call::<E, _>(inputs, |call| {
+            let [batch, heads, q_len, dv] = call.context_dims();
+            let output = call.forward(self.parallel.as_ref())?;
             let kernels::Output { context: mut result, logsumexp } = output;
             let shape = if self.pack_logsumexp {
                 // The operation then computes in f32 or f64, so that the log-sum-exp loses no precision.
@@ -312,8 +324,8 @@ impl FusedAttention {
         let guards = args.map(|arg| arg.storage_and_layout());
         let [(s1, l1), (s2, l2), (s3, l3)] = &guards;
         let inputs = [(cpu_storage(s1)?, *l1), (cpu_storage(s2)?, *l2), (cpu_storage(s3)?, *l3)];
-        let grads = self.with_problem::<E, _>(inputs, |problem| {
-            let dims = problem.context_dims();
+        let grads = self.with_call::<E, _>(inputs, |call| {
+            let dims = call.context_dims();
             let strides = self.layout.in_memory().strides(dims);
             // Both hold the context, followed by the two numbers of the log-sum-exp if it is packed.
             let (result, grad) = (result.detach(), memory::contiguous("gradient of the context", &grad.detach())?);
@@ -328,8 +340,7 @@ impl FusedAttention {
             let grad_logsumexp = self.pack_logsumexp.then(|| E::as_floats(&grad[entries..][..rows])).flatten();
             let incoming =
                 kernels::Incoming { context: context("gradient of the context", grad)?, logsumexp: grad_logsumexp };
-            let options = BackwardOptions { layout: self.layout.in_memory(), bias: self.packed.is_some() };
-            Ok(kernels::backward(problem, saved, incoming, options).map_err(AttentionError::from)?)
+            Ok(call.backward(self.parallel.as_ref(), saved, incoming, self.packed.is_some())?)
         })?;
         let q = args[0];
         let grad_q = to_be_added(Tensor::from_vec(grads.q, q.shape(), q.device())?)?;

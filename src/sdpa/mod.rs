@@ -5,8 +5,9 @@ pub(crate) mod checks;
 pub(crate) mod cuda;
 mod fused;
 pub(crate) mod head_layout;
-mod options;
+pub(crate) mod options;
 pub(crate) mod overflow;
+pub(crate) mod parallel;
 pub(crate) mod reference;
 mod score_memory;
 mod visible;
@@ -73,6 +74,35 @@ pub fn scaled_dot_product_attention(
     value: &Tensor,
     options: &AttentionOptions,
 ) -> Result<AttentionOutput> {
+    let parallel = options.parallel.as_ref();
+    // Every other rank has to know if this one can't begin.
+    let aligned = match (aligned(query, key, value, options), parallel) {
+        (Err(error), Some(_)) => parallel::agree_on([query, key, value], HeadLayout::Bhld, options, Err(error))?,
+        (aligned, _) => aligned?,
+    };
+    let Aligned { inputs: [query, key, value], axes, options } = aligned;
+    let output = attention([&query, &key, &value], HeadLayout::Bhld, axes, &options)?;
+    let axes_of_input = |x: Tensor| match axes {
+        InputAxes::Single => x.squeeze(0)?.squeeze(0),
+        InputAxes::Batch => x.squeeze(1),
+        _ => Ok(x),
+    };
+    Ok(AttentionOutput {
+        context: axes_of_input(output.context)?,
+        weights: output.weights.map(axes_of_input).transpose()?,
+        scores: output.scores.map(axes_of_input).transpose()?,
+        logsumexp: output.logsumexp.map(axes_of_input).transpose()?,
+    })
+}
+
+/// Inputs of four axes, and options that are aligned with their scores.
+struct Aligned {
+    inputs: [Tensor; 3],
+    axes: InputAxes,
+    options: AttentionOptions,
+}
+
+fn aligned(query: &Tensor, key: &Tensor, value: &Tensor, options: &AttentionOptions) -> Result<Aligned> {
     let rank = checks::check_ranks(query, key, value)?;
     let four_axes = |x: &Tensor| match rank {
         2 => x.unsqueeze(0)?.unsqueeze(0),
@@ -83,24 +113,14 @@ pub fn scaled_dot_product_attention(
     let axes = [InputAxes::Single, InputAxes::Batch, InputAxes::Heads][rank - 2];
     let (_, num_heads, q_len, _) = query.dims4()?;
     let batch = common_batch([query.dim(0)?, key.dim(0)?, value.dim(0)?]);
-    let scores = ScoreShape { batch, num_heads, q_len, kv_len: key.dim(2)? };
+    let whole = |own: usize| options.parallel.as_ref().map_or(own, |parallel| parallel.split.len());
+    let scores = ScoreShape { batch, num_heads, q_len: whole(q_len), kv_len: whole(key.dim(2)?) };
     let options = AttentionOptions {
         attn_mask: align_mask(&options.attn_mask, &scores, axes)?,
         attn_bias: options.attn_bias.as_ref().map(|bias| align_bias(bias, &scores, axes)).transpose()?,
         ..options.clone()
     };
-    let output = attention([&query, &key, &value], HeadLayout::Bhld, axes, &options)?;
-    let axes_of_input = |x: Tensor| match rank {
-        2 => x.squeeze(0)?.squeeze(0),
-        3 => x.squeeze(1),
-        _ => Ok(x),
-    };
-    Ok(AttentionOutput {
-        context: axes_of_input(output.context)?,
-        weights: output.weights.map(axes_of_input).transpose()?,
-        scores: output.scores.map(axes_of_input).transpose()?,
-        logsumexp: output.logsumexp.map(axes_of_input).transpose()?,
-    })
+    Ok(Aligned { inputs: [query, key, value], axes, options })
 }
 
 /// [`scaled_dot_product_attention`] for query, key and value of four axes in either layout, and a mask and bias that are
@@ -112,7 +132,11 @@ pub(crate) fn attention(
     axes: InputAxes,
     options: &AttentionOptions,
 ) -> Result<AttentionOutput> {
-    let checked = Checked::new(inputs, layout, axes, options)?;
+    let checked = Checked::new(inputs, layout, axes, options);
+    let checked = match options.parallel {
+        Some(_) => parallel::agree_on(inputs, layout, options, checked.and_then(parallel::served))?,
+        None => checked?,
+    };
     let output = context_and_weights(&checked)?;
     // The scores are computed separately, so that a request for them changes no other number.
     let scores = options.return_scores.map(|stage| {
@@ -126,6 +150,7 @@ pub(crate) fn attention(
 fn context_and_weights(checked: &Checked) -> Result<AttentionOutput> {
     let options = checked.options;
     let fused = match options.backend {
+        _ if options.parallel.is_some() => return Ok(fused::attention(checked)??),
         Backend::Reference => None,
         Backend::Auto | Backend::Fused if cuda::is_asked(checked) => Some(cuda::attention(checked)?),
         Backend::Auto | Backend::Fused => Some(fused::attention(checked)?),

@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use crate::mask::Mask;
+use crate::parallel::context::ContextParallel;
 
 /// Which implementation computes attention.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,6 +100,9 @@ pub struct AttentionOptions {
     /// Whether to return [`AttentionOutput::logsumexp`]. Half types are widened for it, which changes other numbers by
     /// rounding. Numbers in f32 and f64 stay the same.
     pub return_logsumexp: bool,
+    /// The ranks that share the sequence. Query, key, value and the results are then those of this rank's tokens, and the other options
+    /// those of the whole sequence.
+    pub parallel: Option<ContextParallel>,
 }
 
 impl AttentionOptions {

@@ -156,6 +156,7 @@ impl Case {
             return_weights: false,
             return_scores: None,
             return_logsumexp: self.logsumexp,
+            parallel: None,
         })
     }
 

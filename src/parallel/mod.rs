@@ -1,0 +1,29 @@
+//! Work over several ranks: processes on MPI, or threads of one process.
+//!
+//! A [`Communicator`] is one rank's way to the others. [`threads`](threads()) makes the ranks of one process. With the feature `mpi`, `mpi_ranks`
+//! makes those of `mpirun`, from the same function. With the feature `nccl`, `nccl` takes tensors of CUDA devices.
+//! [`DataParallel`] splits the batches of a training among ranks.
+
+mod calls;
+mod communicator;
+pub(crate) mod context;
+mod data;
+mod engine;
+mod host;
+mod message;
+#[cfg(feature = "mpi")]
+mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
+mod rank;
+mod sum;
+mod threads;
+
+pub use communicator::{Communicator, Pending};
+pub use context::{ContextParallel, Order, Scheme, Split};
+pub use data::{Averaging, DataParallel, backward_from};
+#[cfg(feature = "mpi")]
+pub use mpi::{mpi, mpi_ranks};
+#[cfg(feature = "nccl")]
+pub use nccl::nccl;
+pub use threads::threads;
