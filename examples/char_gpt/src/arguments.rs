@@ -51,6 +51,9 @@ pub struct Arguments {
     /// Compute every character from the whole text before it, without a cache: slower, with the same result
     #[arg(long)]
     pub no_cache: bool,
+    /// Ranks that share each batch: threads of this process, or the processes of mpirun [default: those of mpirun, or 1]
+    #[arg(long, value_parser = size)]
+    pub ranks: Option<usize>,
     /// Print the result to stdout as one line of JSON, everything else to stderr
     #[arg(long)]
     pub json: bool,

@@ -5,17 +5,19 @@
 //! cargo run --release --bin char_gpt -- --steps 200 --out run.safetensors
 //! cargo run --release --bin char_gpt -- --resume run.safetensors --steps 2000 --prompt "Anne "
 //! cargo run --release --bin char_gpt -- --text my.txt --len 256 --dropout 0.1
+//! cargo run --release --bin char_gpt -- --ranks 2
 //! cargo run --release --bin char_gpt -- --base run.safetensors --text other.txt --adapter other
 //! ```
 //!
 //! A run is saved at regular intervals. A run that was killed at any moment and continued with `--resume` ends with the same
 //! weights, to the last bit, as an undisturbed run. `text.rs` is the data, `model.rs` the model,
-//! `training.rs` the loop, `state.rs` the file, `sampling.rs` the writing. `parity.py` trains the same model with PyTorch and
+//! `training.rs` the loop, `ranks.rs` the ranks that share the batches, `state.rs` the file, `sampling.rs` the writing. `parity.py` trains the same model with PyTorch and
 //! compares.
 
 mod adapter;
 mod arguments;
 mod model;
+mod ranks;
 mod sampling;
 mod state;
 mod text;
@@ -32,6 +34,7 @@ use clap::Parser;
 use serde_json::json;
 
 use arguments::Arguments;
+use ranks::Ranks;
 use sampling::Sampling;
 use state::{Saved, State};
 use text::Corpus;
@@ -41,12 +44,17 @@ use training::Progress;
 const PROMPT: usize = 20;
 
 fn main() -> ExitCode {
-    exit::code(run(&Arguments::parse()))
+    let arguments = Arguments::parse();
+    exit::code(ranks::run(arguments.ranks, |ranks| run(&arguments, ranks)))
 }
 
-fn run(arguments: &Arguments) -> Result<()> {
+fn run(arguments: &Arguments, ranks: &Ranks) -> Result<()> {
     // With --json, stdout is for the one line that a program reads.
-    let mut screen: Box<dyn Write> = if arguments.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
+    let mut screen: Box<dyn Write> = match (ranks.is_first(), arguments.json) {
+        (false, _) => Box::new(io::sink()),
+        (true, true) => Box::new(io::stderr()),
+        (true, false) => Box::new(io::stdout()),
+    };
     // Each step allocates the same tensors again.
     keep_freed_memory();
     let device = arguments.device.open()?;
@@ -62,22 +70,32 @@ fn run(arguments: &Arguments) -> Result<()> {
     // Bad input is refused before the training, not after it.
     let prompt = prompt(arguments, &corpus)?;
     let file = adapter.as_ref().map_or_else(|| arguments.output_file(), |(_, folder)| Ok(folder.clone()))?;
+    // Before the first save: all ranks have read their files by then.
+    check_ranks(ranks, &state, &corpus)?;
     let save = |state: &State| match &adapter {
+        _ if !ranks.is_first() => Ok(()),
         Some((base, folder)) => adapter::save(state, base, folder),
         None => state.save(&file, &corpus),
     };
     save(&state)?;
     introduce(&mut screen, &state, &corpus)?;
+    if ranks.size() > 1 {
+        writeln!(screen, "{} ranks share each batch of {} sequences.", ranks.size(), state.run.batch)?;
+    }
+    let place = (&device, ranks);
 
     // Of the base alone, if there is an adapter: a new one changes nothing.
     let first_loss =
-        adapter.as_ref().map(|_| training::validate(&state.model, &state.run, &corpus, &device)).transpose()?;
+        adapter.as_ref().map(|_| training::validate(&state.model, &state.run, &corpus, place)).transpose()?;
     if let Some(loss) = first_loss {
         writeln!(screen, "Held out, by the base alone: {loss:.3}")?;
     }
-    let progress = training::train(&mut state, &corpus, &device, (&save, arguments.save_every), &mut screen)?;
-    let validation_loss = training::validate(&state.model, &state.run, &corpus, &device)?;
+    let progress = training::train(&mut state, &corpus, place, (&save, arguments.save_every), &mut screen)?;
+    let validation_loss = training::validate(&state.model, &state.run, &corpus, place)?;
     report(&mut screen, &progress, validation_loss)?;
+    if !ranks.is_first() {
+        return Ok(());
+    }
     writeln!(screen, "Saved to {}.", file.display())?;
 
     let sampling = Sampling {
@@ -100,6 +118,16 @@ fn run(arguments: &Arguments) -> Result<()> {
         writeln!(io::stdout(), "{line}")?;
     }
     Ok(())
+}
+
+/// Refuses ranks that have read other files or flags, and more ranks than sequences.
+fn check_ranks(ranks: &Ranks, state: &State, corpus: &Corpus) -> Result<()> {
+    let (size, batch) = (ranks.size(), state.run.batch);
+    ensure!(size <= batch, "--ranks: expected at most {batch}, the sequences of a batch, got {size}");
+    ranks.agree("text", &serde_json::to_string(&corpus.id)?)?;
+    ranks.agree("run", &serde_json::to_string(&state.run)?)?;
+    let hash = text::fnv(&state.to_bytes(corpus)?);
+    ranks.agree("saved run", &format!("step {} with hash {hash:x}", state.step()))
 }
 
 /// A new run, or the saved run to continue.

@@ -8,12 +8,16 @@ use candle_attention::block::{
     Activation, CrossEntropyOptions, Embedding, MlpConfig, Norm, NormConfig, TransformerBlock, TransformerBlockConfig,
     embedding, linear, linear_cross_entropy,
 };
+use candle_attention::parallel::backward_from;
 use candle_attention::rotary::RotaryConfig;
 use candle_attention::{KvCache, Result, SelfAttentionConfig};
-use candle_core::{DType, Tensor};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var};
 use candle_nn::VarBuilder;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+
+use crate::text::Batch;
 
 /// As in Llama.
 const NORM_EPS: f64 = 1e-5;
@@ -67,6 +71,24 @@ impl ModelConfig {
             ..TransformerBlockConfig::new(attention, mlp, NormConfig::rms(NORM_EPS))
         }
     }
+}
+
+/// Where the forward pass uses a parameter: embeddings first, then the blocks, then norm and head.
+pub fn place_in_forward_pass(parameter: &str) -> usize {
+    let mut parts = parameter.split('.');
+    match (parts.next(), parts.next().and_then(|layer| layer.parse::<usize>().ok())) {
+        (Some("blocks"), Some(layer)) => 1 + layer,
+        (Some("tokens" | "positions"), _) => 0,
+        _ => usize::MAX,
+    }
+}
+
+/// Where a batch stands in the training. Each sequence of each step has its own dropout.
+#[derive(Clone, Copy)]
+pub struct Place {
+    pub step: usize,
+    /// The first sequence among those of the step, whichever rank computes it.
+    pub first_row: usize,
 }
 
 /// Embedding, blocks, a last norm, and a linear head.
@@ -135,18 +157,62 @@ impl Gpt {
         self.blocks.iter().map(|block| block.kv_cache(1)).collect()
     }
 
-    /// The mean of -ln p(target) over all tokens; in training with the dropout of this step.
-    pub fn loss(&self, tokens: &Tensor, targets: &Tensor, step: Option<usize>) -> Result<Tensor> {
-        for block in self.blocks.iter().filter(|_| step.is_some()) {
-            block.set_dropout_calls([step.unwrap_or(0) as u64; 2]);
-        }
-        let x = self.states(tokens, |block, _, x| block.forward_t(x, step.is_some()), 0)?;
-        let (x, head) = match step {
+    /// The mean of -ln p(target) over all tokens; in training with the dropout of this place.
+    pub fn loss(&self, batch: &Batch, place: Option<Place>) -> Result<Tensor> {
+        let block = |block: &TransformerBlock, _, x: &Tensor| match place {
+            Some(place) => self.trained(block, x, place),
+            None => block.forward(x),
+        };
+        let x = self.states(&batch.inputs, block, 0)?;
+        let (x, head) = match place {
             Some(_) => (x, self.head.clone()),
             // A loss in bf16 has two digits, which is too few to compare models by.
             None => (x.to_dtype(DType::F32)?, self.head.to_dtype(DType::F32)?),
         };
-        linear_cross_entropy(&x, &head, None, targets, &CrossEntropyOptions::default())
+        linear_cross_entropy(&x, &head, None, &batch.targets, &CrossEntropyOptions::default())
+    }
+
+    /// As [`Gpt::loss`] in training, with the backward pass. `take` gets the gradients of the head and of each block, from the last to the
+    /// first, before those of the blocks below are computed.
+    pub fn loss_by_segments(
+        &self,
+        batch: &Batch,
+        place: Place,
+        take: &mut impl FnMut(&GradStore) -> Result<()>,
+    ) -> Result<Tensor> {
+        let (mut x, mut segments) = (self.embedded(&batch.inputs, 0)?, Vec::with_capacity(self.blocks.len()));
+        for block in &self.blocks {
+            let output = self.trained(block, &x, place)?;
+            // The next segment computes the gradient of this copy.
+            let copy = Var::from_tensor(&output.detach())?;
+            x = copy.as_tensor().clone();
+            segments.push((output, copy));
+        }
+        let options = CrossEntropyOptions::default();
+        let loss = linear_cross_entropy(&self.norm.forward(&x)?, &self.head, None, &batch.targets, &options)?;
+        let mut gradients = loss.backward()?;
+        take(&gradients)?;
+        for (output, copy) in segments.into_iter().rev() {
+            let Some(gradient) = gradients.get(&copy) else { break };
+            gradients = backward_from(&output, gradient)?;
+            take(&gradients)?;
+        }
+        Ok(loss)
+    }
+
+    /// A block in training. With dropout each sequence is a call of its own, since a call's dropout depends on the place in its input,
+    /// and a sequence has another place if more ranks share the batch.
+    fn trained(&self, block: &TransformerBlock, x: &Tensor, place: Place) -> Result<Tensor> {
+        if self.config.dropout == 0.0 {
+            return block.forward_t(x, true);
+        }
+        let sequence = |row: usize| {
+            // `--batch` is at most 65536.
+            let call = (place.step as u64) << 16 | (place.first_row + row) as u64;
+            block.set_dropout_calls([call; 2]);
+            block.forward_t(&x.narrow(0, row, 1)?, true)
+        };
+        Ok(Tensor::cat(&(0..x.dim(0)?).map(sequence).collect::<Result<Vec<_>>>()?, 0)?)
     }
 
     /// Tokens (batch, len), the first of them at position `first`, to states (batch, len, width).
@@ -156,16 +222,20 @@ impl Gpt {
         mut block: impl FnMut(&TransformerBlock, usize, &Tensor) -> Result<Tensor>,
         first: usize,
     ) -> Result<Tensor> {
-        let (batch, len) = tokens.dims2()?;
-        let mut x = self.tokens.forward(tokens)?;
-        if let Some(positions) = &self.positions {
-            let ids = Tensor::arange(first as u32, (first + len) as u32, tokens.device())?;
-            x = (x + positions.forward(&ids.expand((batch, len))?)?)?;
-        }
+        let mut x = self.embedded(tokens, first)?;
         for (layer, each) in self.blocks.iter().enumerate() {
             x = block(each, layer, &x)?;
         }
         self.norm.forward(&x)
+    }
+
+    /// Tokens (batch, len), the first of them at position `first`, to what the first block reads.
+    fn embedded(&self, tokens: &Tensor, first: usize) -> Result<Tensor> {
+        let (batch, len) = tokens.dims2()?;
+        let x = self.tokens.forward(tokens)?;
+        let Some(positions) = &self.positions else { return Ok(x) };
+        let ids = Tensor::arange(first as u32, (first + len) as u32, tokens.device())?;
+        Ok((x + positions.forward(&ids.expand((batch, len))?)?)?)
     }
 
     fn logits(&self, states: &Tensor) -> Result<Tensor> {

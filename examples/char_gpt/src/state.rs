@@ -102,6 +102,12 @@ impl State {
 
     /// Saves the run. The file is replaced as a whole or not at all, even if this process is killed.
     pub fn save(&self, file: &Path, corpus: &Corpus) -> Result<()> {
+        let bytes = self.to_bytes(corpus)?;
+        replace(file, &bytes).with_context(|| format!("{}: can't write the run", file.display()))
+    }
+
+    /// What [`State::save`] writes.
+    pub fn to_bytes(&self, corpus: &Corpus) -> Result<Vec<u8>> {
         let header = Header {
             run: self.run.clone(),
             step: self.step(),
@@ -114,8 +120,7 @@ impl State {
         let moments = self.optimizer.state()?.into_iter().map(|(name, tensor)| (format!("{OPTIMIZER}{name}"), tensor));
         let on_cpu = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?));
         let tensors = parameters.chain(moments).map(on_cpu).collect::<candle_core::Result<BTreeMap<_, _>>>()?;
-        let bytes = safetensors::serialize(tensors, Some(metadata))?;
-        replace(file, &bytes).with_context(|| format!("{}: can't write the run", file.display()))
+        Ok(safetensors::serialize(tensors, Some(metadata))?)
     }
 }
 

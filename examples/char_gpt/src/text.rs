@@ -1,12 +1,15 @@
 //! A text as numbers, one for each character, in a part for training and one that is held out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use attention_examples::random::Random;
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+
+use crate::state::RunConfig;
 
 /// The first volume of Jane Austen's "Persuasion" (see README.md).
 const PERSUASION: &str = include_str!("../persuasion.txt");
@@ -94,10 +97,7 @@ impl Corpus {
     fn of(text: &str, vocabulary: Vocabulary) -> Result<Self> {
         let tokens = vocabulary.encode(text)?;
         let (train, held_out) = tokens.split_at(tokens.len() - tokens.len() / 10);
-        let hash = text
-            .bytes()
-            .fold(0xCBF2_9CE4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3));
-        let id = TextId { characters: tokens.len(), hash };
+        let id = TextId { characters: tokens.len(), hash: fnv(text.as_bytes()) };
         Ok(Self { id, vocabulary, train: train.to_vec(), held_out: held_out.to_vec() })
     }
 
@@ -109,11 +109,12 @@ impl Corpus {
         Ok(())
     }
 
-    /// The batch of a training step: sequences with random starts.
-    pub fn batch(&self, seed: u64, step: usize, (batch, len): (usize, usize), device: &Device) -> Result<Batch> {
-        let mut random = Random::new(seed, "batch", step as u64);
-        let starts = (0..batch).map(|_| random.below(self.train.len() - len)).collect::<Vec<_>>();
-        to_batch(&self.train, &starts, len, device)
+    /// Some rows of the batch of a training step: sequences with random starts.
+    pub fn batch(&self, run: &RunConfig, step: usize, rows: Range<usize>, device: &Device) -> Result<Batch> {
+        let len = run.model.len;
+        let mut random = Random::new(run.model.seed, "batch", step as u64);
+        let starts = (0..run.batch).map(|_| random.below(self.train.len() - len)).collect::<Vec<_>>();
+        to_batch(&self.train, &starts[rows], len, device)
     }
 
     /// The held-out text from end to end, `batch` sequences at a time.
@@ -136,6 +137,11 @@ impl Corpus {
         let loss_of = |token: &u32| -(counts[*token as usize] / total).ln();
         self.held_out.iter().map(loss_of).sum::<f64>() / self.held_out.len() as f64
     }
+}
+
+/// FNV-1a.
+pub fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xCBF2_9CE4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
 }
 
 fn to_batch(tokens: &[u32], starts: &[usize], len: usize, device: &Device) -> Result<Batch> {
