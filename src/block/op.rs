@@ -15,7 +15,7 @@ use crate::gradient::to_be_added;
 use crate::memory;
 
 /// A type of number that both candle and the kernels know.
-pub(crate) trait Dtype: Element + MatmulElement + Number<Float: WithDType> + WithDType {}
+pub(crate) trait Dtype: Element + MatmulElement + Number<Float: WithDType + Element> + WithDType {}
 
 impl Dtype for f16 {}
 impl Dtype for bf16 {}

@@ -164,6 +164,11 @@ impl TransformerBlock {
     /// See [`TransformerBlock`].
     pub fn forward_with(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
         self.attention.check_input(x)?;
+        if options.parallel.is_some() && options.train && (self.config.dropout_p > 0.0 || self.mlp.adapter_drops()) {
+            // Its numbers would be those of the places among this rank's tokens.
+            let (expected, got) = ("a block over several ranks without it", "dropout of its branches or of an adapter");
+            return Err(AttentionError::Backend { expected, got }.into());
+        }
         let call = Call { adapter: &options.adapter, seed: self.call_seed(options.train) };
         self.forward_by(x, &call, self.recompute, |x, branch| self.attention.forward_in_branch(x, options, branch))
     }

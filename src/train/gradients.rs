@@ -34,12 +34,12 @@ pub fn named_variables(varmap: &VarMap) -> Vec<(String, Var)> {
     variables
 }
 
-pub(super) fn error(name: &str, expected: impl Into<String>, got: impl Into<String>) -> AttentionError {
+pub(crate) fn error(name: &str, expected: impl Into<String>, got: impl Into<String>) -> AttentionError {
     AttentionError::Gradient { name: name.into(), expected: expected.into(), got: got.into() }
 }
 
 /// The gradient of a parameter, contiguous; `None` if there is none. Its dtype is that of the parameter or, for half types, f32.
-pub(super) fn of(gradients: &GradStore, name: &str, var: &Var) -> Result<Option<Tensor>> {
+pub(crate) fn of(gradients: &GradStore, name: &str, var: &Var) -> Result<Option<Tensor>> {
     let Some(gradient) = gradients.get(var) else { return Ok(None) };
     if gradient.dims() != var.dims() {
         let (expected, got) = (format!("shape {:?}", var.dims()), format!("{:?}", gradient.dims()));

@@ -34,7 +34,7 @@ mod accumulation;
 mod adamw;
 mod clipping;
 mod grad_scaler;
-mod gradients;
+pub(crate) mod gradients;
 mod in_place;
 mod schedule;
 
