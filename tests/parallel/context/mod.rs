@@ -6,4 +6,3 @@ mod layer;
 mod messages;
 mod setup;
 mod split;
-mod time;
