@@ -42,8 +42,8 @@ fn run(block: &TransformerBlock, x: &Var, options: &ForwardOptions) -> Result<Ve
 
 #[test]
 fn quantised_block_is_the_block_with_the_numbers_of_its_blocks() -> Result<()> {
-    // In bf16 both round in other places: 0.05 with AVX-512, 0.07 with AVX2.
-    for (dtype, tolerance) in [(DType::F64, 1e-11), (DType::F32, 1e-4), (DType::BF16, 0.1)] {
+    // In bf16 both round in other places: by up to 0.05 with AVX-512, and 0.16 with AVX2.
+    for (dtype, tolerance) in [(DType::F64, 1e-11), (DType::F32, 1e-4), (DType::BF16, 0.2)] {
         let block = blocks_common::block(&large(), dtype)?;
         for format in FORMATS {
             let quantised = block.quantise(format)?;
