@@ -59,7 +59,7 @@ pub fn config(name: &str) -> SelfAttentionConfig {
 pub fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 1e-12,
-        DType::F32 => 2e-6,
+        DType::F32 => 1e-6,
         DType::F16 => 4e-3,
         _ => 3e-2,
     }
