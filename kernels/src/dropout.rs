@@ -1,6 +1,6 @@
 //! Dropout of weights: which are dropped is a function of the seed and of the score's place alone.
 //!
-//! The score at (b, h, i, j) takes number j mod 4 of [`philox`] at the counter (j / 4, i, b · num_heads
+//! The score at (b, h, i, j) takes number j mod 4 of [`philox`] at the counter (j / 4, i, first + b · num_heads
 //! + h), whose last part fills the two upper words. It is dropped where that number is less than p · 2^32.
 
 use std::ops::Range;
@@ -15,13 +15,16 @@ use crate::philox::{MULTIPLIER, ROUNDS, WEYL, philox};
 use crate::schedule::for_each_chunk;
 use crate::simd::{MAX_LANES, SimdFloat};
 
-/// Dropout: each weight is dropped with probability `p`, and the others are multiplied by 1 / (1 - p).
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Dropout: each number is dropped with probability `p`, and the others are multiplied by 1 / (1 - p).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Dropout {
     /// The probability, in [0, 1).
     pub p: f64,
-    /// Decides which weights are dropped.
+    /// Decides which numbers are dropped.
     pub seed: u64,
+    /// Where the numbers start in a larger whole, whose numbers are dropped whether its parts are computed together or apart. Scores
+    /// count the heads of all sequences before theirs, other tensors the numbers before theirs.
+    pub first: u64,
 }
 
 impl Dropout {
@@ -31,7 +34,7 @@ impl Dropout {
     }
 
     /// What each weight of a tile is multiplied by: `factors` has a row for each key of `keys`, in it a number for each query
-    /// from `first_query` on. `head` counts the heads of all sequences.
+    /// from `first_query` on. `head` counts the heads of all sequences from `first` on.
     #[inline(always)]
     pub(crate) fn factors<R: SimdFloat, S: Simd>(
         &self,
@@ -42,6 +45,7 @@ impl Dropout {
         mut factors: MatrixMut<R>,
     ) {
         let (threshold, width) = (self.threshold(), factors.columns());
+        let head = self.first.wrapping_add(head);
         let keep = R::from_f64(1.0 / (1.0 - self.p));
         for block in keys.start / 4..keys.end.div_ceil(4) {
             for lane in (0..width).step_by(S::U32_LANES) {
@@ -96,8 +100,7 @@ pub(crate) fn philox_lanes<S: Simd>(
     numbers
 }
 
-/// What dropout keeps (1) and drops (0) of scores of shape (batch, num_heads, q_len, kv_len), each dropped with
-/// probability `p`.
+/// What dropout keeps (1) and drops (0) of scores of shape (batch, num_heads, q_len, kv_len).
 ///
 /// # Errors
 ///
@@ -106,25 +109,30 @@ pub(crate) fn philox_lanes<S: Simd>(
 /// # Examples
 ///
 /// ```
+/// use attention_kernels::Dropout;
 /// use attention_kernels::dropout::kept_by_dropout;
 ///
-/// let kept = kept_by_dropout(7, 0.25, (1, 1, 100, 100))?;
+/// let dropout = Dropout { p: 0.25, seed: 7, first: 0 };
+/// let kept = kept_by_dropout(dropout, (1, 1, 100, 100))?;
 /// let share = kept.iter().map(|&kept| f64::from(kept)).sum::<f64>() / 10_000.0;
 /// assert!((share - 0.75).abs() < 0.02);
+///
+/// // The second of two heads alone.
+/// let both = kept_by_dropout(dropout, (1, 2, 10, 10))?;
+/// assert_eq!(kept_by_dropout(Dropout { first: 1, ..dropout }, (1, 1, 10, 10))?, both[100..]);
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
 pub fn kept_by_dropout(
-    seed: u64,
-    p: f64,
+    dropout: Dropout,
     (batch, heads, q_len, kv_len): (usize, usize, usize, usize),
 ) -> Result<Vec<u8>, Error> {
     const WHAT: &str = "weights that dropout keeps";
-    let threshold = Dropout { p, seed }.threshold();
+    let threshold = dropout.threshold();
     let mut kept = filled(WHAT, product(WHAT, &[batch, heads, q_len, kv_len])?, 0u8)?;
     for_each_chunk(&mut kept, kv_len.max(1), |row, kept| {
-        let (head, i) = ((row / q_len) as u64, (row % q_len) as u32);
+        let (head, i) = (dropout.first.wrapping_add((row / q_len) as u64), (row % q_len) as u32);
         for (block, kept) in kept.chunks_mut(4).enumerate() {
-            let numbers = philox(seed, [block as u32, i, head as u32, (head >> 32) as u32]);
+            let numbers = philox(dropout.seed, [block as u32, i, head as u32, (head >> 32) as u32]);
             kept.iter_mut().zip(numbers).for_each(|(kept, number)| *kept = u8::from(number >= threshold));
         }
     });
@@ -138,17 +146,20 @@ mod tests {
 
     #[test]
     fn dropout_depends_on_the_place_alone() {
-        let small = kept_by_dropout(3, 0.3, (1, 1, 2, 5)).unwrap();
-        let large = kept_by_dropout(3, 0.3, (2, 3, 4, 9)).unwrap();
-        for i in 0..2 {
-            assert_eq!(small[i * 5..][..5], large[i * 9..][..5]);
+        let dropout = Dropout { p: 0.3, seed: 3, first: 0 };
+        let large = kept_by_dropout(dropout, (2, 3, 4, 9)).unwrap();
+        for head in 0..6 {
+            let small = kept_by_dropout(Dropout { first: head, ..dropout }, (1, 1, 2, 5)).unwrap();
+            for i in 0..2 {
+                assert_eq!(small[i * 5..][..5], large[(head as usize * 4 + i) * 9..][..5]);
+            }
         }
     }
 
     #[test]
     fn more_scores_than_memory_are_an_error() {
         for len in [usize::MAX, 1 << 40] {
-            assert!(matches!(kept_by_dropout(3, 0.3, (1, 1, len, len)), Err(Error::Memory { .. })));
+            assert!(matches!(kept_by_dropout(Dropout::default(), (1, 1, len, len)), Err(Error::Memory { .. })));
         }
     }
 
@@ -170,8 +181,8 @@ mod tests {
     fn factors_of_a_tile_are_those_of_the_whole() {
         with_every_simd!(|simd| {
             let (heads, q_len, kv_len) = (3, 40, 21);
-            let dropout = Dropout { p: 0.4, seed: 11 };
-            let kept = kept_by_dropout(dropout.seed, dropout.p, (1, heads, q_len, kv_len)).unwrap();
+            let dropout = Dropout { p: 0.4, seed: 11, first: 1 };
+            let kept = kept_by_dropout(dropout, (1, heads, q_len, kv_len)).unwrap();
             let (head, first_query, keys, width) = (2, 3, 5..18, 33);
             let mut factors = vec![0f64; keys.len() * (width + 1)];
             let target = MatrixMut::new(&mut factors, keys.len(), width, width + 1);

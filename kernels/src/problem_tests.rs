@@ -161,7 +161,10 @@ fn softcap_of_zero_is_none() {
 #[test]
 fn dropout_that_is_no_probability_below_1_is_refused() {
     for p in [-0.1, 1.0, f64::NAN] {
-        refuses_option(ProblemOptions { dropout: Some(Dropout { p, seed: 0 }), ..Default::default() }, "dropout");
+        refuses_option(
+            ProblemOptions { dropout: Some(Dropout { p, ..Dropout::default() }), ..Default::default() },
+            "dropout",
+        );
     }
 }
 

@@ -39,7 +39,7 @@ const OF_TENSORS: u32 = u32::MAX;
 /// use attention_kernels::residual::add_dropped;
 ///
 /// assert_eq!(add_dropped(Some(&[1f32, 2.0]), &[3.0, 4.0], None)?, [4.0, 6.0]);
-/// let half = add_dropped(Some(&[1f32; 1000]), &[3.0; 1000], Some(Dropout { p: 0.5, seed: 7 }))?;
+/// let half = add_dropped(Some(&[1f32; 1000]), &[3.0; 1000], Some(Dropout { p: 0.5, seed: 7, first: 0 }))?;
 /// assert!(half.iter().all(|&y| y == 1.0 || y == 7.0));
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
@@ -105,10 +105,13 @@ fn dropped<E: Number>(what: &'static str, x: Option<&[E]>, branch: &[E], dropout
         // SAFETY: no two tasks have an element in common.
         let mut to = unsafe { shared.rows(first, 1, count, count) };
         let (x, branch) = (x.map(|x| &x[first..][..count]), &branch[first..][..count]);
-        let first_group = (first / GROUP) as u64;
-        let mut numbers = filled("random numbers of dropout", count.next_multiple_of(GROUP), 0)?;
-        draw(dropout.seed, first_group, &mut numbers);
-        instruction_set().dispatch(Part { x, branch, to: to.row(0), dropout, numbers: &numbers });
+        let whole = dropout.first.wrapping_add(first as u64);
+        // The numbers before the task's in its first group.
+        let before = (whole % GROUP as u64) as usize;
+        let mut numbers = filled("random numbers of dropout", count.next_multiple_of(GROUP) + GROUP, 0)?;
+        let drawn = (before + count).next_multiple_of(GROUP);
+        draw(dropout.seed, whole / GROUP as u64, &mut numbers[..drawn]);
+        instruction_set().dispatch(Part { x, branch, to: to.row(0), dropout, numbers: &numbers[before..] });
         Ok(())
     })?;
     // SAFETY: `reserve` has made room for `len` numbers, and the tasks have written all of them.
@@ -116,13 +119,13 @@ fn dropped<E: Number>(what: &'static str, x: Option<&[E]>, branch: &[E], dropout
     Ok(result)
 }
 
-/// A task: whole groups, but for the last of the tensor.
+/// A task.
 struct Part<'a, E> {
     x: Option<&'a [E]>,
     branch: &'a [E],
     to: &'a mut [MaybeUninit<E>],
     dropout: Dropout,
-    /// Random numbers of whole groups.
+    /// A random number for each number of the task, and more after them.
     numbers: &'a [u32],
 }
 
@@ -212,12 +215,16 @@ mod tests {
 
     #[test]
     fn what_is_dropped_depends_on_the_position_alone_and_has_the_right_share() {
-        let dropout = Some(Dropout { p: 0.25, seed: 5 });
+        let dropout = Dropout { p: 0.25, seed: 5, first: 0 };
         let count = if cfg!(miri) { 300 } else { 3 * NUMBERS_PER_TASK + 77 };
         let ones = vec![1f32; count];
-        let long = add_dropped(None, &ones, dropout).unwrap();
+        let long = add_dropped(None, &ones, Some(dropout)).unwrap();
         for short in [1, 63, 64, 200] {
-            assert_eq!(add_dropped(None, &ones[..short], dropout).unwrap(), long[..short]);
+            assert_eq!(add_dropped(None, &ones[..short], Some(dropout)).unwrap(), long[..short]);
+        }
+        for first in [1, 63, 64, 200, count - 1] {
+            let dropout = Some(Dropout { first: first as u64, ..dropout });
+            assert_eq!(add_dropped(None, &ones[first..], dropout).unwrap(), long[first..], "{first}");
         }
         let kept = long.iter().filter(|&&y| y != 0.0).count() as f64 / count as f64;
         assert!((kept - 0.75).abs() < if cfg!(miri) { 0.1 } else { 0.01 }, "{kept}");
@@ -226,7 +233,7 @@ mod tests {
 
     #[test]
     fn gradient_is_zero_where_the_branch_was_dropped() {
-        let dropout = Some(Dropout { p: 0.5, seed: 6 });
+        let dropout = Some(Dropout { p: 0.5, seed: 6, first: 0 });
         let x = vec![bf16::from_f32(2.0); 150];
         let sum = add_dropped(Some(&x), &x, dropout).unwrap();
         let grad = dropped_gradient(&x, dropout).unwrap();
@@ -236,7 +243,7 @@ mod tests {
 
     #[test]
     fn dropped_infinity_is_zero() {
-        let dropout = Some(Dropout { p: 0.5, seed: 6 });
+        let dropout = Some(Dropout { p: 0.5, seed: 6, first: 0 });
         let sum = add_dropped(Some(&[1f64; 100]), &[f64::INFINITY; 100], dropout).unwrap();
         assert!(sum.contains(&1.0) && sum.contains(&f64::INFINITY));
         assert!(!sum.iter().any(|x| x.is_nan()));
@@ -246,7 +253,7 @@ mod tests {
     fn bad_input_is_an_error() {
         assert!(matches!(add_dropped(Some(&[1f32; 3]), &[1.0; 4], None), Err(Error::Length { got: 3, .. })));
         for p in [1.0, -0.1, f64::NAN] {
-            let result = dropped_gradient(&[1f32; 3], Some(Dropout { p, seed: 0 }));
+            let result = dropped_gradient(&[1f32; 3], Some(Dropout { p, ..Dropout::default() }));
             assert!(matches!(result, Err(Error::Option { what: "dropout", .. })), "{p}");
         }
     }

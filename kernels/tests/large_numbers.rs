@@ -179,7 +179,7 @@ fn long_cases(sizes: &Sizes) -> Vec<Case> {
     let plain = plain(sizes);
     let lengths = Rule::FirstKeys(PerSequence::Same(sizes.kv_len - 1));
     let bias = Some(([1, 1, sizes.q_len, sizes.kv_len], uniform(9, 1.0, sizes.q_len * sizes.kv_len).collect()));
-    let dropout = Some(Dropout { p: 0.25, seed: 3 });
+    let dropout = Some(Dropout { p: 0.25, seed: 3, first: 0 });
     vec![
         Case { rule: lengths, ..plain.clone() },
         Case { bias, softcap: Some(2.0), ..plain.clone() },

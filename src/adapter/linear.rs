@@ -84,9 +84,9 @@ impl LoraLinear {
         let (weight, bias) = (self.projection.weight(), self.projection.bias());
         check(x, weight, bias)?;
         let nth = || philox::nth_seed(self.seed(), self.dropout_calls.fetch_add(1, Ordering::Relaxed));
-        let call = Call { adapter, seed: (train && self.projection.drops()).then(nth) };
+        let call = Call { adapter, seed: (train && self.projection.drops()).then(nth), ..Call::default() };
         let shape = [&x.dims()[..x.rank() - 1], &[weight.dim(0)?]].concat();
-        Ok(project(self.projection.call(&call)?, x, &shape)?)
+        Ok(project(self.projection.call(&call, 1)?, x, &shape)?)
     }
 
     /// The seed of dropout: that of the adapter which was added last.

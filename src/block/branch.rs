@@ -6,7 +6,7 @@ use attention_kernels::Dropout;
 use attention_kernels::residual::{add_dropped, dropped_gradient};
 use candle_core::{Result, Tensor};
 
-use crate::block::dropout::{add_dropped as add_dropped_tensors, dropout};
+use crate::block::dropout::{add_dropped_out, drop_out};
 use crate::block::norm_layer::Norm;
 use crate::block::op::Dtype;
 use crate::block::operand::{LayerGradients, checked};
@@ -43,9 +43,9 @@ impl Branch<'_> {
     pub(crate) fn finish(self, x: &Tensor, output: Tensor) -> crate::error::Result<Tensor> {
         match (self.dropout, self.residual) {
             (None, false) => Ok(output),
-            (None, true) => add_dropped_tensors(x, &output, 0.0, 0),
-            (Some(Dropout { p, seed }), true) => add_dropped_tensors(x, &output, p, seed),
-            (Some(Dropout { p, seed }), false) => dropout(&output, p, seed),
+            (None, true) => add_dropped_out(x, &output, Dropout::default()),
+            (Some(dropout), true) => add_dropped_out(x, &output, dropout),
+            (Some(dropout), false) => drop_out(&output, dropout),
         }
     }
 }

@@ -39,14 +39,19 @@ use crate::memory;
 ///
 /// Source: Srivastava et al., "Dropout" (JMLR 2014), section 10.
 pub fn dropout(x: &Tensor, p: f64, seed: u64) -> Result<Tensor> {
-    check("x", x, p)?;
-    if p == 0.0 || x.elem_count() == 0 {
+    drop_out(x, Dropout { p, seed, first: 0 })
+}
+
+/// As [`dropout`], for a tensor that is a part of a larger one.
+pub(crate) fn drop_out(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
+    check("x", x, dropout.p)?;
+    if dropout.p == 0.0 || x.elem_count() == 0 {
         return Ok(x.clone());
     }
     if x.device().is_cpu() {
-        return Ok(op::apply(Dropped(Some(Dropout { p, seed })), [x])?);
+        return Ok(op::apply(Dropped(Some(dropout)), [x])?);
     }
-    Ok(elsewhere(&widened(x)?, p, seed)?.to_dtype(x.dtype())?)
+    Ok(elsewhere(&widened(x)?, dropout)?.to_dtype(x.dtype())?)
 }
 
 /// residual + dropout(branch), in one pass over memory.
@@ -71,7 +76,12 @@ pub fn dropout(x: &Tensor, p: f64, seed: u64) -> Result<Tensor> {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn add_dropped(residual: &Tensor, branch: &Tensor, p: f64, seed: u64) -> Result<Tensor> {
-    check("residual", residual, p)?;
+    add_dropped_out(residual, branch, Dropout { p, seed, first: 0 })
+}
+
+/// As [`add_dropped`], for tensors that are parts of larger ones.
+pub(crate) fn add_dropped_out(residual: &Tensor, branch: &Tensor, dropout: Dropout) -> Result<Tensor> {
+    check("residual", residual, dropout.p)?;
     check_device("branch", branch, residual)?;
     if branch.dtype() != residual.dtype() {
         let expected = format!("{:?}, as the residual has", residual.dtype());
@@ -82,12 +92,12 @@ pub fn add_dropped(residual: &Tensor, branch: &Tensor, p: f64, seed: u64) -> Res
         return Err(AttentionError::Shape { tensor: "branch", expected, shape: branch.dims().to_vec() }.into());
     }
     if residual.device().is_cpu() {
-        return Ok(op::apply(Dropped((p > 0.0).then_some(Dropout { p, seed })), [residual, branch])?);
+        return Ok(op::apply(Dropped((dropout.p > 0.0).then_some(dropout)), [residual, branch])?);
     }
     if residual.elem_count() == 0 {
         return Ok(connected(residual.clone(), branch)?);
     }
-    let branch = if p > 0.0 { elsewhere(&widened(branch)?, p, seed)? } else { widened(branch)? };
+    let branch = if dropout.p > 0.0 { elsewhere(&widened(branch)?, dropout)? } else { widened(branch)? };
     Ok((widened(residual)? + branch)?.to_dtype(residual.dtype())?)
 }
 
@@ -98,12 +108,12 @@ fn check(tensor: &'static str, x: &Tensor, p: f64) -> Result<(), AttentionError>
 }
 
 /// Dropout by candle's operations. What is kept is drawn on the CPU.
-fn elsewhere(x: &Tensor, p: f64, seed: u64) -> candle_core::Result<Tensor> {
+fn elsewhere(x: &Tensor, dropout: Dropout) -> candle_core::Result<Tensor> {
     const WHAT: &str = "numbers that dropout keeps";
     let ones = filled(WHAT, x.elem_count(), 1f32).map_err(AttentionError::from)?;
-    let kept = residual::add_dropped(None, &ones, Some(Dropout { p, seed })).map_err(AttentionError::from)?;
+    let kept = residual::add_dropped(None, &ones, Some(dropout)).map_err(AttentionError::from)?;
     let kept = Tensor::from_vec(kept, x.shape(), x.device())?.gt(0f32)?;
-    kept.where_cond(&x.affine(1.0 / (1.0 - p), 0.0)?, &x.zeros_like()?)
+    kept.where_cond(&x.affine(1.0 / (1.0 - dropout.p), 0.0)?, &x.zeros_like()?)
 }
 
 /// Dropout of a branch, alone or added to a residual. Without dropout it is a plain sum.

@@ -156,15 +156,16 @@ impl Mlp {
     ///
     /// See [`Mlp`], and a name that no adapter has.
     pub fn forward_with(&self, x: &Tensor, adapter: &AdapterChoice, dropout_seed: Option<u64>) -> Result<Tensor> {
-        self.forward_in_branch(x, Branch::default(), &Call { adapter, seed: dropout_seed })
+        self.forward_in_branch(x, Branch::default(), &Call { adapter, seed: dropout_seed, ..Call::default() })
     }
 
     /// The output with what stands around the MLP in a block.
     pub(crate) fn forward_in_branch(&self, x: &Tensor, branch: Branch, call: &Call) -> Result<Tensor> {
         self.check_input(x)?;
         let MlpConfig { activation, embed_dim, hidden_dim, .. } = self.config;
-        let gate = self.gate.as_ref().map(|gate| gate.call(call)).transpose()?;
-        let (up, down) = (self.up.call(call)?, self.down.call(call)?);
+        let len = x.dims().iter().rev().nth(1).copied().unwrap_or(1);
+        let gate = self.gate.as_ref().map(|gate| gate.call(call, len)).transpose()?;
+        let (up, down) = (self.up.call(call, len)?, self.down.call(call, len)?);
         if x.device().is_cpu() && x.elem_count() > 0 {
             let (is_gated, inner) = (gate.is_some(), SideBySide::new(gate.into_iter().chain([up]))?);
             let (activation, down, branch) = (activation.kernel(), SideBySide::new([down])?, branch.to_owned());

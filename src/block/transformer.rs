@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use attention_kernels::{Dropout, philox};
-use candle_core::{Result as CandleResult, Tensor, Var};
+use candle_core::{D, Result as CandleResult, Tensor, Var};
 use candle_nn::{ModuleT, VarBuilder};
 
 use crate::block::branch::Branch;
@@ -169,7 +169,8 @@ impl TransformerBlock {
             let (expected, got) = ("a block over several ranks without it", "dropout of its branches or of an adapter");
             return Err(AttentionError::Backend { expected, got }.into());
         }
-        let call = Call { adapter: &options.adapter, seed: self.call_seed(options.train) };
+        let seed = self.call_seed(options.train);
+        let call = Call { adapter: &options.adapter, seed, first_sequence: options.first_sequence };
         self.forward_by(x, &call, self.recompute, |x, branch| self.attention.forward_in_branch(x, options, branch))
     }
 
@@ -206,7 +207,7 @@ impl TransformerBlock {
         self.attention.check_input(x)?;
         // There is no backward pass, for which to keep anything.
         let recompute = true;
-        let call = Call { adapter: &options.adapter, seed: None };
+        let call = Call { adapter: &options.adapter, ..Call::default() };
         let output = self.forward_by(&x.detach(), &call, recompute, |x, branch| {
             let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
             let output = self.attention.forward_cached_with(&normed, cache, options)?;
@@ -223,7 +224,7 @@ impl TransformerBlock {
         recompute: bool,
         attention: impl FnOnce(&Tensor, Branch) -> Result<ForwardOutput>,
     ) -> Result<ForwardOutput> {
-        let [first, second] = self.dropout(call);
+        let [first, second] = self.dropout(x, call)?;
         let attended = attention(x, self.branch(0, first, recompute))?;
         let x = self.after(0, x, attended.output, first)?;
         let output = self.mlp.forward_in_branch(&x, self.branch(1, second, recompute), call)?;
@@ -257,11 +258,12 @@ impl TransformerBlock {
         drops.then(|| philox::nth_seed(self.dropout_seed, self.dropout_calls.fetch_add(1, Ordering::Relaxed)))
     }
 
-    /// The dropout of both parts in one call.
-    fn dropout(&self, call: &Call) -> [Option<Dropout>; 2] {
+    /// The dropout of both parts in one call, whose branches have the shape of x.
+    fn dropout(&self, x: &Tensor, call: &Call) -> Result<[Option<Dropout>; 2]> {
         let p = self.config.dropout_p;
         let seed = call.seed.filter(|_| p > 0.0);
-        [0, 1].map(|part| seed.map(|seed| Dropout { p, seed: philox::nth_seed(seed, part) }))
+        let first = call.first_number(x.dim(D::Minus2)?, x.dim(D::Minus1)?);
+        Ok([0, 1].map(|part| seed.map(|seed| Dropout { p, seed: philox::nth_seed(seed, part), first })))
     }
 
     /// The tensors of the block in a layout.

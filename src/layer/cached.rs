@@ -110,7 +110,7 @@ impl Core {
         let batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
         let memories = [&batch(memories[0])?, &batch(memories[1])?];
         let (key, value) =
-            self.keys_and_values(memories, &Positions::from_offsets(&[0]), &Call { adapter, seed: None })?;
+            self.keys_and_values(memories, &Positions::from_offsets(&[0]), &Call { adapter, ..Call::default() })?;
         // The keys of a head are stored contiguously, since every call reads them in this order.
         let by_head = |x: Tensor| memory::contiguous("projected memory", &x.transpose(1, 2)?)?.transpose(1, 2);
         let adapter = self.k_proj.chosen(adapter)?.map(|adapter| adapter.name.clone());

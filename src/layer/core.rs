@@ -178,7 +178,7 @@ impl Core {
 
     /// Queries (batch, len, num_heads, head_dim).
     pub(super) fn queries(&self, x: &Tensor, positions: &Positions, call: &Call) -> Result<Tensor> {
-        let query = split_heads(self.q_proj.call(call)?, x, self.config.num_heads, self.config.head_dim())?;
+        let query = split_heads(self.q_proj.call(call, x.dim(1)?)?, x, self.config.num_heads, self.config.head_dim())?;
         self.normalise_and_rotate(query, self.qk_norm.as_ref().map(|(q_norm, _)| q_norm), positions)
     }
 
@@ -190,8 +190,9 @@ impl Core {
         call: &Call,
     ) -> Result<(Tensor, Tensor)> {
         let config = &self.config;
-        let key = split_heads(self.k_proj.call(call)?, key, config.num_kv_heads(), config.head_dim())?;
-        let value = split_heads(self.v_proj.call(call)?, value, config.num_kv_heads(), config.value_dim())?;
+        let key = split_heads(self.k_proj.call(call, key.dim(1)?)?, key, config.num_kv_heads(), config.head_dim())?;
+        let value =
+            split_heads(self.v_proj.call(call, value.dim(1)?)?, value, config.num_kv_heads(), config.value_dim())?;
         let k_norm = self.qk_norm.as_ref().map(|(_, k_norm)| k_norm);
         Ok((self.normalise_and_rotate(key, k_norm, positions)?, value))
     }
@@ -222,7 +223,7 @@ impl Core {
         let (batch, q_len, _, _) = attended.context.dims4()?;
         let output = [batch, q_len, self.config.output_dim()];
         let output = match &self.o_proj {
-            Some(o_proj) => project(o_proj.call(call)?, &attended.context, &output)?,
+            Some(o_proj) => project(o_proj.call(call, q_len)?, &attended.context, &output)?,
             None => attended.context.reshape(&output)?,
         };
         let AttentionOutput { weights, scores, logsumexp, .. } = attended;
@@ -233,7 +234,7 @@ impl Core {
     pub(super) fn call<'a>(&self, options: &'a ForwardOptions) -> Call<'a> {
         let drops = options.train && (self.config.dropout_p > 0.0 || self.q_proj.drops());
         let nth = || philox::nth_seed(self.dropout_seed, self.dropout_calls.fetch_add(1, Ordering::Relaxed));
-        Call { adapter: &options.adapter, seed: drops.then(nth) }
+        Call { adapter: &options.adapter, seed: drops.then(nth), first_sequence: options.first_sequence }
     }
 
     /// The options of one call, for scores of this shape without the extra keys. Mask and bias are aligned with them.
@@ -257,6 +258,7 @@ impl Core {
             sinks: self.sinks.clone(),
             dropout_p,
             dropout_seed,
+            first_sequence: options.first_sequence,
             backend: options.backend,
             return_weights: options.return_weights,
             return_scores: options.return_scores,

@@ -20,6 +20,10 @@ pub struct ForwardOptions {
     pub attn_bias: Option<Tensor>,
     /// Whether dropout is on.
     pub train: bool,
+    /// The place of the first sequence in a larger batch. A batch that is computed in parts, by several ranks or one after the
+    /// other, then drops the numbers that it drops as a whole. (The parts have to have the same
+    /// [`dropout_calls`](crate::SelfAttention::set_dropout_calls).)
+    pub first_sequence: usize,
     /// Position of the first token, for the rotary embedding.
     pub position_offset: usize,
     /// The position of each token, for the rotary embedding: integers (len) or (batch, len), in place of

@@ -1,6 +1,5 @@
 //! Self-attention of a sequence, all of which this process holds, or of which several ranks hold a part each.
 
-use attention_kernels::Dropout;
 use attention_kernels::mask::ScoreShape;
 use candle_core::Tensor;
 
@@ -95,11 +94,12 @@ impl Core {
     /// What has to be the same on every rank.
     fn text(&self, x: &Tensor, options: &ForwardOptions, seed: Option<u64>) -> String {
         let ForwardOptions { attn_mask, attn_bias, position_offset, position_ids, backend, adapter, .. } = options;
-        let ForwardOptions { return_weights, return_scores, return_logsumexp, .. } = *options;
+        let ForwardOptions { first_sequence, return_weights, return_scores, return_logsumexp, .. } = *options;
         let own = AttentionOptions {
             attn_mask: attn_mask.clone(),
             attn_bias: attn_bias.clone(),
             dropout_seed: seed.unwrap_or(0),
+            first_sequence,
             backend: *backend,
             return_weights,
             return_scores,
@@ -178,15 +178,20 @@ impl Core {
             head_dim: config.head_dim(),
             value_dim: config.value_dim(),
         };
+        let len = x.dim(1)?;
         let layer = FusedLayer {
             heads,
-            qkv: SideBySide::new([self.q_proj.call(call)?, self.k_proj.call(call)?, self.v_proj.call(call)?])?,
-            out: self.o_proj.as_ref().map(|out| SideBySide::new([out.call(call)?])).transpose()?,
+            qkv: SideBySide::new([
+                self.q_proj.call(call, len)?,
+                self.k_proj.call(call, len)?,
+                self.v_proj.call(call, len)?,
+            ])?,
+            out: self.o_proj.as_ref().map(|out| SideBySide::new([out.call(call, len)?])).transpose()?,
             branch: branch.to_owned(),
             scale: options.scale.unwrap_or(1.0 / (heads.head_dim as f64).sqrt()),
             softcap: options.softcap(),
             mask: options.attn_mask.clone(),
-            dropout: (options.dropout_p > 0.0).then_some(Dropout { p: options.dropout_p, seed: options.dropout_seed }),
+            dropout: options.dropout(heads.num_heads),
             angles,
             parallel: options.parallel.clone(),
         };

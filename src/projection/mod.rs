@@ -36,11 +36,20 @@ pub(crate) struct Call<'a> {
     pub(crate) adapter: &'a AdapterChoice,
     /// The seed of the call's dropout, in training only.
     pub(crate) seed: Option<u64>,
+    /// The place of the first sequence in a larger batch.
+    pub(crate) first_sequence: usize,
+}
+
+impl Call<'_> {
+    /// The first number of a tensor (batch, len, dim) among those of the larger batch.
+    pub(crate) fn first_number(&self, len: usize, dim: usize) -> u64 {
+        [len, dim].iter().fold(self.first_sequence as u64, |first, &size| first.wrapping_mul(size as u64))
+    }
 }
 
 impl Default for Call<'_> {
     fn default() -> Self {
-        Self { adapter: &AdapterChoice::Active, seed: None }
+        Self { adapter: &AdapterChoice::Active, seed: None, first_sequence: 0 }
     }
 }
 
@@ -177,8 +186,8 @@ impl Projection {
         name.map(|name| self.adapter(name)).transpose()
     }
 
-    /// The linear layer in one call.
-    pub(crate) fn call(&self, call: &Call) -> Result<Adapted, AttentionError> {
+    /// The linear layer in one call, for sequences of `len` tokens.
+    pub(crate) fn call(&self, call: &Call, len: usize) -> Result<Adapted, AttentionError> {
         let adapter = self.chosen(call.adapter)?;
         let name = adapter.map(|adapter| &*adapter.name);
         let plain = || Adapted { quantised: self.quantised.clone(), ..Adapted::from(self.linear.clone()) };
@@ -193,7 +202,8 @@ impl Projection {
         let Some(Adapter { config, low_rank: Some(low_rank), .. }) = adapter else { return Ok(plain()) };
         let dropout = call.seed.filter(|_| config.dropout_p > 0.0);
         let input = low_rank.input.as_deref().unwrap_or(self.name);
-        let dropout = dropout.map(|seed| Dropout { p: config.dropout_p, seed: philox::named_seed(seed, input) });
+        let first = call.first_number(len, low_rank.a.dims()[1]);
+        let dropout = dropout.map(|seed| Dropout { p: config.dropout_p, seed: philox::named_seed(seed, input), first });
         Ok(Adapted { low_rank: Some(low_rank.clone()), dropout, ..plain() })
     }
 

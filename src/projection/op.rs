@@ -8,11 +8,10 @@
 //! On the CPU the products are those of `attention-kernels`, in which half types are multiplied, added and summed in f32. candle's f16
 //! product of a single row has ten times the error of a rounding to f16.
 
-use attention_kernels::Dropout;
 use candle_core::{Result, Shape, Tensor};
 use candle_nn::Linear;
 
-use crate::block::dropout::dropout as drop_out;
+use crate::block::dropout::drop_out;
 use crate::block::op::Dtype;
 use crate::block::operand::{Columns, LayerGradients};
 use crate::block::relay::{self, Layer};
@@ -55,7 +54,7 @@ fn project_with_candle(adapted: &Adapted, rows: &Tensor) -> Result<Tensor> {
     let y = with_bias(y, linear)?;
     let Some(LowRank { a, b, scale, .. }) = low_rank else { return Ok(y) };
     let dropped = match *dropout {
-        Some(Dropout { p, seed }) => drop_out(rows, p, seed)?,
+        Some(dropout) => drop_out(rows, dropout)?,
         None => rows.clone(),
     };
     y + (product(&product(&dropped, a)?, b)? * *scale)?
@@ -96,6 +95,7 @@ impl Layer for Projection {
 mod tests {
     use std::sync::Arc;
 
+    use attention_kernels::Dropout;
     use attention_kernels::quantised::Format;
     use candle_core::{DType, Device, Var};
 
@@ -120,7 +120,7 @@ mod tests {
                 linear: Linear::new(weight, Some(randn([1, 5])?.squeeze(0)?)),
                 quantised,
                 low_rank: Some(low_rank),
-                dropout: (p > 0.0).then_some(Dropout { p, seed: 7 }),
+                dropout: (p > 0.0).then_some(Dropout { p, seed: 7, first: 3 }),
             };
             let by_candle = project_with_candle(&adapted, &x)?;
             let by_kernels = project(adapted, &x, &[rows, 5])?;

@@ -50,7 +50,7 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
         slopes: constant(&options.alibi_slopes)?
             .map(|slopes| memory::contiguous("ALiBi slopes", &slopes))
             .transpose()?,
-        dropout: (options.dropout_p > 0.0).then_some(Dropout { p: options.dropout_p, seed: options.dropout_seed }),
+        dropout: options.dropout(checked.scores.num_heads),
         packed: trained_bias.map(|_| PackedKv::new(&k, &v)),
         layout,
         pack_logsumexp: want_logsumexp,

@@ -1,5 +1,6 @@
 //! The options and the output of attention.
 
+use attention_kernels::Dropout;
 use candle_core::Tensor;
 
 use crate::mask::Mask;
@@ -91,6 +92,9 @@ pub struct AttentionOptions {
     pub dropout_p: f64,
     /// Decides which weights are dropped. The same seed drops the same weights on every device.
     pub dropout_seed: u64,
+    /// The place of the first sequence in a larger batch. A batch that is computed in parts then drops the weights that it drops as a
+    /// whole.
+    pub first_sequence: usize,
     /// Which implementation computes the attention.
     pub backend: Backend,
     /// Whether to return [`AttentionOutput::weights`]. This changes no other number.
@@ -106,6 +110,12 @@ pub struct AttentionOptions {
 }
 
 impl AttentionOptions {
+    /// The dropout of scores of this many heads, if there is any.
+    pub(crate) fn dropout(&self, num_heads: usize) -> Option<Dropout> {
+        let first = (self.first_sequence as u64).wrapping_mul(num_heads as u64);
+        (self.dropout_p > 0.0).then_some(Dropout { p: self.dropout_p, seed: self.dropout_seed, first })
+    }
+
     /// The softcap, where 0 is none.
     pub(crate) fn softcap(&self) -> Option<f64> {
         self.softcap.filter(|&cap| cap != 0.0)

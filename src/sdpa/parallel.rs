@@ -77,6 +77,7 @@ pub(crate) fn options_text(options: &AttentionOptions) -> String {
         sinks,
         dropout_p,
         dropout_seed,
+        first_sequence,
         backend,
         return_weights,
         return_scores,
@@ -89,7 +90,7 @@ pub(crate) fn options_text(options: &AttentionOptions) -> String {
             let _ = write!(text, ", {name} {:?} {:?} {:016x}", x.dims(), x.dtype(), hash(x));
         }
     }
-    let _ = write!(text, ", dropout {dropout_p} of seed {dropout_seed}, {backend:?}");
+    let _ = write!(text, ", dropout {dropout_p} of seed {dropout_seed} from sequence {first_sequence}, {backend:?}");
     let _ = write!(text, ", returns {return_weights} {return_scores:?} {return_logsumexp}");
     text
 }

@@ -341,12 +341,11 @@ fn softmax(s: &Tensor, sinks: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
 /// Dropout in its inverted form: kept weights are scaled up in training, so that inference needs no scaling.
 /// (Srivastava et al., "Dropout", JMLR 2014, section 10.)
 fn dropout(w: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
-    if options.dropout_p == 0.0 {
-        return Ok(w.clone());
-    }
-    let kept = kept_by_dropout(options.dropout_seed, options.dropout_p, w.dims4()?).map_err(AttentionError::from)?;
+    let scores = w.dims4()?;
+    let Some(dropout) = options.dropout(scores.1) else { return Ok(w.clone()) };
+    let kept = kept_by_dropout(dropout, scores).map_err(AttentionError::from)?;
     let kept = Tensor::from_vec(kept, w.shape(), w.device())?.to_dtype(w.dtype())?;
-    w * (kept * (1.0 / (1.0 - options.dropout_p)))?
+    w * (kept * (1.0 / (1.0 - dropout.p)))?
 }
 
 /// w·v over the visible pairs.

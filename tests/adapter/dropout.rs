@@ -61,6 +61,22 @@ fn every_path_drops_the_same_numbers() -> Result<()> {
 }
 
 #[test]
+fn batch_in_parts_drops_the_numbers_of_the_whole() -> Result<()> {
+    let block = adapted(&blocks_common::block(&blocks_common::bert(), DType::F64)?, "default", &dropping(), 3)?;
+    let x = randn(1, (5, 3, 6), DType::F64)?;
+    for return_weights in [false, true] {
+        let part = |first_sequence: usize, count: usize| {
+            block.set_dropout_calls([0, 0]);
+            let options = ForwardOptions { train: true, first_sequence, return_weights, ..Default::default() };
+            Ok::<_, candle_attention::Error>(block.forward_with(&x.narrow(0, first_sequence, count)?, &options)?.output)
+        };
+        let apart = Tensor::cat(&[part(0, 2)?, part(2, 3)?], 0)?;
+        assert_close(&apart, &part(0, 5)?, 1e-13, "output");
+    }
+    Ok(())
+}
+
+#[test]
 fn linear_layers_of_other_names_drop_other_numbers() -> Result<()> {
     let x = randn(1, (4, 30), DType::F64)?;
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu);

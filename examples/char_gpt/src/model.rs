@@ -10,7 +10,7 @@ use candle_attention::block::{
 };
 use candle_attention::parallel::backward_from;
 use candle_attention::rotary::RotaryConfig;
-use candle_attention::{KvCache, Result, SelfAttentionConfig};
+use candle_attention::{ForwardOptions, KvCache, Result, SelfAttentionConfig};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 use candle_nn::VarBuilder;
@@ -200,19 +200,11 @@ impl Gpt {
         Ok(loss)
     }
 
-    /// A block in training. With dropout each sequence is a call of its own, since a call's dropout depends on the place in its input,
-    /// and a sequence has another place if more ranks share the batch.
+    /// A block in training, with the dropout of this place.
     fn trained(&self, block: &TransformerBlock, x: &Tensor, place: Place) -> Result<Tensor> {
-        if self.config.dropout == 0.0 {
-            return block.forward_t(x, true);
-        }
-        let sequence = |row: usize| {
-            // `--batch` is at most 65536.
-            let call = (place.step as u64) << 16 | (place.first_row + row) as u64;
-            block.set_dropout_calls([call; 2]);
-            block.forward_t(&x.narrow(0, row, 1)?, true)
-        };
-        Ok(Tensor::cat(&(0..x.dim(0)?).map(sequence).collect::<Result<Vec<_>>>()?, 0)?)
+        block.set_dropout_calls([place.step as u64; 2]);
+        let options = ForwardOptions { train: true, first_sequence: place.first_row, ..Default::default() };
+        Ok(block.forward_with(x, &options)?.output)
     }
 
     /// Tokens (batch, len), the first of them at position `first`, to states (batch, len, width).

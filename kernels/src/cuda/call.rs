@@ -312,6 +312,7 @@ impl<'a> Call<'a> {
             slopes_batch: if slopes_each { shape.num_heads as i64 } else { 0 },
             sinks: address(sinks),
             seed: dropout.map_or(0, |dropout| dropout.seed),
+            dropout_first: dropout.map_or(0, |dropout| dropout.first),
             dropout_keep: dropout.map_or(1.0, |dropout| (1.0 / (1.0 - dropout.p)) as f32),
             dropout_threshold: dropout.map_or(0, |dropout| dropout.threshold()),
             batch: size(shape.batch),

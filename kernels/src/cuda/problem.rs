@@ -110,6 +110,8 @@ pub struct RawProblem {
     pub mask: RawMask,
     /// Of dropout.
     pub seed: u64,
+    /// Of dropout: heads of all sequences before these.
+    pub dropout_first: u64,
     /// The sizes of the bias.
     pub bias_dims: [i32; 4],
     /// Sequences.
@@ -143,12 +145,12 @@ pub struct RawProblem {
 }
 
 const _: () = {
-    assert!(size_of::<RawStrided>() == 32 && size_of::<RawMask>() == 128 && size_of::<RawProblem>() == 608);
+    assert!(size_of::<RawStrided>() == 32 && size_of::<RawMask>() == 128 && size_of::<RawProblem>() == 616);
     assert!(offset_of!(RawMask, table_strides) == 48 && offset_of!(RawMask, map) == 80);
     assert!(offset_of!(RawMask, offset) == 104 && offset_of!(RawMask, always) == 120);
     assert!(offset_of!(RawProblem, largest) == 256 && offset_of!(RawProblem, bias) == 296);
     assert!(offset_of!(RawProblem, d_bias) == 336 && offset_of!(RawProblem, careful) == 384);
     assert!(offset_of!(RawProblem, mask) == 400 && offset_of!(RawProblem, seed) == 528);
-    assert!(offset_of!(RawProblem, batch) == 552 && offset_of!(RawProblem, scale) == 580);
-    assert!(offset_of!(RawProblem, careful_queries) == 596);
+    assert!(offset_of!(RawProblem, batch) == 560 && offset_of!(RawProblem, scale) == 588);
+    assert!(offset_of!(RawProblem, careful_queries) == 604);
 };

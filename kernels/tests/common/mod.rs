@@ -94,7 +94,7 @@ pub fn cases(sizes: &Sizes) -> Vec<Case> {
         biased("key bias", 11, [batch, 1, 1, kv_len]),
         biased("query bias", 12, [1, 1, q_len, 1]),
         Case { name: "alibi", slopes: slopes.clone(), ..plain.clone() },
-        Case { name: "dropout", dropout: Some(Dropout { p: 0.3, seed: 5 }), ..plain.clone() },
+        Case { name: "dropout", dropout: Some(Dropout { p: 0.3, seed: 5, first: 0 }), ..plain.clone() },
     ];
     if q_len <= kv_len {
         let ids = PerSequence::Same((0..kv_len).map(|j| u32::from(j >= kv_len / 3)).collect());
@@ -108,7 +108,7 @@ pub fn cases(sizes: &Sizes) -> Vec<Case> {
         rule: causal() & lengths,
         bias: bias_of(8, [1, heads, q_len, kv_len]),
         slopes,
-        dropout: Some(Dropout { p: 0.2, seed: 6 }),
+        dropout: Some(Dropout { p: 0.2, seed: 6, first: 1 << 33 }),
         grad_logsumexp: true,
     });
     all
@@ -188,7 +188,7 @@ pub struct Naive {
 pub fn naive(sizes: &Sizes, case: &Case, [q, k, v, grad]: [&[f64]; 4]) -> Naive {
     let Sizes { batch, heads, kv_heads, q_len, kv_len, dim, value_dim } = *sizes;
     let shape = ScoreShape { batch, num_heads: heads, q_len, kv_len };
-    let kept = case.dropout.map(|x| (x.p, kept_by_dropout(x.seed, x.p, (batch, heads, q_len, kv_len)).unwrap()));
+    let kept = case.dropout.map(|x| (x.p, kept_by_dropout(x, (batch, heads, q_len, kv_len)).unwrap()));
     let grad_logsumexp = uniform(20, 1.0, batch * heads * q_len).collect::<Vec<_>>();
     let bias_index = |dims: [usize; 4], at: [usize; 4]| {
         (0..4).fold(0, |index, axis| index * dims[axis] + if dims[axis] == 1 { 0 } else { at[axis] })

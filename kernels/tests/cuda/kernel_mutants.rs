@@ -60,7 +60,7 @@ fn run(machine: &dyn Machine, case: Case) -> Result<Vec<Vec<u8>>, Error> {
         bias: None,
         slopes: None,
         sinks: None,
-        dropout: (!is_plain).then_some(Dropout { p: 0.2, seed: 3 }),
+        dropout: (!is_plain).then_some(Dropout { p: 0.2, seed: 3, first: 0 }),
     };
     let call = Call::new(inputs)?;
     let (context, saved) = forward(machine, &call)?;

@@ -10,7 +10,6 @@ mod storage;
 
 use std::sync::Arc;
 
-use attention_kernels::Dropout;
 use attention_kernels::cuda::{MAX_DIM, Wanted};
 use candle_core::{D, DType, Device, Tensor};
 
@@ -59,7 +58,7 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
         bias: wide(&options.attn_bias)?,
         slopes: contiguous(wide(&options.alibi_slopes)?)?,
         sinks: contiguous(wide(&options.sinks)?)?,
-        dropout: (options.dropout_p > 0.0).then_some(Dropout { p: options.dropout_p, seed: options.dropout_seed }),
+        dropout: options.dropout(checked.scores.num_heads),
         wanted: Wanted {
             bias: is_trained(&options.attn_bias),
             slopes: is_trained(&options.alibi_slopes),

@@ -1,11 +1,12 @@
 //! Dropout of a block: only in training, other entries in each call, and the same ones again from the same count.
 
+use candle_attention::ForwardOptions;
 use candle_attention::block::{TransformerBlock, TransformerBlockConfig};
-use candle_core::{DType, Device, Result};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{ModuleT, VarBuilder, VarMap};
 
 use crate::blocks_common::{PLACEMENTS, bert, block, grid};
-use crate::common::{assert_same_bits, max_abs_difference, numbers, randn};
+use crate::common::{assert_close, assert_same_bits, max_abs_difference, numbers, randn};
 
 fn configs() -> impl Iterator<Item = TransformerBlockConfig> {
     PLACEMENTS.into_iter().map(|placement| TransformerBlockConfig { placement, dropout_p: 0.3, ..bert() })
@@ -45,6 +46,29 @@ fn dropout_goes_on_where_a_run_stopped() -> Result<()> {
         // A clone shares the count.
         assert_same_bits(&again.clone().forward_t(&x, true)?, &passes[3], "fourth pass");
         assert_eq!(again.dropout_calls(), [4, 0]);
+    }
+    Ok(())
+}
+
+/// In one operation, and in several (with weights).
+#[test]
+fn batch_in_parts_drops_the_entries_of_the_whole() -> Result<()> {
+    for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F32, 1e-5)] {
+        // 5 x 6 numbers of a sequence are no whole group of random numbers.
+        let x = randn(1, (7, 5, 6), dtype)?;
+        for (config, return_weights) in configs().flat_map(|config| [(config.clone(), false), (config, true)]) {
+            let mut config = config;
+            config.attention.dropout_p = 0.2;
+            let block = block(&config, dtype)?.with_recompute(true);
+            let part = |first_sequence: usize, count: usize| {
+                block.set_dropout_calls([3, 5]);
+                let options = ForwardOptions { train: true, first_sequence, return_weights, ..Default::default() };
+                Ok::<_, candle_core::Error>(block.forward_with(&x.narrow(0, first_sequence, count)?, &options)?.output)
+            };
+            let apart = Tensor::cat(&[part(0, 3)?, part(3, 1)?, part(4, 3)?], 0)?;
+            assert_close(&apart, &part(0, 7)?, tolerance, &format!("{dtype:?}, {:?}", config.placement));
+            assert!(max_abs_difference(&part(0, 1)?, &block.forward(&x.narrow(0, 0, 1)?)?)? > 1e-3);
+        }
     }
     Ok(())
 }

@@ -30,7 +30,8 @@ impl Formula<'_> {
             return x + y;
         }
         let seed = philox::nth_seed(philox::nth_seed(philox::named_seed(seed, ".dropout"), self.call), part);
-        let dropout = Some(Dropout { p: config.dropout_p, seed });
+        let first = (self.options.first_sequence * x.dim(1)? * x.dim(2)?) as u64;
+        let dropout = Some(Dropout { p: config.dropout_p, seed, first });
         let sum = add_dropped(Some(&numbers(x)?), &numbers(y)?, dropout).expect("a sum");
         Tensor::from_vec(sum, x.shape(), &Device::Cpu)
     }

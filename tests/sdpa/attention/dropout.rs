@@ -1,6 +1,6 @@
 //! Dropout: weights times factors of 0 or 1 / (1 - p), which depend only on the seed and on the indices of a weight.
 
-use candle_attention::{AttentionOptions, Mask};
+use candle_attention::{AttentionOptions, Backend, Mask};
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::common::{assert_close, assert_same_bits, gradients, max_abs_difference, numbers, randn};
@@ -39,6 +39,23 @@ fn same_seed_drops_the_same_weights_in_every_dtype() -> Result<()> {
     for (dtype, tolerance) in [(DType::F32, F32_FACTORS), (DType::BF16, 2e-2), (DType::F16, 2e-3)] {
         assert_close(&of(dtype)?, &expected, tolerance, "factors");
     }
+    Ok(())
+}
+
+#[test]
+fn batch_in_parts_drops_the_weights_of_the_whole() -> Result<()> {
+    let inputs = SIZES.tensors(1, DType::F32);
+    for backend in [Backend::Fused, Backend::Reference] {
+        let options = AttentionOptions { backend, ..dropping(0.4, 7) };
+        let whole = attend(&inputs, &options)?.context;
+        for first_sequence in 0..SIZES.batch {
+            let part = inputs.each_ref().map(|x| x.narrow(0, first_sequence, 1).unwrap());
+            let part = attend(&part, &AttentionOptions { first_sequence, ..options.clone() })?.context;
+            assert_close(&part, &whole.narrow(0, first_sequence, 1)?, F32_FACTORS, "context");
+        }
+    }
+    // A place beyond any batch is no error.
+    attend(&inputs, &AttentionOptions { first_sequence: usize::MAX, ..dropping(0.4, 7) })?;
     Ok(())
 }
 

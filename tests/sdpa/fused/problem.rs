@@ -152,6 +152,7 @@ impl Case {
             sinks: inputs.sinks.as_ref().map(|sinks| sinks.as_tensor().clone()),
             dropout_p: self.dropout_p,
             dropout_seed: 11,
+            first_sequence: first,
             backend,
             return_weights: false,
             return_scores: None,

@@ -1,5 +1,6 @@
 //! Random calls on every backend and in every dtype.
 
+use attention_kernels::Dropout;
 use attention_kernels::dropout::kept_by_dropout;
 use candle_attention::{AttentionOptions, Backend, Mask, scaled_dot_product_attention};
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -158,7 +159,7 @@ impl Case {
         let bias: Vec<f64> = (0..dims.iter().product()).map(&mut bias).collect();
         let scores = (batch, heads, q_len, kv_len);
         let allowed = mask.to_tensor(scores, &Device::Cpu).unwrap().broadcast_as(scores).unwrap();
-        let kept = kept_by_dropout(self.seed, 0.25, scores).unwrap();
+        let kept = kept_by_dropout(Dropout { p: 0.25, seed: self.seed, first: 0 }, scores).unwrap();
         let is_kept = |kept: u8| if dropout { f64::from(kept) / 0.75 } else { 1.0 };
         Call {
             batch,

@@ -45,6 +45,7 @@ struct Problem {
     float *partial;                  // decode: (splits, batch, heads, q_len, VALUE_DIM + 2)
     MaskRule mask;
     uint64_t seed;                   // of dropout
+    uint64_t dropout_first;          // heads of all sequences before these
     int bias_dims[4];
     int batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
     float scale, softcap;            // softcap 0 is none
@@ -53,4 +54,4 @@ struct Problem {
     int careful_queries, careful_keys;  // rows of a tile of the passes that set `careful`
     int splits;                      // decode: parts of the keys
 };
-static_assert(sizeof(Strided) == 32 && sizeof(MaskRule) == 128 && sizeof(Problem) == 608, "problem.rs");
+static_assert(sizeof(Strided) == 32 && sizeof(MaskRule) == 128 && sizeof(Problem) == 616, "problem.rs");

@@ -169,7 +169,7 @@ DEVICE Random philox(uint64_t seed, uint32_t a, uint32_t b, uint32_t c, uint32_t
 }
 // The four numbers of the keys from 4 * block on.
 DEVICE Random random_of(const Problem &p, int batch, int head, int query, int block) {
-    const uint64_t row = uint64_t(batch) * p.heads + head;
+    const uint64_t row = p.dropout_first + uint64_t(batch) * p.heads + head;
     return philox(p.seed, uint32_t(block), uint32_t(query), uint32_t(row), uint32_t(row >> 32));
 }
 DEVICE bool is_kept(const Problem &p, int batch, int head, int query, int key) {
