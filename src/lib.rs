@@ -28,6 +28,7 @@
 //! |---|---|---|
 //! | 14 | `block` | the parts of a transformer block, and the block |
 //! | 13 | `block/files` | blocks in files: this crate's own, and those of other programs |
+//! | 13 | `block/tensor` | blocks that several ranks share |
 //! | 12 | `block/transformer` | the block: attention and an MLP, with norms, dropout and residuals |
 //! | 10 | `train` | training: AdamW, clipping, learning rates, gradients of several batches, half types |
 //! | 9 | `train/grad_scaler` | the scale of the loss, for training in f16 |
@@ -41,6 +42,8 @@
 //! | 10 | `block/layouts` | how other programs name and arrange the parameters of whole blocks |
 //! | 9 | `block/config` | the config of a block, its checks and its parameters |
 //! | 9 | `layer/shared` | the methods that both layers share: parameters and files |
+//! | 9 | `layer/tensor` | attention of which each rank has some of the heads |
+//! | 7 | `layer/shared_heads` | which heads of a layer a rank has, and which part of each parameter |
 //! | 9 | `layer/sequence` | self-attention of a sequence, of which several ranks may hold a part each |
 //! | 9 | `layer/adapted` | the core as a layer of projections |
 //! | 9 | `layer/cached` | attention over keys and values that were computed earlier |
@@ -60,9 +63,11 @@
 //! | 4 | `parallel/host` | what ranks do together with tensors on the CPU |
 //! | 3 | `parallel/context/work` | how the work of attention is divided among ranks |
 //! | 2 | `parallel/context` | attention over a sequence that is split across ranks: the split, the ring, Ulysses |
+//! | 3 | `parallel/tensor` | layers whose heads and hidden numbers the ranks share: their parts of parameters, sums over ranks |
 //! | 3 | `parallel/engine` | rounds and exchanges of messages; ranks that disagree, fail or are gone |
 //! | 2 | `parallel/message` | a message, and tensors in it as bytes |
 //! | 1 | `parallel/calls` | a thread that runs calls in their order |
+//! | 1 | `parallel/hash` | a hash of a tensor's numbers |
 //! | 1 | `parallel/sum` | the sum of a tensor over ranks, in their order |
 //! | 1 | `parallel/communicator` | what ranks do together, as a trait |
 //! | 9 | `adapter/linear` | adapters on any linear layer |

@@ -1,6 +1,6 @@
 //! [`Mask`]: which keys each query may attend to.
 
-use std::ops::{BitAnd, BitOr};
+use std::ops::{BitAnd, BitOr, Range};
 use std::sync::Arc;
 
 use attention_kernels::mask::{MaskError, PerSequence, Rule, ScoreShape, Table, TableAxes};
@@ -255,6 +255,12 @@ impl Mask {
             }
         };
         Ok(Self(self.0.map_tables(shape, &aligned)?))
+    }
+
+    /// The mask of some of the heads of scores of this shape. Its tensors have four axes.
+    pub(crate) fn of_heads(&self, shape: &ScoreShape, heads: &Range<usize>) -> Result<Self, AttentionError> {
+        let own = |table: &Arc<Table>, _: &ScoreShape| Ok(Arc::new(table.of_heads(heads.clone())?));
+        Ok(Self(self.0.map_tables(shape, &own)?))
     }
 
     /// The rule behind the mask, for code that has checked the shape and reads many entries.

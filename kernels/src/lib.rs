@@ -128,7 +128,7 @@ pub use dtype::Number;
 pub use error::{Error, MaskError};
 pub use layout::Layout;
 pub use merge::Merged;
-pub use part::Part;
+pub use part::{HeadNumbers, Part};
 pub use problem::{BiasView, Problem, ProblemOptions, View};
 pub use simd::SimdFloat;
 pub use softmax::LogSumExp;

@@ -7,7 +7,7 @@ use crate::dropout::Dropout;
 use crate::dtype::{Number, Source};
 use crate::gemm::bf16_tiles;
 use crate::mask::{Coverage, Rule, ScoreShape};
-use crate::part::Part;
+use crate::part::{HeadNumbers, Part};
 use crate::problem::{BiasView, Problem, ProblemOptions};
 use crate::simd::SimdFloat;
 
@@ -31,12 +31,13 @@ pub(crate) struct Operands<'a, R> {
     pub(crate) bias: Option<BiasView<'a, R>>,
     pub(crate) slopes: Option<&'a [R]>,
     pub(crate) dropout: Option<Dropout>,
+    pub(crate) heads: Option<HeadNumbers>,
 }
 
 impl<E: Number> Problem<'_, E> {
     /// The problem without the type of its tensors.
     pub(crate) fn operands(&self) -> Operands<'_, E::Float> {
-        let ProblemOptions { softcap, mask, bias, slopes, dropout, .. } = *self.options();
+        let ProblemOptions { softcap, mask, bias, slopes, dropout, heads, .. } = *self.options();
         let ([q, k, v], shape) = (self.views(), self.shape());
         let [_, kv_heads, _, value_dim] = v.dims();
         Operands {
@@ -56,6 +57,7 @@ impl<E: Number> Problem<'_, E> {
             bias,
             slopes,
             dropout,
+            heads,
         }
     }
 }
@@ -93,6 +95,14 @@ impl<R: SimdFloat> Operands<'_, R> {
         let slopes = self.slopes?;
         let is_shared = slopes.len() == self.part.whole.num_heads;
         Some(slopes[if is_shared { self.part.at(at).1 } else { self.part.row(at) }])
+    }
+
+    /// The number of a head that dropout counts, among those of all sequences.
+    pub(crate) fn head_number(&self, at: (usize, usize)) -> usize {
+        let HeadNumbers { first, count } =
+            self.heads.unwrap_or(HeadNumbers { first: 0, count: self.part.whole.num_heads });
+        let (b, h) = self.part.at(at);
+        b * count + first + h
     }
 
     /// The part of `keys` outside which no query of the tile may attend to any key, and whether all may inside.

@@ -32,6 +32,45 @@ pub struct Part {
     pub first: [usize; 4],
 }
 
+/// The numbers of a problem's heads among those of a larger attention, whose heads several ranks share. Which weights are dropped depends
+/// on them, and nothing else does: mask, bias and slopes are those of the problem's own heads.
+///
+/// # Examples
+///
+/// ```
+/// use attention_kernels::{Dropout, HeadNumbers, Layout, Problem, ProblemOptions, View, forward};
+///
+/// let numbers: Vec<f64> = (0..2 * 8).map(|i| f64::from(i % 5)).collect();
+/// let dropout = Some(Dropout { p: 0.5, seed: 7 });
+/// let context = |heads: std::ops::Range<usize>| {
+///     let view = |data| View::new("test", data, [16, 8, 1], [1, heads.len(), 8, 1]);
+///     let own = &numbers[heads.start * 8..heads.end * 8];
+///     let options = ProblemOptions { dropout, heads: Some(HeadNumbers { first: heads.start, count: 2 }), ..Default::default() };
+///     let problem = Problem::new(view(own)?, view(own)?, view(own)?, options)?;
+///     Ok::<_, attention_kernels::Error>(forward(&problem, Layout::HeadsFirst)?.context)
+/// };
+/// assert_eq!(context(0..2)?[8..], context(1..2)?);
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadNumbers {
+    /// The number of the first one.
+    pub first: usize,
+    /// How many heads the larger attention has.
+    pub count: usize,
+}
+
+impl HeadNumbers {
+    pub(crate) fn check(self, shape: &ScoreShape) -> Result<(), Error> {
+        if self.first.checked_add(shape.num_heads).is_some_and(|end| end <= self.count) {
+            return Ok(());
+        }
+        let expected = format!("at most {} heads from number {} on", self.count, self.first);
+        let got = [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
+        Err(Error::Dims { what: "numbers of the heads", expected, got })
+    }
+}
+
 impl Part {
     /// All scores of a problem.
     pub(crate) fn all_of(whole: ScoreShape) -> Self {

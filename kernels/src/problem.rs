@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::gemm::microkernel::pad;
 use crate::mask::{Rule, ScoreShape};
 use crate::matrix::Matrix;
-use crate::part::Part;
+use crate::part::{HeadNumbers, Part};
 use crate::simd::SimdFloat;
 
 /// A tensor (batch, heads, len, dim) in a slice, whose last axis is contiguous.
@@ -194,11 +194,13 @@ pub struct ProblemOptions<'a, R> {
     pub dropout: Option<Dropout>,
     /// Where the scores stand among those of a larger problem. Mask, bias, slopes and dropout are then those of the whole.
     pub part: Option<Part>,
+    /// The numbers of the heads that dropout counts. None: 0, 1, 2, ...
+    pub heads: Option<HeadNumbers>,
 }
 
 impl<R> Default for ProblemOptions<'_, R> {
     fn default() -> Self {
-        Self { scale: None, softcap: None, mask: &Rule::Full, bias: None, slopes: None, dropout: None, part: None }
+        Self { scale: None, softcap: None, mask: &Rule::Full, bias: None, slopes: None, dropout: None, part: None, heads: None }
     }
 }
 
@@ -290,6 +292,7 @@ impl<'a, E: Number> Problem<'a, E> {
 
     fn check_options(&self) -> Result<(), Error> {
         let shape = self.part().check(&self.shape())?.whole;
+        self.options.heads.map_or(Ok(()), |heads| heads.check(&shape))?;
         self.options.mask.check(&shape)?;
         let scores = [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
         if let Some(bias) = self.options.bias

@@ -154,7 +154,7 @@ impl Tile {
     ) {
         let (part, queries) = (&operands.part, self.first_query..self.first_query + self.queries);
         if let Some(dropout) = operands.dropout {
-            let (head, first_query) = (part.row(self.at) as u64, part.queries(&queries).start);
+            let (head, first_query) = (operands.head_number(self.at) as u64, part.queries(&queries).start);
             dropout.factors(simd, head, first_query, &part.keys(&self.keys), factors);
         }
     }

@@ -154,10 +154,12 @@ pub(crate) fn attach<L: Projections>(
     })
 }
 
-/// Refuses the name of a new adapter, or an adapter beside one that is merged.
-pub(crate) fn check_name<L: Projections>(layer: &L, name: &str) -> Result<(), AttentionError> {
+/// Refuses the name of a new adapter, an adapter beside one that is merged, and a layer that takes none.
+pub(crate) fn check_name<L: Projections>(layer: &L, name: &str) -> Result<()> {
+    // A part of a layer, which ranks share, refuses every change.
+    layer.map_projections(&mut |_, projection| Ok(projection.clone()))?;
     let refused = |expected: &str, got: &str| {
-        Err(AttentionError::Adapter { name: name.into(), expected: expected.into(), got: got.into() })
+        Err(AttentionError::Adapter { name: name.into(), expected: expected.into(), got: got.into() }.into())
     };
     if name.is_empty() {
         return refused("a name", "an empty one");

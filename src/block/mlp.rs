@@ -1,5 +1,7 @@
 //! [`Mlp`]: the feed-forward part of a block.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::{Linear, VarBuilder};
 use serde::{Deserialize, Serialize};
@@ -12,9 +14,11 @@ use crate::check::{check_device, check_dtype};
 use crate::checkpoint::Parameters;
 use crate::error::{AttentionError, Result};
 use crate::layer::config::{Init, Parameter};
-use crate::layer::init::create_parameters;
+use crate::layer::init::{create_parameters, new_variables};
 use crate::memory;
-use crate::projection::{Call, Change, Projection, Projections, SideBySide, project};
+use crate::parallel::communicator::Communicator;
+use crate::parallel::tensor::{Slice, TensorParallel};
+use crate::projection::{Call, Change, Projection, Projections, SideBySide, project, with_bias};
 
 /// The config of an [`Mlp`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -118,6 +122,27 @@ pub struct Mlp {
     gate: Option<Projection>,
     up: Projection,
     down: Projection,
+    /// The others, if this rank has some of the hidden numbers. `config` is then that of an MLP with these alone.
+    shared: Option<SharedHidden>,
+}
+
+/// What an MLP knows of the others, if it has some of the hidden numbers.
+#[derive(Clone, Debug)]
+struct SharedHidden {
+    ranks: TensorParallel,
+    /// The config of the whole.
+    whole: MlpConfig,
+}
+
+impl SharedHidden {
+    /// This rank's part of a parameter, `None` for one that every rank has.
+    fn slice_of(&self, name: &str) -> Option<Slice> {
+        match name {
+            "down.weight" => Some(self.ranks.slice(1)),
+            "down.bias" => None,
+            _ => Some(self.ranks.slice(0)),
+        }
+    }
 }
 
 impl Mlp {
@@ -137,7 +162,7 @@ impl Mlp {
     pub(crate) fn from_parameters(config: &MlpConfig, parameters: Parameters) -> Result<Self> {
         let required = |name| Projection::required(name, &parameters);
         let (gate, config) = (Projection::find("gate", &parameters), config.clone());
-        Ok(Self { config, gate, up: required("up")?, down: required("down")? })
+        Ok(Self { config, gate, up: required("up")?, down: required("down")?, shared: None })
     }
 
     /// The output, with the active [adapter](crate::adapter), if there is one, and without its dropout.
@@ -161,11 +186,25 @@ impl Mlp {
 
     /// The output with what stands around the MLP in a block.
     pub(crate) fn forward_in_branch(&self, x: &Tensor, branch: Branch, call: &Call) -> Result<Tensor> {
-        self.check_input(x)?;
+        let Some(SharedHidden { ranks, .. }) = &self.shared else {
+            self.check_input(x)?;
+            return self.forward_alone(x, branch, call);
+        };
+        ranks.agree_on("MLP that ranks share", self.text(x, &branch), self.check_input(x).map_err(Into::into))?;
+        // What stands around the MLP also stands around the sum.
+        let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
+        let inner = Branch { recompute: branch.recompute, ..Branch::default() };
+        let output = ranks.sum(&self.forward_alone(&ranks.entering(&normed)?, inner, call)?)?;
+        branch.finish(x, with_bias(output, self.down.bias())?)
+    }
+
+    /// The output of this rank's hidden numbers, without the last bias if ranks share the MLP.
+    fn forward_alone(&self, x: &Tensor, branch: Branch, call: &Call) -> Result<Tensor> {
         let MlpConfig { activation, embed_dim, hidden_dim, .. } = self.config;
         let len = x.dims().iter().rev().nth(1).copied().unwrap_or(1);
         let gate = self.gate.as_ref().map(|gate| gate.call(call, len)).transpose()?;
         let (up, down) = (self.up.call(call, len)?, self.down.call(call, len)?);
+        let down = if self.shared.is_some() { down.without_bias() } else { down };
         if x.device().is_cpu() && x.elem_count() > 0 {
             let (is_gated, inner) = (gate.is_some(), SideBySide::new(gate.into_iter().chain([up]))?);
             let (activation, down, branch) = (activation.kernel(), SideBySide::new([down])?, branch.to_owned());
@@ -179,6 +218,78 @@ impl Mlp {
             None => activation.forward(&hidden(up)?)?,
         };
         branch.finish(x, project(down, &hidden, x.dims())?)
+    }
+
+    /// This rank's part of the MLP, which all ranks share (tensor parallelism): the hidden numbers r·h/n to (r + 1)·h/n of rank r of n, with
+    /// the rows of `up` and `gate` and the columns of `down`. All ranks call it with the same MLP. The part has copies of its parameters,
+    /// each a variable if it was one, so that the whole MLP can be dropped.
+    ///
+    /// All ranks call the part's methods with the same input, and get the same output, which is that of the whole MLP but for rounding. Every
+    /// gradient is that of the whole MLP, or of this rank's part of it, if all ranks make the same backward pass. See
+    /// [`TransformerBlock::shard`](crate::block::TransformerBlock::shard) for an example.
+    ///
+    /// # Errors
+    ///
+    /// On every rank: a hidden_dim that the ranks can't divide; an MLP that is a part already, with weights in blocks, or with adapters
+    /// that aren't merged; ranks with other configs or parameters; a rank that is gone. The methods of the part return
+    /// [`AttentionError::Ranks`](crate::AttentionError::Ranks) on every rank if the ranks call them with other inputs.
+    pub fn shard(&self, communicator: &Arc<dyn Communicator>) -> Result<Self> {
+        let shared = SharedHidden { ranks: TensorParallel::new(communicator), whole: self.config.clone() };
+        let (ranks, hidden_dim) = (&shared.ranks, self.config.hidden_dim);
+        let own = self.check_plain().and_then(|()| ranks.check_divides("mlp.hidden_dim", hidden_dim));
+        let text = format!("{:?}, {} parameters", self.config, self.parameters().len());
+        ranks.agree_on("MLP to share", text, own.map_err(Into::into))?;
+        let parameters = ranks.shard(self.parameters(), |name| shared.slice_of(name))?;
+        let config = MlpConfig { hidden_dim: hidden_dim / ranks.ranks(), ..self.config.clone() };
+        Ok(Self { shared: Some(shared), ..Self::of_parameters(&config, parameters)? })
+    }
+
+    /// The whole MLP from its parts, on every rank; a copy of an MLP that is no part. All ranks call it.
+    ///
+    /// # Errors
+    ///
+    /// A rank that is gone; too little memory.
+    pub fn gather(&self) -> Result<Self> {
+        let Some(shared) = &self.shared else { return Ok(self.clone()) };
+        let parameters = shared.ranks.gather(self.parameters(), |name| shared.slice_of(name))?;
+        Self::of_parameters(&shared.whole, parameters)
+    }
+
+    fn of_parameters(config: &MlpConfig, parameters: Vec<(&'static str, Tensor)>) -> Result<Self> {
+        Self::from_parameters(config, parameters.into_iter().map(|(name, tensor)| (name.into(), tensor)).collect())
+    }
+
+    /// A copy of the MLP in which every parameter is a new variable.
+    pub(crate) fn trainable(&self) -> Result<Self> {
+        self.check_projections()?;
+        let copy = Self::from_parameters(&self.config, new_variables(self.parameters())?)?;
+        Ok(Self { shared: self.shared.clone(), ..copy })
+    }
+
+    /// Refuses what a file of this crate doesn't hold: a part of an MLP, weights in blocks, and adapters that aren't merged.
+    pub(crate) fn check_plain(&self) -> Result<(), AttentionError> {
+        self.check_whole()?;
+        self.check_projections()
+    }
+
+    fn check_projections(&self) -> Result<(), AttentionError> {
+        self.projections().into_iter().try_for_each(|(name, projection)| projection.check_plain(&name))
+    }
+
+    fn check_whole(&self) -> Result<(), AttentionError> {
+        self.shared.as_ref().map_or(Ok(()), |shared| shared.ranks.refuse())
+    }
+
+    /// What has to be the same on every rank.
+    fn text(&self, x: &Tensor, branch: &Branch) -> String {
+        let trained = self.parameters().iter().filter(|(_, parameter)| parameter.track_op()).count();
+        let of_x = if x.track_op() { "with" } else { "without" };
+        format!(
+            "input {:?} {:?} {of_x} gradient, {trained} trained parameters, dropout {:?}",
+            x.dims(),
+            x.dtype(),
+            branch.dropout
+        )
     }
 
     fn check_input(&self, x: &Tensor) -> Result<(), AttentionError> {
@@ -200,9 +311,9 @@ impl Mlp {
         self.up.drops()
     }
 
-    /// The config.
+    /// The config; that of the whole MLP for a [part](Self::shard).
     pub fn config(&self) -> &MlpConfig {
-        &self.config
+        self.shared.as_ref().map_or(&self.config, |shared| &shared.whole)
     }
 
     /// embed_dim -> hidden_dim, whose activation multiplies [`up`](Self::up).
@@ -243,14 +354,15 @@ impl Projections for Mlp {
     }
 
     fn map_projections(&self, change: &mut Change) -> Result<Self> {
+        self.check_whole()?;
         let gate = self.gate.as_ref().map(|gate| change(gate.name(), gate)).transpose()?;
         let (up, down) = (change(self.up.name(), &self.up)?, change(self.down.name(), &self.down)?);
-        Ok(Self { config: self.config.clone(), gate, up, down })
+        Ok(Self { gate, up, down, ..self.clone() })
     }
 
     fn frozen(&self) -> Self {
         let gate = self.gate.as_ref().map(Projection::frozen);
-        Self { config: self.config.clone(), gate, up: self.up.frozen(), down: self.down.frozen() }
+        Self { gate, up: self.up.frozen(), down: self.down.frozen(), ..self.clone() }
     }
 }
 

@@ -17,6 +17,7 @@ pub(crate) mod norm_layer;
 pub(crate) mod op;
 pub(crate) mod operand;
 pub(crate) mod relay;
+mod tensor;
 mod transformer;
 
 pub use activation::{Activation, gated, gated_halves, geglu, gelu, gelu_tanh, silu, squared_relu, swiglu};

@@ -161,6 +161,11 @@ impl Norm {
         Self { weight: self.weight.detach(), bias: self.bias.as_ref().map(Tensor::detach), ..self.clone() }
     }
 
+    /// The same norm with `f` of each parameter.
+    pub(crate) fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self { weight: f(&self.weight)?, bias: self.bias.as_ref().map(f).transpose()?, ..self.clone() })
+    }
+
     pub(crate) fn read(&self) -> ReadNorm<'_> {
         ReadNorm { norm: self, weight: Reading::new(&self.weight), bias: self.bias.as_ref().map(Reading::new) }
     }

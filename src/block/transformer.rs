@@ -14,7 +14,7 @@ use crate::block::mlp::Mlp;
 use crate::block::norm_layer::Norm;
 use crate::checkpoint::{LayerConfig, Layout, Parameters, Plan, prefixed};
 use crate::error::{AttentionError, Result};
-use crate::layer::init::{create_parameters, full_name, new_variables};
+use crate::layer::init::{create_parameters, full_name};
 use crate::layer::{ForwardOptions, ForwardOutput, KvCache, SelfAttention};
 use crate::projection::{Call, Change, Projection, Projections};
 use crate::rotary::RotaryEmbedding;
@@ -113,11 +113,20 @@ impl TransformerBlock {
     ///
     /// A block with weights in blocks, or with adapters that aren't merged; too little memory on the device.
     pub fn trainable(&self) -> Result<Self> {
-        self.check_plain()?;
-        let copy = Self::from_parameters(&self.config, new_variables(self.parameters())?, "")?;
-        let calls = Arc::new(AtomicU64::new(self.dropout_calls.load(Ordering::Relaxed)));
-        let attention = self.attention.with_parameters_of(copy.attention);
-        Ok(Self { attention, recompute: self.recompute, dropout_seed: self.dropout_seed, dropout_calls: calls, ..copy })
+        self.with_parts(self.attention.trainable()?, self.mlp.trainable()?, |x| Ok(Var::from_tensor(&x.detach())?.into_inner()))
+    }
+
+    /// A block with other parts of the same sizes, and with `parameter` of those of the norms. It counts its calls with dropout itself.
+    pub(super) fn with_parts(
+        &self,
+        attention: SelfAttention,
+        mlp: Mlp,
+        parameter: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let both = |norms: &[Norm; 2]| Ok::<_, crate::Error>([norms[0].map(&parameter)?, norms[1].map(&parameter)?]);
+        let (norms, post_norms) = (both(&self.norms)?, self.post_norms.as_ref().map(both).transpose()?);
+        let dropout_calls = Arc::new(AtomicU64::new(self.dropout_calls.load(Ordering::Relaxed)));
+        Ok(Self { attention, mlp, norms, post_norms, dropout_calls, ..self.clone() })
     }
 
     /// This block, which keeps only its inputs for the backward pass, and computes the rest again there: the same numbers with less memory, for
@@ -204,7 +213,7 @@ impl TransformerBlock {
         cache: &mut KvCache,
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
-        self.attention.check_input(x)?;
+        self.attention.agree_on(x, options)?;
         // There is no backward pass, for which to keep anything.
         let recompute = true;
         let call = Call { adapter: &options.adapter, ..Call::default() };
@@ -271,12 +280,13 @@ impl TransformerBlock {
         plan(layout, &self.config)
     }
 
-    /// Refuses what a file of this crate doesn't hold: weights in blocks, and adapters that aren't merged.
+    /// Refuses what a file of this crate doesn't hold: a part of a block, weights in blocks, and adapters that aren't merged.
     pub(super) fn check_plain(&self) -> Result<(), AttentionError> {
-        self.projections().into_iter().try_for_each(|(name, projection)| projection.check_plain(&name))
+        self.attention.check_plain()?;
+        self.mlp.check_plain()
     }
 
-    /// The config.
+    /// The config; that of the whole block for a [part](Self::shard).
     pub fn config(&self) -> &TransformerBlockConfig {
         &self.config
     }

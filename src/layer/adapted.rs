@@ -14,6 +14,7 @@ impl Projections for Core {
     }
 
     fn map_projections(&self, change: &mut Change) -> Result<Self> {
+        self.shared.as_ref().map_or(Ok(()), |shared| shared.ranks.refuse())?;
         let mut changed = |projection: &Projection| change(projection.name(), projection);
         let (q_proj, k_proj) = (changed(&self.q_proj)?, changed(&self.k_proj)?);
         let (v_proj, o_proj) = (changed(&self.v_proj)?, self.o_proj.as_ref().map(changed).transpose()?);

@@ -75,8 +75,9 @@ impl Core {
         cache: &mut KvCache,
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
-        self.check_input("input", x, self.config.embed_dim)?;
-        check_options(options, cache)?;
+        let checked = check_options(options, cache);
+        let checked = self.check_input("input", x, self.config.embed_dim).and(checked);
+        self.agree_on(&[x], options, &format!(", after {:?} and with {added:?} tokens", cache.lengths()), checked)?;
         let has_batch = x.rank() == 3;
         let x = if has_batch { x.clone() } else { x.unsqueeze(0)? };
         let (batch, len, _) = x.dims3()?;
@@ -108,7 +109,8 @@ impl Core {
         self.check_memory(memories)?;
         let has_batch = memories[0].rank() == 3;
         let batch = |memory: &Tensor| if has_batch { Ok(memory.clone()) } else { memory.unsqueeze(0) };
-        let memories = [&batch(memories[0])?, &batch(memories[1])?];
+        let memories = self.entering_both(memories)?;
+        let memories = [&batch(&memories[0])?, &batch(&memories[1])?];
         let (key, value) =
             self.keys_and_values(memories, &Positions::from_offsets(&[0]), &Call { adapter, ..Call::default() })?;
         // The keys of a head are stored contiguously, since every call reads them in this order.
@@ -124,9 +126,11 @@ impl Core {
         memory: &ProjectedMemory,
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
-        options.check_alone("cross-attention")?;
-        self.check_input("input", x, self.config.embed_dim)?;
-        self.check_projected(memory, &options.adapter)?;
+        let checked = options
+            .check_alone("cross-attention")
+            .and_then(|()| self.check_input("input", x, self.config.embed_dim))
+            .and_then(|()| self.check_projected(memory, &options.adapter));
+        self.agree_on(&[x, &memory.key, &memory.value], options, "", checked)?;
         let x_3 = if memory.has_batch { x.clone() } else { x.unsqueeze(0)? };
         if (x.rank() == 3) != memory.has_batch || !batches_fit(x_3.dim(0)?, memory.key.dim(0)?) {
             let expected = match memory.has_batch {
@@ -136,14 +140,14 @@ impl Core {
             return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
         }
         let call = self.call(options);
-        let query = self.queries(&x_3, &options.positions(&x_3, &[0])?, &call)?;
+        let query = self.queries(&self.entering(&x_3)?, &options.positions(&x_3, &[0])?, &call)?;
         let options = self.attention_options(options, &score_shape(&query, &memory.key)?, &call)?;
         let output = self.attend_heads(&query, memory.key.clone(), memory.value.clone(), options, &call)?;
         if memory.has_batch { Ok(output) } else { output.map(|tensor| tensor.squeeze(0)) }
     }
 
     /// Checks that a layer with the same heads, dtype, device and adapter has projected the memory.
-    fn check_projected(&self, memory: &ProjectedMemory, adapter: &AdapterChoice) -> Result<()> {
+    fn check_projected(&self, memory: &ProjectedMemory, adapter: &AdapterChoice) -> Result<(), AttentionError> {
         let config = &self.config;
         let adapter = self.k_proj.chosen(adapter)?.map(|adapter| adapter.name.clone());
         if adapter != memory.adapter {
@@ -151,13 +155,13 @@ impl Core {
                 |adapter: &Option<Arc<str>>| adapter.as_ref().map_or("none".to_string(), |name| name.to_string());
             let expected = format!("that of the projected memory, {}", name(&memory.adapter));
             let (adapter, got) = (name(&adapter), "another one".to_string());
-            return Err(AttentionError::Adapter { name: adapter, expected, got }.into());
+            return Err(AttentionError::Adapter { name: adapter, expected, got });
         }
         for (tensor, x, dim) in [("key", &memory.key, config.head_dim()), ("value", &memory.value, config.value_dim())]
         {
             if x.dims()[2..] != [config.num_kv_heads(), dim] {
                 let expected = format!("(batch, kv_len, {}, {dim}), as this layer projects it", config.num_kv_heads());
-                return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() }.into());
+                return Err(AttentionError::Shape { tensor, expected, shape: x.dims().to_vec() });
             }
             self.check_dtype_and_device(tensor, x)?;
         }

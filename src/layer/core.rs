@@ -16,6 +16,7 @@ use crate::layer::bias_kv::BiasKv;
 use crate::layer::config::SelfAttentionConfig;
 use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
+use crate::layer::shared_heads::SharedHeads;
 use crate::memory;
 use crate::projection::{Adapted, Call, Projection, Projections, project};
 use crate::rotary::{Positions, RotaryEmbedding};
@@ -36,10 +37,12 @@ pub(super) struct Core {
     pub(super) qk_norm: Option<(Tensor, Tensor)>,
     pub(super) sinks: Option<Tensor>,
     pub(super) bias_kv: BiasKv,
-    alibi_slopes: Option<Tensor>,
+    pub(super) alibi_slopes: Option<Tensor>,
     pub(super) rotary: Option<RotaryEmbedding>,
-    dropout_seed: u64,
+    pub(super) dropout_seed: u64,
     pub(super) dropout_calls: Arc<AtomicU64>,
+    /// The others, if this rank has some of the heads. `config` is then that of a layer with these alone.
+    pub(super) shared: Option<SharedHeads>,
 }
 
 impl Core {
@@ -72,6 +75,7 @@ impl Core {
             rotary: config.rotary.as_ref().map(|rotary| RotaryEmbedding::new(rotary, config.head_dim())).transpose()?,
             dropout_seed: philox::named_seed(config.seed, &init::full_name(prefix, "dropout")),
             dropout_calls: Arc::default(),
+            shared: None,
             config: config.clone(),
             q_proj,
         })
@@ -79,7 +83,7 @@ impl Core {
 
     /// A copy of the layer in which every parameter is a new variable.
     pub(super) fn trainable(&self) -> Result<Self> {
-        self.check_plain()?;
+        self.check_projections()?;
         let parameters = init::new_variables(self.parameters())?;
         Ok(self.with_parameters_of(Self::from_parameters(self.kind, &self.config, parameters, "")?))
     }
@@ -87,7 +91,8 @@ impl Core {
     /// A copy of the layer with the parameters of another one of the same config.
     pub(super) fn with_parameters_of(&self, other: Self) -> Self {
         let calls = Arc::new(AtomicU64::new(self.dropout_calls.load(Ordering::Relaxed)));
-        Self { rotary: self.rotary.clone(), dropout_seed: self.dropout_seed, dropout_calls: calls, ..other }
+        let (rotary, alibi_slopes, shared) = (self.rotary.clone(), self.alibi_slopes.clone(), self.shared.clone());
+        Self { rotary, alibi_slopes, shared, dropout_seed: self.dropout_seed, dropout_calls: calls, ..other }
     }
 
     /// This layer with another rotary embedding. The config describes it, unless it was made from tables.
@@ -117,8 +122,13 @@ impl Core {
         Ok(())
     }
 
-    /// Refuses what a file of this crate doesn't hold: weights in blocks, and adapters that aren't merged.
+    /// Refuses what a file of this crate doesn't hold: a part of a layer, weights in blocks, and adapters that aren't merged.
     pub(super) fn check_plain(&self) -> Result<(), AttentionError> {
+        self.shared.as_ref().map_or(Ok(()), |shared| shared.ranks.refuse())?;
+        self.check_projections()
+    }
+
+    fn check_projections(&self) -> Result<(), AttentionError> {
         self.projections().into_iter().try_for_each(|(name, projection)| projection.check_plain(&name))
     }
 
@@ -153,13 +163,7 @@ impl Core {
         [key, value]: [&Tensor; 2],
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
-        options.check_alone("cross-attention")?;
-        self.check_input("input", x, self.config.embed_dim)?;
-        self.check_memory([key, value])?;
-        if x.rank() != key.rank() || (x.rank() == 3 && !batches_fit(x.dim(0)?, key.dim(0)?)) {
-            let expected = format!("with the batch of the input, whose shape is {:?}, or with a batch of 1", x.dims());
-            return Err(AttentionError::Shape { tensor: "memory", expected, shape: key.dims().to_vec() }.into());
-        }
+        self.agree_on(&[x, key, value], options, "", self.check_inputs(x, [key, value], options))?;
         if x.rank() == 3 {
             return self.attend(x, [key, value], options);
         }
@@ -167,11 +171,28 @@ impl Core {
         self.attend(&x.unsqueeze(0)?, [&key, &value], options)?.map(|tensor| tensor.squeeze(0))
     }
 
+    fn check_inputs(
+        &self,
+        x: &Tensor,
+        [key, value]: [&Tensor; 2],
+        options: &ForwardOptions,
+    ) -> Result<(), AttentionError> {
+        options.check_alone("cross-attention")?;
+        self.check_input("input", x, self.config.embed_dim)?;
+        self.check_memory([key, value])?;
+        if x.rank() != key.rank() || (x.rank() == 3 && !batches_fit(x.dims()[0], key.dims()[0])) {
+            let expected = format!("with the batch of the input, whose shape is {:?}, or with a batch of 1", x.dims());
+            return Err(AttentionError::Shape { tensor: "memory", expected, shape: key.dims().to_vec() });
+        }
+        Ok(())
+    }
+
     /// Attention over checked input with a batch axis.
     fn attend(&self, x: &Tensor, sources: [&Tensor; 2], options: &ForwardOptions) -> Result<ForwardOutput> {
         let (positions, call) = (options.positions(x, &[options.position_offset])?, self.call(options));
-        let query = self.queries(x, &positions, &call)?;
-        let (key, value) = self.keys_and_values(sources, &positions, &call)?;
+        let query = self.queries(&self.entering(x)?, &positions, &call)?;
+        let [key, value] = self.entering_both(sources)?;
+        let (key, value) = self.keys_and_values([&key, &value], &positions, &call)?;
         let options = self.attention_options(options, &score_shape(&query, &key)?, &call)?;
         self.attend_heads(&query, key, value, options, &call)
     }
@@ -179,7 +200,8 @@ impl Core {
     /// Queries (batch, len, num_heads, head_dim).
     pub(super) fn queries(&self, x: &Tensor, positions: &Positions, call: &Call) -> Result<Tensor> {
         let query = split_heads(self.q_proj.call(call, x.dim(1)?)?, x, self.config.num_heads, self.config.head_dim())?;
-        self.normalise_and_rotate(query, self.qk_norm.as_ref().map(|(q_norm, _)| q_norm), positions)
+        let q_norm = self.qk_norm.as_ref().map(|(q_norm, _)| self.norm_weight(q_norm)).transpose()?;
+        self.normalise_and_rotate(query, q_norm.as_ref(), positions)
     }
 
     /// Keys (batch, len, num_kv_heads, head_dim) and values (batch, len, num_kv_heads, value_dim).
@@ -190,11 +212,11 @@ impl Core {
         call: &Call,
     ) -> Result<(Tensor, Tensor)> {
         let config = &self.config;
-        let key = split_heads(self.k_proj.call(call, key.dim(1)?)?, key, config.num_kv_heads(), config.head_dim())?;
-        let value =
-            split_heads(self.v_proj.call(call, value.dim(1)?)?, value, config.num_kv_heads(), config.value_dim())?;
-        let k_norm = self.qk_norm.as_ref().map(|(_, k_norm)| k_norm);
-        Ok((self.normalise_and_rotate(key, k_norm, positions)?, value))
+        let (kv_heads, [key_len, value_len]) = (config.num_kv_heads(), [key.dim(1)?, value.dim(1)?]);
+        let key = split_heads(self.kv_call(&self.k_proj, call, key_len)?, key, kv_heads, config.head_dim())?;
+        let value = split_heads(self.kv_call(&self.v_proj, call, value_len)?, value, kv_heads, config.value_dim())?;
+        let k_norm = self.qk_norm.as_ref().map(|(_, k_norm)| self.norm_weight(k_norm)).transpose()?;
+        Ok((self.normalise_and_rotate(key, k_norm.as_ref(), positions)?, value))
     }
 
     /// QK-norm with this weight, then rotary position embedding, each if the layer has it.
@@ -218,12 +240,13 @@ impl Core {
         options: AttentionOptions,
         call: &Call,
     ) -> Result<ForwardOutput> {
-        let (key, value, options) = self.bias_kv.append(query, key, value, options)?;
-        let attended = attention([query, &key, &value], HeadLayout::Blhd, InputAxes::Tokens, &options)?;
+        let (key, value, options) = self.bias_kv_call()?.append(query, key, value, options)?;
+        let heads = self.head_numbers();
+        let attended = attention([query, &key, &value], HeadLayout::Blhd, InputAxes::Tokens, &options, heads)?;
         let (batch, q_len, _, _) = attended.context.dims4()?;
         let output = [batch, q_len, self.config.output_dim()];
         let output = match &self.o_proj {
-            Some(o_proj) => project(o_proj.call(call, q_len)?, &attended.context, &output)?,
+            Some(o_proj) => self.summed(project(self.out_call(o_proj, call, q_len)?, &attended.context, &output)?)?,
             None => attended.context.reshape(&output)?,
         };
         let AttentionOutput { weights, scores, logsumexp, .. } = attended;
@@ -244,15 +267,20 @@ impl Core {
         scores: &ScoreShape,
         call: &Call,
     ) -> CandleResult<AttentionOptions> {
-        let attn_mask = self.config.mask() & align_mask(&options.attn_mask, scores, InputAxes::Tokens)?;
-        let align = |bias| align_bias(bias, scores, InputAxes::Tokens);
-        let attn_bias = options.attn_bias.as_ref().map(align).transpose()?;
+        let whole = self.whole_scores(scores);
+        let mut attn_mask = align_mask(&options.attn_mask, &whole, InputAxes::Tokens)?;
+        let align = |bias| align_bias(bias, &whole, InputAxes::Tokens);
+        let mut attn_bias = options.attn_bias.as_ref().map(align).transpose()?;
+        if let Some(heads) = self.own_heads() {
+            attn_mask = attn_mask.of_heads(&whole, &heads)?;
+            attn_bias = attn_bias.map(|bias| self.bias_of_heads(&bias, &heads)).transpose()?;
+        }
         let dropout_p = if options.train { self.config.dropout_p } else { 0.0 };
         let dropout_seed = call.seed.unwrap_or(0);
         Ok(AttentionOptions {
             scale: self.config.scale,
             softcap: self.config.softcap,
-            attn_mask,
+            attn_mask: self.config.mask() & attn_mask,
             attn_bias,
             alibi_slopes: self.alibi_slopes.clone(),
             sinks: self.sinks.clone(),

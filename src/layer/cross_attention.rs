@@ -1,6 +1,7 @@
 //! [`CrossAttention`]: queries from one sequence, keys and values from another.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -15,6 +16,7 @@ use crate::layer::core::Core;
 use crate::layer::init;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::shared::shared_methods;
+use crate::parallel::communicator::Communicator;
 use crate::projection::{Change, Projection, Projections};
 
 /// Cross-attention with trainable projections: every token of one sequence (a decoder's) attends to the tokens of

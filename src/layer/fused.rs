@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 
 use attention_kernels::residual::add_dropped;
 use attention_kernels::rotary::Heads;
-use attention_kernels::{self as kernels, Dropout, Incoming, LogSumExp, ProblemOptions, Saved, View};
+use attention_kernels::{self as kernels, Dropout, HeadNumbers, Incoming, LogSumExp, ProblemOptions, Saved, View};
 use candle_core::{DType, Result, Shape, Tensor, bail};
 
 use crate::block::branch::OwnBranch;
@@ -39,6 +39,8 @@ pub(super) struct HeadSizes {
 /// One call of a layer.
 pub(super) struct FusedLayer {
     pub(super) heads: HeadSizes,
+    /// The numbers of the heads that dropout counts.
+    pub(super) numbers: Option<HeadNumbers>,
     pub(super) qkv: SideBySide,
     pub(super) out: Option<SideBySide>,
     pub(super) branch: OwnBranch,
@@ -148,9 +150,9 @@ impl Op {
         };
         let (query, key) = (view("query", 0, num_heads, head_dim)?, view("key", q, num_kv_heads, head_dim)?);
         let value = view("value", q + k, num_kv_heads, value_dim)?;
-        let FusedLayer { scale, softcap, ref mask, dropout, .. } = self.layer;
-        let options =
-            ProblemOptions { scale: Some(scale), softcap, mask: mask.rule(), dropout, ..ProblemOptions::default() };
+        let FusedLayer { scale, softcap, ref mask, dropout, numbers: heads, .. } = self.layer;
+        let scale = Some(scale);
+        let options = ProblemOptions { scale, softcap, mask: mask.rule(), dropout, heads, ..ProblemOptions::default() };
         f(&Call { q: query, k: key, v: value, options, layout: kernels::Layout::TokensFirst })
     }
 

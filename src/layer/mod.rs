@@ -13,6 +13,8 @@ mod options;
 mod self_attention;
 mod sequence;
 mod shared;
+mod shared_heads;
+mod tensor;
 
 pub use cached::ProjectedMemory;
 pub use config::SelfAttentionConfig;

@@ -1,6 +1,7 @@
 //! [`SelfAttention`]: x -> W_Q, W_K, W_V -> heads -> attention -> W_O -> y.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -15,6 +16,7 @@ use crate::layer::init;
 use crate::layer::kv_cache::KvCache;
 use crate::layer::options::{ForwardOptions, ForwardOutput};
 use crate::layer::shared::shared_methods;
+use crate::parallel::communicator::Communicator;
 use crate::projection::{Change, Projection, Projections};
 use crate::rotary::RotaryEmbedding;
 
@@ -127,14 +129,22 @@ impl SelfAttention {
         Ok(Self(Core::from_parameters(Self::KIND, config, parameters, prefix)?))
     }
 
-    /// A copy of the layer with the parameters of another one of the same config.
-    pub(crate) fn with_parameters_of(&self, other: Self) -> Self {
-        Self(self.0.with_parameters_of(other.0))
+    /// Checks an input before anything is computed of it. Ranks that share the layer do so together, when they use it.
+    pub(crate) fn check_input(&self, x: &Tensor) -> Result<(), AttentionError> {
+        match self.0.shared {
+            Some(_) => Ok(()),
+            None => self.0.check_input("input", x, self.0.config.embed_dim),
+        }
     }
 
-    /// Checks an input before anything is computed of it.
-    pub(crate) fn check_input(&self, x: &Tensor) -> Result<(), AttentionError> {
-        self.0.check_input("input", x, self.0.config.embed_dim)
+    /// Checks an input on all ranks that share the layer.
+    pub(crate) fn agree_on(&self, x: &Tensor, options: &ForwardOptions) -> Result<()> {
+        self.0.agree_on(&[x], options, "", self.0.check_input("input", x, self.0.config.embed_dim))
+    }
+
+    /// Refuses what a file of this crate doesn't hold.
+    pub(crate) fn check_plain(&self) -> Result<(), AttentionError> {
+        self.0.check_plain()
     }
 
     /// Refuses a layer that no file can describe: one with a rotary embedding from tables.

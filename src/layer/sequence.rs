@@ -39,6 +39,9 @@ impl Core {
         options: &ForwardOptions,
         branch: Branch,
     ) -> Result<ForwardOutput> {
+        if self.shared.is_some() {
+            self.agree_on(&[x], options, "", self.check_input("input", x, self.config.embed_dim))?;
+        }
         let prepared = self.prepared(x, options);
         let Prepared { x: with_batch, positions, shape, attention, call } = match &options.parallel {
             Some(parallel) => {
@@ -93,6 +96,16 @@ impl Core {
 
     /// What has to be the same on every rank.
     fn text(&self, x: &Tensor, options: &ForwardOptions, seed: Option<u64>) -> String {
+        let axes = match x.dims() {
+            [batch, _, dim] => format!("[{batch}, len, {dim}]"),
+            [_, dim] => format!("[len, {dim}]"),
+            other => format!("{other:?}"),
+        };
+        format!("input {axes} {:?}, {}", x.dtype(), self.text_of_options(options, seed))
+    }
+
+    /// The config and the options of a call.
+    pub(super) fn text_of_options(&self, options: &ForwardOptions, seed: Option<u64>) -> String {
         let ForwardOptions { attn_mask, attn_bias, position_offset, position_ids, backend, adapter, .. } = options;
         let ForwardOptions { first_sequence, return_weights, return_scores, return_logsumexp, .. } = *options;
         let own = AttentionOptions {
@@ -106,16 +119,10 @@ impl Core {
             return_logsumexp,
             ..AttentionOptions::default()
         };
-        let axes = match x.dims() {
-            [batch, _, dim] => format!("[{batch}, len, {dim}]"),
-            [_, dim] => format!("[len, {dim}]"),
-            other => format!("{other:?}"),
-        };
         let given = if position_ids.is_some() { "with" } else { "without" };
         let tables = if self.rotary.is_some() && self.config.rotary.is_none() { ", rotary tables" } else { "" };
         format!(
-            "input {axes} {:?}, config {:?}{tables}, adapter {adapter:?}, position {position_offset} {given} ids, {}",
-            x.dtype(),
+            "config {:?}{tables}, adapter {adapter:?}, position {position_offset} {given} ids, {}",
             self.config,
             options_text(&own)
         )
@@ -129,7 +136,7 @@ impl Core {
         branch: Branch,
         call: &Call,
     ) -> Result<ForwardOutput> {
-        let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
+        let normed = self.entering(&branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?)?;
         let query = self.queries(&normed, positions, call)?;
         let (key, value) = self.keys_and_values([&normed, &normed], positions, call)?;
         let attended = self.attend_heads(&query, key, value, attention, call)?;
@@ -178,23 +185,32 @@ impl Core {
             head_dim: config.head_dim(),
             value_dim: config.value_dim(),
         };
+        // What stands around a layer that ranks share also stands around their sum.
+        let (input, inner) = match &self.shared {
+            None => (x.clone(), branch),
+            Some(_) => {
+                let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
+                (self.entering(&normed)?, Branch { recompute: branch.recompute, ..Branch::default() })
+            }
+        };
         let len = x.dim(1)?;
+        let (k_proj, v_proj) = (self.kv_call(&self.k_proj, call, len)?, self.kv_call(&self.v_proj, call, len)?);
         let layer = FusedLayer {
             heads,
-            qkv: SideBySide::new([
-                self.q_proj.call(call, len)?,
-                self.k_proj.call(call, len)?,
-                self.v_proj.call(call, len)?,
-            ])?,
-            out: self.o_proj.as_ref().map(|out| SideBySide::new([out.call(call, len)?])).transpose()?,
-            branch: branch.to_owned(),
+            numbers: self.head_numbers(),
+            qkv: SideBySide::new([self.q_proj.call(call, len)?, k_proj, v_proj])?,
+            out: self.o_proj.as_ref().map(|out| SideBySide::new([self.out_call(out, call, len)?])).transpose()?,
+            branch: inner.to_owned(),
             scale: options.scale.unwrap_or(1.0 / (heads.head_dim as f64).sqrt()),
             softcap: options.softcap(),
             mask: options.attn_mask.clone(),
-            dropout: options.dropout(heads.num_heads),
+            dropout: options.dropout(self.whole_config().num_heads),
             angles,
             parallel: options.parallel.clone(),
         };
-        Ok(layer.forward(x)?)
+        match layer.forward(&input)? {
+            Some(output) if self.shared.is_some() => Ok(Some(branch.finish(x, self.summed(output)?)?)),
+            output => Ok(output),
+        }
     }
 }

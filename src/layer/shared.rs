@@ -76,9 +76,38 @@ macro_rules! shared_methods {
                 Ok(Self(self.0.trainable()?))
             }
 
-            /// The config of the layer.
+            /// This rank's part of the layer, which all ranks share (tensor parallelism): the query heads r·H/n to (r + 1)·H/n of rank r
+            /// of n, and the key heads that they use. All ranks call it with the same layer. The part has copies of its parameters, each a
+            /// variable if it was one, so that the whole layer can be dropped.
+            ///
+            /// All ranks call the part's methods with the same input and options, and get the same output, which is that of the whole
+            /// layer but for rounding. Masks, biases and seeds are those of the whole layer. Weights, scores and log-sum-exp are those of
+            /// this rank's heads. Every gradient is that of the whole layer, or of this rank's part of it, if all ranks make the
+            /// same backward pass. See [`TransformerBlock::shard`](crate::block::TransformerBlock::shard) for an example, and docs/parallel.md.
+            ///
+            /// # Errors
+            ///
+            /// On every rank: heads that the ranks can't divide; key heads that neither they divide nor that divide them; a layer without
+            /// W_O, that is a part already, with weights in blocks, or with adapters that aren't merged; ranks with other configs or
+            /// parameters; a rank that is gone. The methods of the part return
+            /// [`AttentionError::Ranks`](crate::AttentionError::Ranks) on every rank if the ranks call them with other inputs or options.
+            pub fn shard(&self, communicator: &Arc<dyn Communicator>) -> Result<Self> {
+                Ok(Self(self.0.shard(communicator)?))
+            }
+
+            /// The whole layer from its parts, on every rank; a copy of a layer that is no part. All ranks call it. Files and layouts hold whole
+            /// layers: gather a part before it is saved.
+            ///
+            /// # Errors
+            ///
+            /// A rank that is gone; too little memory.
+            pub fn gather(&self) -> Result<Self> {
+                Ok(Self(self.0.gather()?))
+            }
+
+            /// The config of the layer; that of the whole layer for a [part](Self::shard).
             pub fn config(&self) -> &SelfAttentionConfig {
-                &self.0.config
+                self.0.whole_config()
             }
 
             /// W_Q: embed_dim -> num_heads · head_dim.

@@ -5,10 +5,11 @@
 //! [`DataParallel`] splits the batches of a training among ranks.
 
 mod calls;
-mod communicator;
+pub(crate) mod communicator;
 pub(crate) mod context;
 mod data;
 mod engine;
+pub(crate) mod hash;
 mod host;
 mod message;
 #[cfg(feature = "mpi")]
@@ -17,6 +18,7 @@ mod mpi;
 mod nccl;
 mod rank;
 mod sum;
+pub(crate) mod tensor;
 mod threads;
 
 pub use communicator::{Communicator, Pending};

@@ -17,7 +17,7 @@ use crate::adapter::config::{AdapterChoice, LoraConfig};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::Name;
 pub(crate) use low_rank::LowRank;
-pub(crate) use op::project;
+pub(crate) use op::{project, with_bias};
 pub(crate) use quantised::{Quantised, format_of, placeholder};
 pub(crate) use side_by_side::{Adapted, Reduced, SideBySide};
 

@@ -9,7 +9,6 @@
 //! product of a single row has ten times the error of a rounding to f16.
 
 use candle_core::{Result, Shape, Tensor};
-use candle_nn::Linear;
 
 use crate::block::dropout::drop_out;
 use crate::block::op::Dtype;
@@ -51,7 +50,7 @@ fn project_with_candle(adapted: &Adapted, rows: &Tensor) -> Result<Tensor> {
         Some(quantised) => product(rows, &quantised.dequantise(rows.dtype(), rows.device())?)?,
         None => product(rows, linear.weight())?,
     };
-    let y = with_bias(y, linear)?;
+    let y = with_bias(y, linear.bias())?;
     let Some(LowRank { a, b, scale, .. }) = low_rank else { return Ok(y) };
     let dropped = match *dropout {
         Some(dropout) => drop_out(rows, dropout)?,
@@ -60,8 +59,9 @@ fn project_with_candle(adapted: &Adapted, rows: &Tensor) -> Result<Tensor> {
     y + (product(&product(&dropped, a)?, b)? * *scale)?
 }
 
-fn with_bias(y: Tensor, linear: &Linear) -> Result<Tensor> {
-    match linear.bias() {
+/// y + bias, (..., out).
+pub(crate) fn with_bias(y: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    match bias {
         None => Ok(y),
         // For an empty result candle leaves the bias without a gradient.
         Some(bias) if y.elem_count() == 0 => connected(y, bias),
@@ -98,6 +98,7 @@ mod tests {
     use attention_kernels::Dropout;
     use attention_kernels::quantised::Format;
     use candle_core::{DType, Device, Var};
+    use candle_nn::Linear;
 
     use super::*;
     use crate::projection::quantised::{Quantised, placeholder};

@@ -47,6 +47,11 @@ impl Adapted {
         Ok(Self { linear: Linear::new(self.linear.weight().clone(), bias), ..self })
     }
 
+    /// The same without a bias.
+    pub(crate) fn without_bias(self) -> Self {
+        Self { linear: Linear::new(self.linear.weight().clone(), None), ..self }
+    }
+
     /// Every parameter, in the order of the gradients.
     fn parameters(&self) -> impl Iterator<Item = &Tensor> {
         let of_linear = std::iter::once(self.linear.weight()).chain(self.linear.bias());

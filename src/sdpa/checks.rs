@@ -1,5 +1,6 @@
 //! [`Checked`]: the inputs of one call, checked once.
 
+use attention_kernels::HeadNumbers;
 use attention_kernels::mask::ScoreShape;
 use candle_core::{DType, Tensor};
 
@@ -28,6 +29,8 @@ pub(crate) struct Checked<'a> {
     pub(crate) scores: ScoreShape,
     pub(crate) value_dim: usize,
     pub(crate) scale: f64,
+    /// The numbers of the heads that dropout counts.
+    pub(crate) heads: Option<HeadNumbers>,
 }
 
 impl<'a> Checked<'a> {
@@ -55,7 +58,7 @@ impl<'a> Checked<'a> {
         }
         check_options(&q, &scores, options)?;
         let (value_dim, scale) = (v.dim(3)?, options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt()));
-        Ok(Self { inputs, layout, q, k, v, options, scores, value_dim, scale })
+        Ok(Self { inputs, layout, q, k, v, options, scores, value_dim, scale, heads: None })
     }
 }
 

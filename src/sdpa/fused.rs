@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use attention_kernels::{self as kernels, BiasView, Dropout, ProblemOptions, View};
+use attention_kernels::{self as kernels, BiasView, Dropout, HeadNumbers, ProblemOptions, View};
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Shape, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 
@@ -50,11 +50,12 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
         slopes: constant(&options.alibi_slopes)?
             .map(|slopes| memory::contiguous("ALiBi slopes", &slopes))
             .transpose()?,
-        dropout: options.dropout(checked.scores.num_heads),
+        dropout: options.dropout(checked.heads.map_or(checked.scores.num_heads, |heads| heads.count)),
         packed: trained_bias.map(|_| PackedKv::new(&k, &v)),
         layout,
         pack_logsumexp: want_logsumexp,
         parallel: options.parallel.clone(),
+        heads: checked.heads,
         logsumexp: Arc::default(),
     };
     let logsumexp = op.logsumexp.clone();
@@ -231,6 +232,8 @@ struct FusedAttention {
     pack_logsumexp: bool,
     /// The ranks that share the sequence.
     parallel: Option<ContextParallel>,
+    /// The numbers of the heads that dropout counts.
+    heads: Option<HeadNumbers>,
     logsumexp: Arc<OnceLock<LogSumExp>>,
 }
 
@@ -275,6 +278,7 @@ impl FusedAttention {
             slopes,
             dropout: self.dropout,
             part: None,
+            heads: self.heads,
         };
         f(&Call { q, k, v, options, layout: self.layout.in_memory() })
     }

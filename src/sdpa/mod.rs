@@ -14,6 +14,7 @@ mod visible;
 
 use std::sync::Once;
 
+use attention_kernels::HeadNumbers;
 use attention_kernels::mask::ScoreShape;
 use candle_core::{DType, Tensor};
 
@@ -81,7 +82,7 @@ pub fn scaled_dot_product_attention(
         (aligned, _) => aligned?,
     };
     let Aligned { inputs: [query, key, value], axes, options } = aligned;
-    let output = attention([&query, &key, &value], HeadLayout::Bhld, axes, &options)?;
+    let output = attention([&query, &key, &value], HeadLayout::Bhld, axes, &options, None)?;
     let axes_of_input = |x: Tensor| match axes {
         InputAxes::Single => x.squeeze(0)?.squeeze(0),
         InputAxes::Batch => x.squeeze(1),
@@ -125,14 +126,16 @@ fn aligned(query: &Tensor, key: &Tensor, value: &Tensor, options: &AttentionOpti
 
 /// [`scaled_dot_product_attention`] for query, key and value of four axes in either layout, and a mask and bias that are
 /// aligned with the scores. The context has the layout of the inputs. Weights and scores are (batch, num_heads, q_len, kv_len)
-/// and log-sum-exp (batch, num_heads, q_len) in both. Errors name the axes of the caller's inputs.
+/// and log-sum-exp (batch, num_heads, q_len) in both. Errors name the axes of the caller's inputs. `heads` are the numbers of the heads that
+/// dropout counts.
 pub(crate) fn attention(
     inputs: [&Tensor; 3],
     layout: HeadLayout,
     axes: InputAxes,
     options: &AttentionOptions,
+    heads: Option<HeadNumbers>,
 ) -> Result<AttentionOutput> {
-    let checked = Checked::new(inputs, layout, axes, options);
+    let checked = Checked::new(inputs, layout, axes, options).map(|checked| Checked { heads, ..checked });
     let checked = match options.parallel {
         Some(_) => parallel::agree_on(inputs, layout, options, checked.and_then(parallel::served))?,
         None => checked?,
@@ -174,7 +177,7 @@ fn context_and_weights(checked: &Checked) -> Result<AttentionOutput> {
 
 fn reference_attention(checked: &Checked) -> Result<AttentionOutput> {
     score_memory::ask(checked)?;
-    let output = reference::attention(&checked.q, &checked.k, &checked.v, checked.options);
+    let output = reference::attention(&checked.q, &checked.k, &checked.v, checked.options, checked.heads);
     let output = output.map_err(|error| explain_memory(error, checked))?;
     Ok(AttentionOutput { context: checked.layout.transpose(&output.context)?, ..output })
 }

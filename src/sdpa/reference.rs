@@ -14,6 +14,7 @@
 //! pairs of query and key are hidden, [`Visible`] computes the two matrix products, over the visible pairs only.
 //! Source: Vaswani et al., "Attention Is All You Need" (NIPS 2017), section 3.2.1.
 
+use attention_kernels::HeadNumbers;
 use attention_kernels::dropout::kept_by_dropout;
 use candle_core::{D, DType, Device, Result, Tensor};
 
@@ -30,8 +31,14 @@ use crate::sdpa::visible::Visible;
 /// and don't terminate if there are more.
 const MAX_ENTRIES_ON_CUDA: u64 = (1 << 32) - 1024;
 
-/// Attention over inputs that have been checked.
-pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<AttentionOutput> {
+/// Attention over inputs that have been checked. `heads` are the numbers of the heads that dropout counts.
+pub(crate) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    options: &AttentionOptions,
+    heads: Option<HeadNumbers>,
+) -> Result<AttentionOutput> {
     if q.elem_count() == 0 {
         return without_queries(q, k, v, options);
     }
@@ -44,7 +51,7 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionO
     let v = if v.elem_count() == 0 { v.clone() } else { widened(v)? };
     let steps = Steps::new(&q, &k, Some(&v), options)?;
     let (w, lse) = weights_and_logsumexp(&q, &k, options, &steps)?;
-    let context = weighted_sum(&dropout(&w, options)?.to_dtype(v.dtype())?, &v, &steps)?;
+    let context = weighted_sum(&dropout(&w, options, heads)?.to_dtype(v.dtype())?, &v, &steps)?;
     Ok(AttentionOutput {
         context: context.to_dtype(dtype)?,
         weights: options.return_weights.then(|| w.to_dtype(dtype)).transpose()?,
@@ -213,7 +220,7 @@ fn without_keys(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) 
         bias => (None, bias.clone()),
     };
     let options = AttentionOptions { attn_mask: Mask::prefix(0), attn_bias, ..options.clone() };
-    let output = attention(q, &append_zeros(k)?, &append_zeros(v)?, &options)?;
+    let output = attention(q, &append_zeros(k)?, &append_zeros(v)?, &options, None)?;
     let connect = |x: Tensor| match left_out {
         Some(bias) => connected(x, bias),
         None => Ok(x),
@@ -340,11 +347,14 @@ fn softmax(s: &Tensor, sinks: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
 
 /// Dropout in its inverted form: kept weights are scaled up in training, so that inference needs no scaling.
 /// (Srivastava et al., "Dropout", JMLR 2014, section 10.)
-fn dropout(w: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
-    let scores = w.dims4()?;
-    let Some(dropout) = options.dropout(scores.1) else { return Ok(w.clone()) };
-    let kept = kept_by_dropout(dropout, scores).map_err(AttentionError::from)?;
-    let kept = Tensor::from_vec(kept, w.shape(), w.device())?.to_dtype(w.dtype())?;
+fn dropout(w: &Tensor, options: &AttentionOptions, heads: Option<HeadNumbers>) -> Result<Tensor> {
+    let (batch, own, q_len, kv_len) = w.dims4()?;
+    let HeadNumbers { first, count } = heads.unwrap_or(HeadNumbers { first: 0, count: own });
+    let Some(dropout) = options.dropout(count) else { return Ok(w.clone()) };
+    let whole = (batch, count, q_len, kv_len);
+    let kept = kept_by_dropout(dropout, whole).map_err(AttentionError::from)?;
+    let kept = Tensor::from_vec(kept, whole, &Device::Cpu)?.narrow(1, first, own)?.contiguous()?;
+    let kept = kept.to_device(w.device())?.to_dtype(w.dtype())?;
     w * (kept * (1.0 / (1.0 - dropout.p)))?
 }
 

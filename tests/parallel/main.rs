@@ -1,5 +1,7 @@
 //! Several ranks: threads of this process and, with the feature `mpi`, processes of `mpirun`. Both keep the same laws.
 
+#[path = "../common/blocks.rs"]
+mod blocks;
 #[path = "../common/mod.rs"]
 mod common;
 mod context;
@@ -11,6 +13,7 @@ mod layers;
 #[cfg(feature = "mpi")]
 mod mpirun;
 mod ranks;
+mod tensor;
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -95,4 +98,34 @@ laws!(data:
     broadcast_makes_parameters_equal,
     other_parameters_are_errors_on_every_rank,
     wrong_gradients_are_named,
+);
+
+mod tensor_laws {
+    pub use super::tensor::block::*;
+    pub use super::tensor::faults::*;
+    pub use super::tensor::layer::*;
+}
+
+laws!(tensor_laws:
+    layer_is_that_of_one_process,
+    masks_and_biases_are_those_of_the_whole,
+    weights_are_those_of_the_rank_s_heads,
+    decoding_is_that_of_one_process,
+    cross_attention_is_that_of_one_process,
+    runs_of_layers_have_the_same_bits,
+    gathered_layer_is_the_whole,
+    parts_are_copies,
+    initial_parameters_are_those_of_one_process,
+    memory_of_parameters_is_shared,
+    half_types_are_close,
+    block_is_that_of_one_process,
+    mlp_is_that_of_one_process,
+    training_is_that_of_one_process,
+    decoding_of_blocks_is_that_of_one_process,
+    bytes_are_two_sums_a_pass,
+    gathered_block_is_the_whole,
+    heads_that_ranks_cannot_divide,
+    other_configs_or_parameters,
+    other_inputs_or_options,
+    what_takes_a_whole_layer,
 );

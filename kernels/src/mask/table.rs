@@ -62,6 +62,25 @@ impl Table {
         Ok(Self { dims, axes: TableAxes::Last(4), allowed: self.allowed.clone() })
     }
 
+    /// The table of some of the heads. One that is the same for all heads stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// Heads that the table doesn't have.
+    pub fn of_heads(&self, heads: Range<usize>) -> Result<Self, MaskError> {
+        let [batch, count, rows, keys] = self.dims;
+        if count == 1 {
+            return Ok(Self { dims: self.dims, axes: self.axes, allowed: self.allowed.clone() });
+        }
+        if heads.start > heads.end || heads.end > count {
+            let (part, expected) = ("tensor", format!("at least {} heads", heads.end));
+            return Err(MaskError { part, expected, got: count.to_string() });
+        }
+        let entries = |b: usize| (b * count + heads.start) * rows * keys..(b * count + heads.end) * rows * keys;
+        let allowed = (0..batch).flat_map(|b| &self.allowed[entries(b)]).copied().collect();
+        Self::new([batch, heads.len(), rows, keys], allowed)
+    }
+
     /// The lengths of the four axes.
     pub(crate) fn dims(&self) -> [usize; 4] {
         self.dims

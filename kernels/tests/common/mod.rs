@@ -170,6 +170,7 @@ pub fn with_problem<E: Element, T>(
         slopes: slopes.as_deref(),
         dropout: case.dropout,
         part,
+        heads: None,
     };
     f(&Problem::new(q, k, v, options).unwrap())
 }

@@ -111,6 +111,9 @@ fn unsupported(checked: &Checked) -> Option<AttentionError> {
     if [q, k, v].iter().any(|tensor| tensor.elem_count() == 0) {
         return refuse("tensors that are not empty", "an empty one");
     }
+    if checked.heads.is_some() && checked.options.dropout_p > 0.0 {
+        return refuse("dropout that counts all heads on CUDA", "dropout that counts those of other ranks too");
+    }
     if q.dims()[3].max(*value_dim) > MAX_DIM {
         return refuse("head_dim and value_dim of at most 256 on CUDA", "more");
     }
