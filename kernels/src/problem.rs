@@ -200,7 +200,16 @@ pub struct ProblemOptions<'a, R> {
 
 impl<R> Default for ProblemOptions<'_, R> {
     fn default() -> Self {
-        Self { scale: None, softcap: None, mask: &Rule::Full, bias: None, slopes: None, dropout: None, part: None, heads: None }
+        Self {
+            scale: None,
+            softcap: None,
+            mask: &Rule::Full,
+            bias: None,
+            slopes: None,
+            dropout: None,
+            part: None,
+            heads: None,
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use std::ops::Range;
 use attention_kernels::mask::ScoreShape;
 use attention_kernels::philox::uniform;
 use attention_kernels::{
-    BackwardOptions, Element, Error, Incoming, Layout, LogSumExp, Merged, Part, Problem, ProblemOptions, Saved, View,
-    backward, forward,
+    BackwardOptions, Dropout, Element, Error, HeadNumbers, Incoming, Layout, LogSumExp, Merged, Part, Problem,
+    ProblemOptions, Saved, View, backward, forward,
 };
 use common::{Case, Sizes, cases, narrow, run, to_f64, with_problem};
 use half::bf16;
@@ -155,6 +155,60 @@ fn parts_together_are_the_whole() {
     check::<f64>(1e-13);
     check::<f32>(2e-6);
     check::<bf16>(2e-2);
+}
+
+/// Context and gradients of q, k and v of some key heads and their queries, with dropout.
+fn dropped(data: &[Vec<f64>; 4], dims: [[usize; 4]; 4], kv_heads: Range<usize>, count: usize) -> [Vec<f64>; 4] {
+    let group = dims[0][1] / dims[1][1];
+    let heads = kv_heads.start * group..kv_heads.end * group;
+    let own = [0, 1, 2, 3].map(|i| {
+        let heads = if [0, 3].contains(&i) { heads.clone() } else { kv_heads.clone() };
+        part_of(view(&data[i], dims[i]), &[0..dims[i][0], heads, 0..dims[i][2]])
+    });
+    let [q, k, v, grad] = own.each_ref().map(|(numbers, dims)| view(numbers, *dims));
+    let numbers = HeadNumbers { first: heads.start, count };
+    let (dropout, heads) = (Some(Dropout { p: 0.4, seed: 9 }), Some(numbers));
+    let problem = Problem::new(q, k, v, ProblemOptions { dropout, heads, ..Default::default() }).unwrap();
+    let output = forward(&problem, LAYOUT).unwrap();
+    let saved = Saved { context: view(&output.context, own[3].1), logsumexp: &output.logsumexp };
+    let incoming = Incoming { context: grad, logsumexp: None };
+    let gradients = backward(&problem, saved, incoming, BackwardOptions::default()).unwrap();
+    [gradients.q, gradients.k, gradients.v, output.context]
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "many numbers")]
+fn heads_drop_what_they_drop_among_all_heads() {
+    // Several tiles, one tile, and a query alone, which is decoded.
+    for (q_len, kv_len) in [(70, 150), (11, 23), (1, 150)] {
+        let (q, k) = ([2, 6, q_len, 5], [2, 3, kv_len, 5]);
+        let dims = [q, k, k, q];
+        let data = [0, 1, 2, 3].map(|i| uniform(i as u64 + 1, 1.5, dims[i].iter().product()).collect::<Vec<f64>>());
+        let whole = dropped(&data, dims, 0..3, 6);
+        for kv_heads in [0..1, 1..3, 2..3] {
+            let part = dropped(&data, dims, kv_heads.clone(), 6);
+            for i in 0..4 {
+                let heads = if [0, 3].contains(&i) { 2 * kv_heads.start..2 * kv_heads.end } else { kv_heads.clone() };
+                let (expected, _) = part_of(view(&whole[i], dims[i]), &[0..2, heads, 0..dims[i][2]]);
+                close(&format!("result {i} of {kv_heads:?}, {q_len} queries"), &part[i], &expected, 1e-13);
+            }
+        }
+    }
+}
+
+#[test]
+fn more_heads_than_there_are_numbers_are_an_error() {
+    let data = [0.0f32; 4];
+    let x = view(&data, [1, 2, 2, 1]);
+    for (first, count, fits) in [(0, 2, true), (1, 3, true), (1, 2, false), (usize::MAX, usize::MAX, false)] {
+        let options = ProblemOptions { heads: Some(HeadNumbers { first, count }), ..Default::default() };
+        let problem = Problem::new(x, x, x, options);
+        assert_eq!(
+            matches!(problem, Err(Error::Dims { what: "numbers of the heads", .. })),
+            !fits,
+            "{first} of {count}"
+        );
+    }
 }
 
 #[test]

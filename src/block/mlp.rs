@@ -18,7 +18,7 @@ use crate::layer::init::{create_parameters, new_variables};
 use crate::memory;
 use crate::parallel::communicator::Communicator;
 use crate::parallel::tensor::{Slice, TensorParallel};
-use crate::projection::{Call, Change, Projection, Projections, SideBySide, project, with_bias};
+use crate::projection::{Call, Change, Projection, Projections, SideBySide, add_bias, project};
 
 /// The config of an [`Mlp`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -195,7 +195,7 @@ impl Mlp {
         let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
         let inner = Branch { recompute: branch.recompute, ..Branch::default() };
         let output = ranks.sum(&self.forward_alone(&ranks.entering(&normed)?, inner, call)?)?;
-        branch.finish(x, with_bias(output, self.down.bias())?)
+        branch.finish(x, add_bias(output, self.down.bias())?)
     }
 
     /// The output of this rank's hidden numbers, without the last bias if ranks share the MLP.

@@ -91,7 +91,7 @@ impl<'a, E: Dtype> Columns<'a, E> {
         checked(Operand::new("gradient of a projection", numbers, [rows, self.count], [self.stride, 1]))
     }
 
-    fn sums(self) -> Result<Vec<E::Float>> {
+    pub(crate) fn sums(self) -> Result<Vec<E::Float>> {
         let sums = checked(column_sums(self.numbers, self.numbers.len() / self.stride.max(1), self.stride))?;
         Ok(if self.count == self.stride { sums } else { sums[self.first..self.first + self.count].to_vec() })
     }

@@ -113,7 +113,9 @@ impl TransformerBlock {
     ///
     /// A block with weights in blocks, or with adapters that aren't merged; too little memory on the device.
     pub fn trainable(&self) -> Result<Self> {
-        self.with_parts(self.attention.trainable()?, self.mlp.trainable()?, |x| Ok(Var::from_tensor(&x.detach())?.into_inner()))
+        self.with_parts(self.attention.trainable()?, self.mlp.trainable()?, |x| {
+            Ok(Var::from_tensor(&x.detach())?.into_inner())
+        })
     }
 
     /// A block with other parts of the same sizes, and with `parameter` of those of the norms. It counts its calls with dropout itself.

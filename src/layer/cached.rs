@@ -77,7 +77,8 @@ impl Core {
     ) -> Result<ForwardOutput> {
         let checked = check_options(options, cache);
         let checked = self.check_input("input", x, self.config.embed_dim).and(checked);
-        self.agree_on(&[x], options, &format!(", after {:?} and with {added:?} tokens", cache.lengths()), checked)?;
+        let tokens = || format!(", after {:?} and with {added:?} tokens", cache.lengths());
+        self.agree_on(&[x], options, &tokens, checked)?;
         let has_batch = x.rank() == 3;
         let x = if has_batch { x.clone() } else { x.unsqueeze(0)? };
         let (batch, len, _) = x.dims3()?;
@@ -130,7 +131,7 @@ impl Core {
             .check_alone("cross-attention")
             .and_then(|()| self.check_input("input", x, self.config.embed_dim))
             .and_then(|()| self.check_projected(memory, &options.adapter));
-        self.agree_on(&[x, &memory.key, &memory.value], options, "", checked)?;
+        self.agree_on(&[x, &memory.key, &memory.value], options, &String::new, checked)?;
         let x_3 = if memory.has_batch { x.clone() } else { x.unsqueeze(0)? };
         if (x.rank() == 3) != memory.has_batch || !batches_fit(x_3.dim(0)?, memory.key.dim(0)?) {
             let expected = match memory.has_batch {

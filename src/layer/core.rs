@@ -163,7 +163,7 @@ impl Core {
         [key, value]: [&Tensor; 2],
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
-        self.agree_on(&[x, key, value], options, "", self.check_inputs(x, [key, value], options))?;
+        self.agree_on(&[x, key, value], options, &String::new, self.check_inputs(x, [key, value], options))?;
         if x.rank() == 3 {
             return self.attend(x, [key, value], options);
         }

@@ -139,7 +139,7 @@ impl SelfAttention {
 
     /// Checks an input on all ranks that share the layer.
     pub(crate) fn agree_on(&self, x: &Tensor, options: &ForwardOptions) -> Result<()> {
-        self.0.agree_on(&[x], options, "", self.0.check_input("input", x, self.0.config.embed_dim))
+        self.0.agree_on(&[x], options, &String::new, self.0.check_input("input", x, self.0.config.embed_dim))
     }
 
     /// Refuses what a file of this crate doesn't hold.

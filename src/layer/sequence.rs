@@ -40,7 +40,7 @@ impl Core {
         branch: Branch,
     ) -> Result<ForwardOutput> {
         if self.shared.is_some() {
-            self.agree_on(&[x], options, "", self.check_input("input", x, self.config.embed_dim))?;
+            self.agree_on(&[x], options, &String::new, self.check_input("input", x, self.config.embed_dim))?;
         }
         let prepared = self.prepared(x, options);
         let Prepared { x: with_batch, positions, shape, attention, call } = match &options.parallel {

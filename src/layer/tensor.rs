@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use attention_kernels::HeadNumbers;
 use attention_kernels::mask::ScoreShape;
-use candle_core::{Result as CandleResult, Tensor};
+use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::Linear;
 
 use crate::error::{AttentionError, Result};
@@ -20,8 +20,9 @@ use crate::layer::core::Core;
 use crate::layer::options::ForwardOptions;
 use crate::layer::shared_heads::SharedHeads;
 use crate::parallel::communicator::Communicator;
+use crate::parallel::hash::hash;
 use crate::parallel::tensor::TensorParallel;
-use crate::projection::{Adapted, Call, Projection, with_bias};
+use crate::projection::{Adapted, Call, Projection, add_bias};
 
 impl Core {
     /// A layer with this rank's heads.
@@ -80,14 +81,15 @@ impl Core {
         &self,
         inputs: &[&Tensor],
         options: &ForwardOptions,
-        more: &str,
+        more: &dyn Fn() -> String,
         ours: Result<T, AttentionError>,
     ) -> Result<T> {
         let Some(shared) = &self.shared else { return Ok(ours?) };
         let ours = ours.and_then(|ours| match options.parallel {
             None => Ok(ours),
             Some(_) => {
-                let (expected, got) = ("a layer that ranks don't share, for ranks that share a sequence", "one they do");
+                let (expected, got) =
+                    ("a layer that ranks don't share, for ranks that share a sequence", "one they do");
                 Err(AttentionError::Backend { expected, got })
             }
         });
@@ -98,10 +100,10 @@ impl Core {
         let inputs: String = inputs.iter().map(of_input).collect();
         let trained = self.parameters().iter().filter(|(_, parameter)| parameter.track_op()).count();
         let dropout = options.train.then(|| (self.dropout_seed, self.dropout_calls.load(Ordering::Relaxed)));
-        let text = format!(
-            "{inputs}{}, {trained} trained parameters, dropout {dropout:?}{more}",
-            self.text_of_options(options, None)
-        );
+        let ids = options.position_ids.as_ref().and_then(|ids| ids.to_dtype(DType::F64).ok());
+        let ids = ids.map(|ids| format!(", position ids {:?} {:016x}", ids.dims(), hash(&ids))).unwrap_or_default();
+        let (options, more) = (self.text_of_options(options, None), more());
+        let text = format!("{inputs}{options}, {trained} trained parameters, dropout {dropout:?}{ids}{more}");
         shared.ranks.agree_on("attention that ranks share", text, ours.map_err(Into::into))
     }
 
@@ -145,7 +147,8 @@ impl Core {
     pub(super) fn bias_kv_call(&self) -> CandleResult<BiasKv> {
         let Some(shared) = &self.shared else { return Ok(self.bias_kv.clone()) };
         let learned = self.bias_kv.learned.as_ref();
-        let learned = learned.map(|(k, v)| Ok::<_, candle_core::Error>((shared.kv_parameter(k)?, shared.kv_parameter(v)?)));
+        let learned =
+            learned.map(|(k, v)| Ok::<_, candle_core::Error>((shared.kv_parameter(k)?, shared.kv_parameter(v)?)));
         Ok(BiasKv { learned: learned.transpose()?, zeros: self.bias_kv.zeros })
     }
 
@@ -158,6 +161,6 @@ impl Core {
     pub(super) fn summed(&self, output: Tensor) -> Result<Tensor> {
         let Some(shared) = &self.shared else { return Ok(output) };
         let bias = self.o_proj.as_ref().and_then(Projection::bias);
-        Ok(with_bias(shared.ranks.sum(&output)?, bias)?)
+        Ok(add_bias(shared.ranks.sum(&output)?, bias)?)
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A [`Communicator`] is one rank's way to the others. [`threads`](threads()) makes the ranks of one process. With the feature `mpi`, `mpi_ranks`
 //! makes those of `mpirun`, from the same function. With the feature `nccl`, `nccl` takes tensors of CUDA devices.
-//! [`DataParallel`] splits the batches of a training among ranks.
+//! [`DataParallel`] splits the batches of a training among ranks, [`ContextParallel`] a sequence, and
+//! [`TransformerBlock::shard`](crate::block::TransformerBlock::shard) the heads and hidden numbers of a block.
 
 mod calls;
 pub(crate) mod communicator;

@@ -1,5 +1,6 @@
 //! [`Projection`]: a linear layer inside another layer, with the adapters that were added to it.
 
+mod bias;
 mod low_rank;
 mod op;
 mod quantised;
@@ -16,8 +17,9 @@ use attention_kernels::quantised::Format;
 use crate::adapter::config::{AdapterChoice, LoraConfig};
 use crate::error::{AttentionError, Result};
 use crate::layer::config::Name;
+pub(crate) use bias::add_bias;
 pub(crate) use low_rank::LowRank;
-pub(crate) use op::{project, with_bias};
+pub(crate) use op::project;
 pub(crate) use quantised::{Quantised, format_of, placeholder};
 pub(crate) use side_by_side::{Adapted, Reduced, SideBySide};
 

@@ -59,8 +59,8 @@ fn project_with_candle(adapted: &Adapted, rows: &Tensor) -> Result<Tensor> {
     y + (product(&product(&dropped, a)?, b)? * *scale)?
 }
 
-/// y + bias, (..., out).
-pub(crate) fn with_bias(y: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+/// y + bias, (..., out), by candle's own operations.
+pub(super) fn with_bias(y: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     match bias {
         None => Ok(y),
         // For an empty result candle leaves the bias without a gradient.

@@ -109,6 +109,7 @@ mod tensor_laws {
 laws!(tensor_laws:
     layer_is_that_of_one_process,
     masks_and_biases_are_those_of_the_whole,
+    empty_inputs_have_gradients_of_zeros,
     weights_are_those_of_the_rank_s_heads,
     decoding_is_that_of_one_process,
     cross_attention_is_that_of_one_process,

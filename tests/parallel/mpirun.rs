@@ -171,7 +171,9 @@ fn run(case: &str, ranks: Ranks, out: &Path) -> Result<()> {
     let wait_for_all = || ranks.all_reduce(&tensor).map(drop);
     match case {
         "laws" => {
-            for (name, law) in crate::laws().into_iter().chain(crate::disagreement()).chain(crate::data()).chain(crate::tensor_laws()) {
+            for (name, law) in
+                crate::laws().into_iter().chain(crate::disagreement()).chain(crate::data()).chain(crate::tensor_laws())
+            {
                 if rank == 0 {
                     println!("{name}");
                 }

@@ -189,7 +189,12 @@ impl ContextParallel {
 }
 
 /// As [`ContextParallel::agree_on`].
-pub(crate) fn agree_on<T>(communicator: &dyn Communicator, what: &'static str, text: String, ours: Result<T>) -> Result<T> {
+pub(crate) fn agree_on<T>(
+    communicator: &dyn Communicator,
+    what: &'static str,
+    text: String,
+    ours: Result<T>,
+) -> Result<T> {
     let text = match &ours {
         Ok(_) => text,
         Err(Error::Attention(error)) => format!("{text} (error: {error})"),

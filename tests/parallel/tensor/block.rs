@@ -7,7 +7,7 @@ use candle_attention::parallel::threads;
 use candle_attention::rotary::RotaryConfig;
 use candle_attention::train::{AdamW, AdamWConfig};
 use candle_attention::{Layout, Result, SelfAttentionConfig};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 
 use super::setup::{BATCH, HEADS, LEN, Step, assert_part, own, step, training};
@@ -43,7 +43,8 @@ fn configs() -> Vec<(&'static str, TransformerBlockConfig)> {
         gelu,
         NormConfig::layer(1e-3),
     );
-    let one_key_head = SelfAttentionConfig { num_kv_heads: Some(1), qk_norm_eps: Some(1e-4), ..llama.attention.clone() };
+    let one_key_head =
+        SelfAttentionConfig { num_kv_heads: Some(1), qk_norm_eps: Some(1e-4), ..llama.attention.clone() };
     vec![
         ("gpt2", gpt2.clone()),
         ("bert", TransformerBlockConfig { placement: NormPlacement::Post, dropout_p: 0.1, ..gpt2 }),
@@ -92,7 +93,8 @@ pub fn block_is_that_of_one_process(ranks: Ranks) -> Result<()> {
             let expected = train(&block, &x)?;
             let part = block.shard(ranks)?;
             assert_eq!(part.config(), &config);
-            let parts = [("", part.clone()), ("recompute", part.clone().with_recompute(true)), ("copy", part.trainable()?)];
+            let parts =
+                [("", part.clone()), ("recompute", part.clone().with_recompute(true)), ("copy", part.trainable()?)];
             for (kind, part) in parts {
                 let what = format!("{name} {kind} in {dtype:?} on {} ranks", ranks.size());
                 assert_part(&what, &train(&part, &x)?, &expected, |name, x| own_of_block(ranks, &config, name, x));
@@ -106,16 +108,10 @@ pub fn mlp_is_that_of_one_process(ranks: Ranks) -> Result<()> {
     let biased = MlpConfig { bias: true, ..MlpConfig::swiglu(DIM, HIDDEN) };
     let configs = [MlpConfig::new(DIM, HIDDEN), MlpConfig::swiglu(DIM, HIDDEN), biased];
     for config in configs.iter().filter(|_| fits(ranks)) {
-        let varmap = VarMap::new();
-        let mlp = Mlp::new(config, VarBuilder::from_varmap(&varmap, DType::F64, &Device::Cpu))?;
-        for (seed, var) in varmap.all_vars().into_iter().enumerate() {
-            // Biases start at zero. Any order of the variables will do, as all ranks take those of rank 0.
-            let numbers = randn(seed as u64, var.shape(), DType::F64)?;
-            var.set(&ranks.broadcast(Some(&numbers), 0)?)?;
-        }
-        for (_, parameter) in mlp.parameters() {
-            let var = candle_core::Var::from_tensor(parameter)?;
-            var.set(&ranks.broadcast(Some(parameter), 0)?)?;
+        let mlp = Mlp::new(config, VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu))?;
+        for (seed, (_, parameter)) in mlp.parameters().into_iter().enumerate() {
+            // Biases start at zero.
+            Var::from_tensor(parameter)?.set(&randn(seed as u64, parameter.shape(), DType::F64)?)?;
         }
         let x = input(DType::F64)?;
         let run = |mlp: &Mlp| {
@@ -187,7 +183,7 @@ pub fn bytes_are_two_sums_a_pass(ranks: Ranks) -> Result<()> {
     }
     let part = block(&llama(), DType::F32)?.shard(ranks)?;
     // An input that every number of ranks divides.
-    let x = candle_core::Var::from_tensor(&randn(9, (2, 6, DIM), DType::F32)?)?;
+    let x = Var::from_tensor(&randn(9, (2, 6, DIM), DType::F32)?)?;
     let sum = 2 * (ranks.size() as u64 - 1) * 4 * x.elem_count() as u64 / ranks.size() as u64;
     let before = ranks.bytes_sent();
     let y = part.forward(&x)?;
@@ -206,7 +202,11 @@ pub fn gathered_block_is_the_whole(ranks: Ranks) -> Result<()> {
         let block = block(&config, DType::F32)?;
         let gathered = block.shard(ranks)?.gather()?;
         assert_eq!(gathered.to_bytes()?, block.to_bytes()?, "{name}");
-        assert_same_bits(&train(&gathered, &input(DType::F32)?)?.output, &train(&block, &input(DType::F32)?)?.output, name);
+        assert_same_bits(
+            &train(&gathered, &input(DType::F32)?)?.output,
+            &train(&block, &input(DType::F32)?)?.output,
+            name,
+        );
     }
     Ok(())
 }

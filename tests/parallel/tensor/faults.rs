@@ -45,11 +45,7 @@ pub fn heads_that_ranks_cannot_divide(ranks: Ranks) -> Result<()> {
     let uneven = format!("got {}", n + 1);
     assert_says(ranks, attention(n + 1, None)?.shard(ranks), &["num_heads", &ranks_text, &uneven])?;
     // n divides the query heads, but neither divides nor is divided by the key heads.
-    assert_says(
-        ranks,
-        attention(n * (n + 1), Some(n + 1))?.shard(ranks),
-        &["num_kv_heads", &ranks_text, &uneven],
-    )?;
+    assert_says(ranks, attention(n * (n + 1), Some(n + 1))?.shard(ranks), &["num_kv_heads", &ranks_text, &uneven])?;
     let config = SelfAttentionConfig { out_proj: false, ..SelfAttentionConfig::new(4 * n, n) };
     assert_says(ranks, self_attention(&config, DType::F32)?.shard(ranks), &["out_proj", "true", "false"])?;
     let vb = || VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
@@ -91,16 +87,21 @@ pub fn other_configs_or_parameters(ranks: Ranks) -> Result<()> {
     // Seeds that differ.
     let seed = last(ranks, 4, 5);
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-    assert_says(ranks, SelfAttention::new(&SelfAttentionConfig { seed, ..config }, vb)?.shard(ranks), &["seed: 4", "seed: 5"])
+    assert_says(
+        ranks,
+        SelfAttention::new(&SelfAttentionConfig { seed, ..config }, vb)?.shard(ranks),
+        &["seed: 4", "seed: 5"],
+    )
 }
 
 pub fn other_inputs_or_options(ranks: Ranks) -> Result<()> {
     if !fits(ranks) {
         return Ok(());
     }
-    let part = self_attention(&config(), DType::F32)?.shard(ranks)?;
+    let config = SelfAttentionConfig { is_causal: true, ..config() };
+    let part = self_attention(&config, DType::F32)?.shard(ranks)?;
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-    let plain = TransformerBlockConfig::new(config(), MlpConfig::new(DIM, HEADS), NormConfig::rms(1e-3));
+    let plain = TransformerBlockConfig::new(config, MlpConfig::new(DIM, HEADS), NormConfig::rms(1e-3));
     let config = TransformerBlockConfig { dropout_p: 0.1, ..plain };
     let block = TransformerBlock::new(&config, vb.pp("block"))?.shard(ranks)?;
     let cross = CrossAttention::new(&config.attention, vb.pp("cross"))?.shard(ranks)?;
@@ -131,6 +132,9 @@ pub fn other_inputs_or_options(ranks: Ranks) -> Result<()> {
     assert_says(ranks, part.forward_t(&x, true), &[", 8)", ", 9)"])?;
     block.set_dropout_calls([last(ranks, 8, 9), 0]);
     assert_says(ranks, block.forward_t(&x, true), &["MLP", "seed"])?;
+    let ids = Tensor::new(&[last(ranks, 8i64, 9), 1, 2, 3, 4], &Device::Cpu)?;
+    let options = ForwardOptions { position_ids: Some(ids), ..Default::default() };
+    assert_says(ranks, part.forward_with(&x, &options), &["position ids"])?;
     // A cache that is behind.
     let mut cache = part.kv_cache(1)?;
     part.forward_cached(&x, &mut cache)?;
@@ -152,7 +156,11 @@ pub fn what_takes_a_whole_layer(ranks: Ranks) -> Result<()> {
     let config = TransformerBlockConfig::new(config(), MlpConfig::new(DIM, HEADS), NormConfig::rms(1e-3));
     let block = TransformerBlock::new(&config, vb.pp("block"))?.shard(ranks)?;
     let part = block.attention();
-    let text = format!("layer: expected a whole one (gather it first), got the part of rank {} of {}", ranks.rank(), ranks.size());
+    let text = format!(
+        "layer: expected a whole one (gather it first), got the part of rank {} of {}",
+        ranks.rank(),
+        ranks.size()
+    );
     let text = [text.as_str()];
     assert_says(ranks, part.to_bytes(), &text)?;
     assert_says(ranks, part.to_layout(Layout::Own), &text)?;

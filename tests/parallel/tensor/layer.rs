@@ -118,6 +118,23 @@ pub fn masks_and_biases_are_those_of_the_whole(ranks: Ranks) -> Result<()> {
     Ok(())
 }
 
+/// Without tokens, every parameter still gets a gradient, of zeros.
+pub fn empty_inputs_have_gradients_of_zeros(ranks: Ranks) -> Result<()> {
+    for kv_heads in [HEADS, 1] {
+        let config = with_kv(kv_heads);
+        if !fits(ranks, &config) {
+            continue;
+        }
+        let layer = self_attention(&config, DType::F32)?;
+        for dims in [(2, 0, 2 * HEADS), (0, 3, 2 * HEADS)] {
+            let x = Tensor::zeros(dims, DType::F32, &Device::Cpu)?;
+            let (got, expected) = (train(&layer.shard(ranks)?, &x, &training())?, train(&layer, &x, &training())?);
+            assert_part("empty", &got, &expected, |name, x| own(ranks, &config, name, x));
+        }
+    }
+    Ok(())
+}
+
 /// What a rank returns of its heads.
 pub fn weights_are_those_of_the_rank_s_heads(ranks: Ranks) -> Result<()> {
     let config = with_kv(HEADS);
@@ -157,7 +174,8 @@ pub fn decoding_is_that_of_one_process(ranks: Ranks) -> Result<()> {
 pub fn cross_attention_is_that_of_one_process(ranks: Ranks) -> Result<()> {
     for kv_heads in [HEADS, 1] {
         let plain = SelfAttentionConfig { is_causal: false, dropout_p: 0.3, ..with_kv(kv_heads) };
-        let config = SelfAttentionConfig { kv_dim: Some(5), value_input_dim: Some(3), qk_norm_eps: Some(1e-4), ..plain };
+        let config =
+            SelfAttentionConfig { kv_dim: Some(5), value_input_dim: Some(3), qk_norm_eps: Some(1e-4), ..plain };
         if !fits(ranks, &config) {
             continue;
         }
@@ -170,7 +188,9 @@ pub fn cross_attention_is_that_of_one_process(ranks: Ranks) -> Result<()> {
             let parameters = layer.parameters().into_iter().map(|(name, tensor)| (name.to_string(), tensor));
             let memories = [("key".to_string(), key.as_tensor()), ("value".to_string(), value.as_tensor())];
             step(&x, parameters.chain(memories), |x| match is_projected {
-                true => Ok(layer.forward_projected_with(x, &layer.project_key_value(&key, &value)?, &training())?.output),
+                true => {
+                    Ok(layer.forward_projected_with(x, &layer.project_key_value(&key, &value)?, &training())?.output)
+                }
                 false => Ok(layer.forward_key_value(x, &key, &value, &training())?.output),
             })
         };
