@@ -74,6 +74,6 @@ impl TransformerBlock {
     ///
     /// A rank that is gone; too little memory.
     pub fn gather(&self) -> Result<Self> {
-        self.with_parts(self.attention().gather()?, self.mlp().gather()?, |x| TensorParallel::copy(x))
+        self.with_parts(self.attention().gather()?, self.mlp().gather()?, TensorParallel::copy)
     }
 }

@@ -196,7 +196,7 @@ fn a_rank_that_is_gone_is_an_error() {
                 if communicator.rank() == 1 {
                     return Err(AttentionError::Memory { what: "test", bytes: 17 }.into());
                 }
-                let error = Error::from(y.sum_all()?.backward().err().expect("an error"));
+                let error = Error::from(y.sum_all()?.backward().expect_err("an error"));
                 assert!(matches!(error, Error::Attention(AttentionError::Communication { rank: 1, .. })), "{error}");
                 Err::<(), _>(error)
             })

@@ -60,7 +60,7 @@ pub fn own(ranks: Ranks, config: &SelfAttentionConfig, name: &str, whole: &Tenso
 /// Whether the ranks can share the heads.
 pub fn fits(ranks: Ranks, config: &SelfAttentionConfig) -> bool {
     let (size, kv_heads) = (ranks.size(), config.num_kv_heads());
-    config.num_heads % size == 0 && (kv_heads % size == 0 || size % kv_heads == 0)
+    config.num_heads.is_multiple_of(size) && (kv_heads.is_multiple_of(size) || size.is_multiple_of(kv_heads))
 }
 
 /// Panics unless a rank has what one process has, or its part of it.
