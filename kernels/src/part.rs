@@ -41,7 +41,7 @@ pub struct Part {
 /// use attention_kernels::{Dropout, HeadNumbers, Layout, Problem, ProblemOptions, View, forward};
 ///
 /// let numbers: Vec<f64> = (0..2 * 8).map(|i| f64::from(i % 5)).collect();
-/// let dropout = Some(Dropout { p: 0.5, seed: 7 });
+/// let dropout = Some(Dropout { p: 0.5, seed: 7, first: 0 });
 /// let context = |heads: std::ops::Range<usize>| {
 ///     let view = |data| View::new("test", data, [16, 8, 1], [1, heads.len(), 8, 1]);
 ///     let own = &numbers[heads.start * 8..heads.end * 8];

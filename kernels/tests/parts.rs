@@ -167,7 +167,7 @@ fn dropped(data: &[Vec<f64>; 4], dims: [[usize; 4]; 4], kv_heads: Range<usize>, 
     });
     let [q, k, v, grad] = own.each_ref().map(|(numbers, dims)| view(numbers, *dims));
     let numbers = HeadNumbers { first: heads.start, count };
-    let (dropout, heads) = (Some(Dropout { p: 0.4, seed: 9 }), Some(numbers));
+    let (dropout, heads) = (Some(Dropout { p: 0.4, seed: 9, first: 3 }), Some(numbers));
     let problem = Problem::new(q, k, v, ProblemOptions { dropout, heads, ..Default::default() }).unwrap();
     let output = forward(&problem, LAYOUT).unwrap();
     let saved = Saved { context: view(&output.context, own[3].1), logsumexp: &output.logsumexp };
