@@ -85,12 +85,13 @@ impl Activation {
         match self {
             Self::Relu => x.le(0.0)?.where_cond(&x.zeros_like()?, x),
             Self::SquaredRelu => Self::Relu.elsewhere(x)?.sqr(),
-            Self::Gelu => (x * ((x * FRAC_1_SQRT_2)?.erf()? + 1.0)?)? * 0.5,
+            // Half of x first: x times two overflows.
+            Self::Gelu => (x * 0.5)? * ((x * FRAC_1_SQRT_2)?.erf()? + 1.0)?,
             // The tanh of greater numbers is 1 in f64, too, and their cubes could overflow.
             Self::GeluTanh => {
                 let small = x.clamp(-10.0, 10.0)?;
                 let inner = (&small + (small.sqr()? * &small)?.affine(0.044715, 0.0)?)?;
-                (x * ((inner * FRAC_2_PI.sqrt())?.tanh()? + 1.0)?)? * 0.5
+                (x * 0.5)? * ((inner * FRAC_2_PI.sqrt())?.tanh()? + 1.0)?
             }
             Self::Silu => x * candle_nn::ops::sigmoid(x)?,
         }
@@ -389,7 +390,7 @@ mod tests {
     #[test]
     fn candles_operations_give_the_numbers_of_the_kernels() -> candle_core::Result<()> {
         let mut numbers: Vec<f64> = (-160..=160).map(|i| f64::from(i) / 16.0).collect();
-        numbers.extend([-1e300, -1e120, -40.0, 40.0, 1e120, 1e300]);
+        numbers.extend([-1.7e308, -1e120, -40.0, 40.0, 1e120, 1.7e308]);
         for activation in
             [Activation::Relu, Activation::SquaredRelu, Activation::Gelu, Activation::GeluTanh, Activation::Silu]
         {
@@ -404,6 +405,24 @@ mod tests {
                 let scale = (expected.abs()? + 1.0)?;
                 let error = ((got - expected)?.abs()? / scale)?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
                 assert!(error < 1e-14, "{activation:?}: {error:e}");
+            }
+        }
+        Ok(())
+    }
+
+    /// The greatest number of each type is its own activation, and that of the lowest is 0.
+    #[test]
+    fn candles_operations_keep_the_greatest_numbers_finite() -> candle_core::Result<()> {
+        for (dtype, greatest) in [
+            (DType::F64, f64::MAX),
+            (DType::F32, f32::MAX.into()),
+            (DType::BF16, half::bf16::MAX.into()),
+            (DType::F16, 65504.0),
+        ] {
+            let x = Tensor::new(&[greatest, -greatest], &Device::Cpu)?.to_dtype(dtype)?;
+            for activation in [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu] {
+                let y = activation.elsewhere(&widened(&x)?)?.to_dtype(dtype)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+                assert_eq!(y, [greatest, 0.0], "{activation:?}, {dtype:?}");
             }
         }
         Ok(())
