@@ -120,8 +120,9 @@ class Passes:
         self.careful_pass("careful_forward", grid)
 
     def grid(self, t, blocks):
-        """A specialised kernel does any number of blocks of queries with a block of threads."""
-        return min(blocks, self.runner.machine.multiprocessors) if t.variant.defines.get("PERSISTENT") else blocks
+        """A specialised kernel does any number of blocks of queries with a block of threads, which pays where all have the same work."""
+        is_even = t.specialised and not self.case.causal and not self.case.window
+        return min(blocks, self.runner.machine.multiprocessors) if is_even else blocks
 
     def backward(self):
         c, p, q = self.case, self.problem, self.query_tiles

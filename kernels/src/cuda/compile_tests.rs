@@ -4,9 +4,9 @@ use crate::cuda::plan::{Element, Parts, Pass, Variant};
 
 /// Limits of the GPUs that the kernels are for.
 const MACHINES: [Limits; 3] = [
-    Limits { capability: (8, 0), shared_bytes: 163 << 10 },
-    Limits { capability: (8, 6), shared_bytes: 99 << 10 },
-    Limits { capability: (9, 0), shared_bytes: 227 << 10 },
+    Limits { capability: (8, 0), shared_bytes: 163 << 10, multiprocessors: 108 },
+    Limits { capability: (8, 6), shared_bytes: 99 << 10, multiprocessors: 84 },
+    Limits { capability: (9, 0), shared_bytes: 227 << 10, multiprocessors: 132 },
 ];
 
 fn program(source: Source, variant: Variant, pass: Option<Pass>, limits: Limits) -> Program {

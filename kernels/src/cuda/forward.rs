@@ -8,6 +8,7 @@ use super::plan::{Pass, Tiles, Variant, decode_row_tiles, decode_splits};
 use super::problem::{RawProblem, RawStrided};
 use crate::alloc::product;
 use crate::error::Error;
+use crate::mask::Rule;
 
 /// What the backward pass needs of the forward pass, beside the context.
 pub struct Saved {
@@ -83,7 +84,11 @@ fn prefill(launches: &Launches, call: &Call, tiles: Tiles) -> Result<(), Error> 
     let careful = launches.machine.allocate(FLAGS, blocks as usize)?;
     let flags = RawProblem { careful: careful.address(), careful_queries: rows as i32, ..launches.problem };
     let launches = launches.with(flags, &[careful.as_ref()]);
-    launches.tiled((Source::Forward, "attention_forward"), (Pass::Forward, tiles), None, blocks)?;
+    // A block of threads of the specialised kernel does any number of blocks of queries. With equal work for all it is faster to have as
+    // many as there are multiprocessors: 1.06 to 1.17 times at 1,024 and 2,048 tokens on an H200. With a causal mask it is slower.
+    let is_even = tiles.specialised && matches!(call.inputs.mask, Rule::Full);
+    let launched = if is_even { blocks.min(launches.machine.limits().multiprocessors) } else { blocks };
+    launches.tiled((Source::Forward, "attention_forward"), (Pass::Forward, tiles), None, launched)?;
     launches.careful("careful_forward", blocks)
 }
 

@@ -44,7 +44,9 @@ impl Gpu {
         }
         let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_bytes = context.attribute(shared).map_err(no_answer)? as u32;
-        let limits = Limits { capability: (major as u32, minor as u32), shared_bytes };
+        let multiprocessors = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(multiprocessors).map_err(no_answer)? as u32;
+        let limits = Limits { capability: (major as u32, minor as u32), shared_bytes, multiprocessors };
         Ok(Self { stream, limits, modules: Mutex::default(), functions: Mutex::default() })
     }
 

@@ -75,6 +75,8 @@ pub struct Limits {
     pub capability: (u32, u32),
     /// The most shared memory that a block may have, in bytes.
     pub shared_bytes: u32,
+    /// How many multiprocessors there are.
+    pub multiprocessors: u32,
 }
 
 /// The file that a kernel stands in.

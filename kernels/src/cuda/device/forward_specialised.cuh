@@ -5,11 +5,11 @@
 // Source: Shah et al., "FlashAttention-3" (NeurIPS 2024), section 3.
 #pragma once
 
-// THREADS are those that compute: 2 groups (WARPS 8), or 3 (WARPS 12). A block has GROUP threads more.
-constexpr int GROUP = 128, GROUPS = THREADS / GROUP;
+// THREADS are those that compute, 2 groups. A block has GROUP threads more.
+constexpr int GROUP = 128, GROUPS = 2;
 // The registers of an SM, 65,536, for all threads of the block.
-constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = GROUPS == 2 ? 232 : 160;
-static_assert(PLAIN && IS_ASYNC && STAGES == 2 && (GROUPS == 2 || GROUPS == 3), "what the specialised kernel is for");
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(PLAIN && IS_ASYNC && STAGES == 2 && THREADS == GROUPS * GROUP, "what the specialised kernel is for");
 // Named barriers: each group's for its turn. The groups that compute begin their products in turn, so that their softmaxes don't coincide.
 constexpr int FIRST_OF_TURNS = 1;
 
@@ -141,11 +141,11 @@ DEVICE void consume(const Problem &p, const Work &work, const Handovers &from, i
         from.keys.wait_until_full(at);
         from.values.wait_until_full(before);
         publish_to_wgmma();
-        meet_at_named(FIRST_OF_TURNS + group, 2 * GROUP);
+        meet_at_named(FIRST_OF_TURNS + group, THREADS);
         float s[TILES][NUMBERS], shrink[TILES][2];
         dot(s, queries, 0, from.keys.tile(at));
         accumulate<KEYS, VALUE_DIM>(o, weights, from.values.tile(before));
-        pass_named(FIRST_OF_TURNS + (group + 1) % GROUPS, 2 * GROUP);
+        pass_named(FIRST_OF_TURNS + (group + 1) % GROUPS, THREADS);
         wait_for_products<1>();
         done(s);
         from.keys.used(at);
@@ -192,7 +192,7 @@ KERNEL(attention_forward, THREADS + GROUP) {
         produce(p, handovers);
     } else {
         take_registers<CONSUMER_REGISTERS>();
-        if (group == GROUPS - 1) pass_named(FIRST_OF_TURNS, 2 * GROUP);
+        if (group == 1) pass_named(FIRST_OF_TURNS, THREADS);
         Position at, of_queries;
         for (uint32_t block = own; block < blocks; block += gridDim.x) {
             const Work work(p, block);
@@ -206,6 +206,6 @@ KERNEL(attention_forward, THREADS + GROUP) {
             if (store(p, work.place, first_query, o, softmax)) store_global(p.careful + block, uint8_t(1));
         }
         // The last pass of all.
-        if (group == 0) meet_at_named(FIRST_OF_TURNS, 2 * GROUP);
+        if (group == 0) meet_at_named(FIRST_OF_TURNS, THREADS);
     }
 }

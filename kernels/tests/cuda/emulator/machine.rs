@@ -28,10 +28,12 @@ pub struct Launched {
     pub counters: Counters,
 }
 
+/// So few, that a block of a small test has several blocks of queries, too.
+const MULTIPROCESSORS: u32 = 3;
 /// A GPU of the kind of an A100, whose kernels use mma.sync.
-pub const AMPERE: Limits = Limits { capability: (8, 0), shared_bytes: 163 << 10 };
+pub const AMPERE: Limits = Limits { capability: (8, 0), shared_bytes: 163 << 10, multiprocessors: MULTIPROCESSORS };
 /// A GPU of the kind of an H100, whose kernels use wgmma.
-pub const HOPPER: Limits = Limits { capability: (9, 0), shared_bytes: 227 << 10 };
+pub const HOPPER: Limits = Limits { capability: (9, 0), shared_bytes: 227 << 10, multiprocessors: MULTIPROCESSORS };
 
 impl Emulator {
     /// An emulator of a machine.
