@@ -20,16 +20,19 @@ struct Case {
     q_len: usize,
     kv_len: usize,
     dim: usize,
-    /// Causal attention without options, or with dropout, which takes the kernels with all options.
+    /// Without options, or with dropout, which takes the kernels with all options.
     is_plain: bool,
+    is_causal: bool,
 }
 
-/// 128 columns take two panels of shared memory. The numbers of tiles are odd and even.
-const CASES: [Case; 2] = [
-    Case { q_len: 130, kv_len: 331, dim: 128, is_plain: true },
-    Case { q_len: 200, kv_len: 147, dim: 64, is_plain: false },
+/// 128 columns take two panels of shared memory. The numbers of tiles are odd and even. Without a mask the specialised kernel has fewer blocks
+/// of threads than blocks of queries.
+const CASES: [Case; 3] = [
+    Case { q_len: 130, kv_len: 331, dim: 128, is_plain: true, is_causal: true },
+    Case { q_len: 200, kv_len: 147, dim: 64, is_plain: false, is_causal: true },
+    Case { q_len: 300, kv_len: 147, dim: 64, is_plain: true, is_causal: false },
 ];
-const DECODING: Case = Case { q_len: 3, kv_len: 1200, dim: 128, is_plain: true };
+const DECODING: Case = Case { q_len: 3, kv_len: 1200, dim: 128, is_plain: true, is_causal: true };
 
 fn numbers(seed: u64, count: usize) -> Vec<u8> {
     uniform(seed, 2.0, count).flat_map(|x| bf16::from_f64(x).to_le_bytes()).collect()
@@ -42,13 +45,13 @@ fn view(memory: &dyn Memory, dims: [usize; 4]) -> MachineView<'_> {
 
 /// The context and the gradients of query, key and value.
 fn run(machine: &dyn Machine, case: Case) -> Result<Vec<Vec<u8>>, Error> {
-    let Case { q_len, kv_len, dim, is_plain } = case;
+    let Case { q_len, kv_len, dim, is_plain, is_causal } = case;
     let (of_queries, of_keys) = ([1, HEADS, q_len, dim], [1, KV_HEADS, kv_len, dim]);
     let tensors = [(1, of_queries), (2, of_keys), (3, of_keys), (4, of_queries)];
     let tensors = tensors.map(|(seed, dims)| (numbers(seed, dims.iter().product()), dims));
     let memory = tensors.each_ref().map(|(bytes, _)| machine.upload("tensor", bytes).unwrap());
     let [q, k, v, gradient] = [0, 1, 2, 3].map(|i| view(memory[i].as_ref(), tensors[i].1));
-    let mask = Rule::Band { below: None, above: Some(0), offset: None };
+    let mask = if is_causal { Rule::Band { below: None, above: Some(0), offset: None } } else { Rule::Full };
     let inputs = Inputs {
         q,
         k,
@@ -88,6 +91,22 @@ fn every_order_gives_the_same_bits() {
     }
 }
 
+/// Without a mask the specialised kernel has at most as many blocks of threads as there are multiprocessors.
+#[test]
+fn the_number_of_multiprocessors_changes_no_bit() {
+    if !is_there() {
+        return;
+    }
+    let [few, many] = [1, 1000].map(|multiprocessors| {
+        let machine = Emulator::new(Limits { multiprocessors, ..HOPPER }, Options::default());
+        let results = run(&machine, CASES[2]).unwrap();
+        let launched = machine.launched();
+        (results, launched.iter().find(|launched| launched.kernel == "attention_forward").unwrap().grid)
+    });
+    assert_eq!((few.1, many.1), (1, 6));
+    assert!(few.0 == many.0);
+}
+
 /// Engines that a mutant is one of: the other doesn't compile the text, or doesn't need it.
 const MMA: &[Limits] = &[AMPERE];
 const WGMMA: &[Limits] = &[HOPPER];
@@ -112,19 +131,22 @@ const fn mutant(
 #[rustfmt::skip]
 const MUTANTS: &[Mutant] = &[
     // The loop of wgmma stands before that of mma.sync in the file.
-    mutant("forward: first barrier", WGMMA, "forward.cu", ("publish();", 1), ""),
+    mutant("forward: first barrier", WGMMA, "forward.cu", ("publish();", 2), ""),
     mutant("forward: first barrier", MMA, "forward.cu", ("publish();", 4), ""),
     mutant("forward: second barrier", MMA, "forward.cu", ("publish();", 5), ""),
     mutant("forward: last barrier", WGMMA, "forward.cu", ("publish();", 3), ""),
     mutant("forward: wait for the first keys", WGMMA, "forward.cu", ("wait_for_copies<2>();", 1), ""),
     mutant("forward: wait for copies", WGMMA, "forward.cu", ("wait_for_copies<0>();", 1), ""),
-    mutant("forward: wait for keys", MMA, "forward.cu", ("wait_for_copies<STAGES - 1>();", 1), ""),
-    mutant("forward: wait for values", MMA, "forward.cu", ("wait_for_copies<0>();", 3), ""),
+    mutant("forward: wait for keys", MMA, "forward.cu", ("wait_for_copies<0>();", 3), ""),
+    mutant("forward: wait for values", MMA, "forward.cu", ("wait_for_copies<0>();", 4), ""),
     mutant("forward: wait for scores", WGMMA, "forward.cu", ("wait_for_products<0>();", 1), ""),
     mutant("forward: wait for the context", WGMMA, "forward.cu", ("wait_for_products<0>();", 2), ""),
     mutant("forward: stage of the keys", WGMMA, "forward.cu", ("k_tile(stage ^ 1)", 1), "k_tile(stage)"),
     mutant("forward: next tile", WGMMA, "forward.cu", ("next * KEYS", 1), "tile * KEYS"),
-    mutant("forward: next tile", MMA, "forward.cu", ("next * KEYS", 5), "tile * KEYS"),
+    mutant("forward: next tile", MMA, "forward.cu", ("next * KEYS", 4), "tile * KEYS"),
+    mutant("specialised: empty queries", WGMMA, "forward_specialised.cuh", ("to.queries.wait_until_empty(of_queries);", 1), ""),
+    mutant("specialised: used queries", WGMMA, "forward_specialised.cuh", ("from.queries.used(of_queries);", 1), ""),
+    mutant("specialised: next queries", WGMMA, "forward_specialised.cuh", ("of_queries = of_queries.next(1);\n            }", 1), "}"),
     mutant("specialised: empty keys", WGMMA, "forward_specialised.cuh", ("to.keys.wait_until_empty(where);", 1), ""),
     mutant("specialised: empty values", WGMMA, "forward_specialised.cuh", ("to.values.wait_until_empty(where);", 1), ""),
     mutant("specialised: first keys", WGMMA, "forward_specialised.cuh", ("from.keys.wait_until_full(at);", 1), ""),

@@ -31,7 +31,7 @@ KERNEL(backward_delta, 128) {
     if (p.d_lse) sum -= load_global(p.d_lse + row);
     store_global(p.delta + row, sum);
     if (p.sink_rows) {
-        const float share = float(exp(double(load_global(p.sinks + head)) - load_global(p.lse + row)));
+        const float share = float(weight_of(p, row, load_global(p.sinks + head)));
         store_global(p.sink_rows + row, load_global(p.largest + row) == INFINITY ? 0.0f : -share * sum);
     }
 }

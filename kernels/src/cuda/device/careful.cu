@@ -55,11 +55,8 @@ DEVICE Score score_of(const Scores &scores, int query, int key, int kv_head, dou
     const Problem &p = scores.p;
     Score s{0, 0, 0, scores.visible(query, key), true};
     if (!s.visible) return s;
-    // In two parts: beside a score of 1e38 the logarithm of the sum is nothing.
-    const int64_t row = first_row(p, scores.batch, scores.head) + query;
-    const double log_sum = load_global(p.log_total + row) * LN2, largest = load_global(p.lse + row) - log_sum;
     const double product = dot(row_of(p.q, scores.batch, scores.head, query), row_of(p.k, scores.batch, kv_head, key), p.head_dim);
-    s.weight = exp(scores.modified(product, query, key) - largest - log_sum);
+    s.weight = weight_of(p, first_row(p, scores.batch, scores.head) + query, scores.modified(product, query, key));
     if (s.weight < SMALLEST) s.weight = SMALLEST;
     s.kept = !p.dropout_threshold || is_kept(p, scores.batch, scores.head, query, key);
     const double dp = s.kept && p.d_o.data ? p.dropout_keep * dot(row_of(p.d_o, scores.batch, scores.head, query), row_of(p.v, scores.batch, kv_head, key), p.value_dim) : 0;
@@ -88,7 +85,7 @@ DEVICE void forward_row(const Scores &scores, int query, int kv_head) {
     const Element *o = row_of(p.o, scores.batch, scores.head, query), *q = row_of(p.q, scores.batch, scores.head, query);
     const int64_t row = first_row(p, scores.batch, scores.head) + query;
     const float base = load_global(p.largest + row);
-    const bool bad_statistics = !is_finite(base) || !is_finite(load_global(p.log_total + row));
+    const bool bad_statistics = !is_fine(p, base) || !is_finite(load_global(p.log_total + row));
     __syncwarp();
     if (!bad_statistics && !has_non_finite(o, p.value_dim)) return;
     const Range range = scores.limits.keys_of(query, 1);
@@ -121,18 +118,19 @@ DEVICE void forward_row(const Scores &scores, int query, int kv_head) {
     replace(o, p.value_dim, sums, bad_statistics);
     __syncwarp();
     if (!bad_statistics || lane != 0) return;
-    const double unit = PLAIN ? LN2 : 1.0, log_sum = log(total.sum);
+    const double unit = PLAIN ? LN2 : 1.0, log_sum = log(total.sum), lse = total.largest + log_sum;
     const float largest = float(total.largest / unit);
-    store_global(p.lse + row, total.largest + log_sum);
-    // NaN makes the backward pass compute the row carefully, too.
-    store_global(p.largest + row, is_finite(largest) ? largest : NAN);
-    store_global(p.log_total + row, float(((is_finite(largest) ? total.largest - largest * unit : 0.0) + log_sum) / LN2));
+    const bool fine = is_fine(p, largest);
+    store_global(p.lse + row, lse);
+    // NaN makes the backward pass compute the row carefully, too. Beside a score of 1e20 the logarithm of the sum is lost in `lse`.
+    store_global(p.largest + row, fine ? largest : NAN);
+    store_global(p.log_total + row, float((total.largest - (fine ? largest * unit : lse) + log_sum) / LN2));
 }
 
 // f(block) for every block of the fast pass that has set its flag; all blocks of this launch share them.
 template <class F> DEVICE void for_flagged(const Problem &p, int blocks, F f) {
-    for (int block = blockIdx.x; block < blocks; block += gridDim.x)
-        if (load_global(p.careful + block)) f(block);
+    for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x)
+        if (load_global(p.careful + block)) f(int(block));
 }
 DEVICE int tiles_of(int len, int rows) { return (len + rows - 1) / rows; }
 
@@ -171,7 +169,7 @@ DEVICE void gradients_of_query(const Scores &scores, int query, int kv_head) {
     replace(dq, p.head_dim, sums, false);
     of_slope = sum_of_lanes(of_slope);
     if (lane == 0 && bad_slope) store_global(p.slope_rows + row, float(of_slope));
-    if (lane == 0 && bad_sink) store_global(p.sink_rows + row, float(-exp(double(load_global(p.sinks + scores.head)) - load_global(p.lse + row)) * delta));
+    if (lane == 0 && bad_sink) store_global(p.sink_rows + row, float(-weight_of(p, row, load_global(p.sinks + scores.head)) * delta));
 }
 
 KERNEL(careful_queries, 128) {

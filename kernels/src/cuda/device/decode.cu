@@ -141,7 +141,7 @@ KERNEL(decode_merge, 128) {
             store_global(to + column, rounded);
             careful |= !is_finite(widen(rounded));
         }
-        careful |= empty || !is_finite(largest);
+        careful |= empty || !is_fine(p, largest);
         if (threadIdx.x == 0) store_statistics(p, row, largest, total);
     }
     careful = __syncthreads_or(careful);

@@ -57,7 +57,7 @@ template <int M> DEVICE bool store(const Problem &p, const Place &place, int fir
                 careful |= !store_pair(to, j * 8 + lane % 4 * 2, p.value_dim, empty ? 0.0f : x * inverse, empty ? 0.0f : y * inverse);
             }
             // Without visible keys the row is empty; but scores that all overflowed look the same.
-            careful |= empty || !is_finite(largest);
+            careful |= empty || !is_fine(p, largest);
             if (lane % 4 == 0) store_statistics(p, first_row(p, place.batch, place.head) + query, largest, total);
         }
     return careful;
@@ -85,36 +85,31 @@ KERNEL(attention_forward, THREADS) {
         if (!PLAIN) while (tile >= first && !map_shows(p, place.batch, place.head, place.first, ROWS, tile * KEYS, KEYS)) tile--;
         return tile;
     };
-    int tile = range.begin < range.end ? seek((range.end - 1) / KEYS) : first - 1, stage = 0;
+    int tile = range.begin < range.end ? seek((range.end - 1) / KEYS) : first - 1;
     if (tile >= first) {
         q.copy<false>(q_tile, place.first, p.q_len);
         k.copy<false>(k_tile(0), tile * KEYS, p.kv_len);
         commit_copies();
-        if (STAGES == 2) v.copy<false>(v_tile(0), tile * KEYS, p.kv_len), commit_copies();
     }
     float o[TILES][VALUE_DIM / 2] = {};
     Softmax softmax(!PLAIN && p.sinks ? load_global(p.sinks + place.head) : -INFINITY);
     const float scale_log2 = p.scale * LOG2E;
 
-#if defined(HOPPER) && STAGES == 2
-    // The scores of a tile are computed together with the context of the tile before, and while wgmma computes the latter, the warps
-    // compute the weights of the former. K of two tiles ahead and V of one ahead are on their way. Source: FlashAttention-3, section 3.2.
+#ifdef HOPPER
+    static_assert(!PLAIN && STAGES == 2, "without options the specialised kernel serves");
+    // The products for the scores of a tile begin together with those for the context of the tile before, and a tile has one barrier. K of
+    // two tiles ahead and V of one ahead are on their way. (ptxas puts the exponentials behind the wait for the context. To hold them
+    // before it didn't pay as long as all warps meet for each tile: docs/gpu.md.)
     uint32_t weights[TILES][KEYS / 16][4];
-    auto weigh = [&](auto masked, float (&s)[TILES][NUMBERS], float (&shrink)[TILES][2], int key) {
-        constexpr bool MASKED = decltype(masked)::value;
-        if (MASKED) modify(scores, s, place.first + own, key);
-        softmax.update<MASKED>(s, shrink, scale_log2);
-        if (!PLAIN && p.dropout_threshold) drop(scores, s, place.first + own, key);
-    };
-    auto turn = [&](int current, int second) {
-        wait_for_copies<0>();
-        publish();
-        if (second >= first) k.copy<true>(k_tile(stage), second * KEYS, p.kv_len);
-        if (current >= first) v.copy<true>(v_tile(stage ^ 1), current * KEYS, p.kv_len);
-        commit_copies();
+    auto weigh = [&](float (&s)[TILES][NUMBERS], float (&shrink)[TILES][2], int key) {
+        modify(scores, s, place.first + own, key);
+        softmax.update<true>(s, shrink, scale_log2);
+        if (p.dropout_threshold) drop(scores, s, place.first + own, key);
     };
     if (tile >= first) {
-        int next = seek(tile - 1);
+        v.copy<false>(v_tile(0), tile * KEYS, p.kv_len);
+        commit_copies();
+        int next = seek(tile - 1), stage = 0;
         if (next >= first) k.copy<true>(k_tile(1), next * KEYS, p.kv_len);
         commit_copies();
         wait_for_copies<2>();
@@ -124,29 +119,28 @@ KERNEL(attention_forward, THREADS) {
             dot(s, q_tile, own, k_tile(0));
             wait_for_products<0>();
             done(s);
-            weigh(Yes{}, s, shrink, tile * KEYS);
+            weigh(s, shrink, tile * KEYS);
             as_operand<KEYS>(weights, s);
         }
-        // Before a step, `tile` has weights, and `next` is the tile whose scores the step computes.
-        auto step = [&](auto masked) {
+        // Before a step, the tile before `next` has weights.
+        while (next >= first) {
             const int second = seek(next - 1);
-            turn(next, second);
+            wait_for_copies<0>();
+            publish();
+            if (second >= first) k.copy<true>(k_tile(stage), second * KEYS, p.kv_len);
+            v.copy<true>(v_tile(stage ^ 1), next * KEYS, p.kv_len);
+            commit_copies();
             float s[TILES][NUMBERS], shrink[TILES][2];
             dot(s, q_tile, own, k_tile(stage ^ 1));
             accumulate<KEYS, VALUE_DIM>(o, weights, v_tile(stage));
             wait_for_products<1>();
             done(s);
-            weigh(masked, s, shrink, next * KEYS);
+            weigh(s, shrink, next * KEYS);
             wait_for_products<0>();
             done(o);
             multiply_rows(o, shrink);
             as_operand<KEYS>(weights, s);
             next = second, stage ^= 1;
-        };
-        for (;;) {
-            if (PLAIN) while (next >= first && next * KEYS >= range.full_begin && (next + 1) * KEYS <= range.full_end) step(No{});
-            if (next < first) break;
-            step(Yes{});
         }
         wait_for_copies<0>();
         publish();
@@ -155,40 +149,27 @@ KERNEL(attention_forward, THREADS) {
         done(o);
     }
 #else
+    static_assert(STAGES == 1, "K of the next tile takes the place of K as soon as the scores are there");
     auto step = [&](auto masked) {
         constexpr bool MASKED = decltype(masked)::value;
         const int next = seek(tile - 1), key = tile * KEYS;
-        wait_for_copies<STAGES - 1>();
+        wait_for_copies<0>();
         publish();
-        if (STAGES == 1) v.copy<!MASKED>(v_tile(0), key, p.kv_len);
-        else if (next >= first) k.copy<true>(k_tile(stage ^ 1), next * KEYS, p.kv_len);
+        v.copy<!MASKED>(v_tile(0), key, p.kv_len);
         commit_copies();
         float s[TILES][NUMBERS];
-        dot(s, q_tile, own, k_tile(stage));
-        wait_for_products<0>();
-        done(s);
-        if (STAGES == 1) {
-            wait_for_copies<0>();
-            publish();
-            if (next >= first) k.copy<true>(k_tile(0), next * KEYS, p.kv_len);
-            commit_copies();
-        }
+        dot(s, q_tile, own, k_tile(0));
+        wait_for_copies<0>();
+        publish();
+        if (next >= first) k.copy<true>(k_tile(0), next * KEYS, p.kv_len);
+        commit_copies();
         if (MASKED) modify(scores, s, place.first + own, key);
         float shrink[TILES][2];
         softmax.update<MASKED>(s, shrink, scale_log2);
         multiply_rows(o, shrink);
         if (!PLAIN && p.dropout_threshold) drop(scores, s, place.first + own, key);
-        if (STAGES == 2) {
-            wait_for_copies<1>();
-            publish();
-            if (next >= first) v.copy<true>(v_tile(stage ^ 1), next * KEYS, p.kv_len);
-            commit_copies();
-        }
-        accumulate<KEYS, VALUE_DIM>(o, s, v_tile(stage));
-        wait_for_products<0>();
-        done(o);
+        accumulate<KEYS, VALUE_DIM>(o, s, v_tile(0));
         tile = next;
-        if (STAGES == 2) stage ^= 1;
     };
     for (;;) {
         if (PLAIN) while (tile >= first && tile * KEYS >= range.full_begin && (tile + 1) * KEYS <= range.full_end) step(No{});

@@ -170,17 +170,16 @@ template <bool TRANSPOSED> DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t ad
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 #endif
 }
+#define MMA(shape_and_types, c, a, b0, b1)                                                                                        \
+    asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 // c (16 x 8, f32) += a (16 x 16) * b (16 x 8), of bf16 or f16. Lane l has columns 2 (l % 4) and the next of c, in rows l / 4 and that + 8.
 DEVICE void mma_half(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef CUDA_ON_CPU
     emulated::mma_16x8x16<IS_F32 ? 1 : ELEMENT>(reinterpret_cast<float (&)[4]>(*c), a, b0, b1);
 #else
-    if constexpr (IS_BF16)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    if constexpr (IS_BF16) MMA("m16n8k16.row.col.f32.bf16.bf16.f32", c, a, b0, b1);
+    else MMA("m16n8k16.row.col.f32.f16.f16.f32", c, a, b0, b1);
 #endif
 }
 // c (16 x 8, f32) += a (16 x 8) * b (8 x 8), of tf32: f32 of which the first 19 bits count.
@@ -188,8 +187,7 @@ DEVICE void mma_tf32(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 #ifdef CUDA_ON_CPU
     emulated::mma_16x8x8_tf32(reinterpret_cast<float (&)[4]>(*c), a, b0, b1);
 #else
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    MMA("m16n8k8.row.col.f32.tf32.tf32.f32", c, a, b0, b1);
 #endif
 }
 

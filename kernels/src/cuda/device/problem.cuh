@@ -28,9 +28,9 @@ constexpr int MAP_BLOCK = 64;
 struct Problem {
     Strided q, k, v, o;              // o: the context
     Strided d_o, dq, dk, dv;
-    float *largest;                  // (batch, heads, q_len) each: the greatest score and log2 of the sum of the exponentials; infinity
-    float *log_total;                // for a row without keys; NaN if the row needs the careful pass. PLAIN: in units of ln 2
-    double *lse;                     // the log-sum-exp
+    float *largest;                  // (batch, heads, q_len) each: the greatest score and log2 of the sum of the exponentials. PLAIN: in
+    float *log_total;                // units of ln 2. Infinity for a row without keys. NaN if the row needs the careful pass: then
+    double *lse;                     // `log_total` is what rounding took from `lse`, the log-sum-exp, in units of ln 2
     float *delta;                    // backward: Σ o * d_o - d_lse of each row
     const float *d_lse;              // or null
     const float *bias;               // or null

@@ -25,6 +25,19 @@ DEVICE void store_statistics(const Problem &p, int64_t row, float largest, float
     store_global(p.lse + row, empty ? -double(INFINITY) : largest * (PLAIN ? LN2 : 1.0) + log_total * LN2);
 }
 
+// Whether f32 is fine enough for a row whose greatest score is this: from 2^24 on, numbers next to each other are more than 1 apart, and
+// what is rounded off would multiply a weight by e. The careful pass computes such a row in f64. With a bias all passes round the
+// scores to f32: where it makes all of a row's scores low, as a mask of low numbers does, nothing would be gained.
+DEVICE bool is_fine(const Problem &p, float largest) { return fabsf(largest) < 16777216.0f || (p.bias && largest < 0 && largest >= LOWEST); }
+
+// The weight of a score, in f64. A score of f64 may be above the greatest one as f32 rounded it, and a weight is at most 1.
+DEVICE double weight_of(const Problem &p, int64_t row, double score) {
+    const float largest = load_global(p.largest + row);
+    const double base = is_finite(largest) ? largest * (PLAIN ? LN2 : 1.0) : load_global(p.lse + row);
+    const double weight = exp(score - base - load_global(p.log_total + row) * LN2);
+    return weight > 1 ? 1 : weight;
+}
+
 // The scores that a block of threads sums up for a tile of a result (dims), each of whose axes is that of the scores or has length 1: of each
 // axis the first index, and behind the last.
 struct Part {
@@ -114,12 +127,12 @@ struct Scores {
 
     // Whether a query sees a key: false outside the scores, and where the mask or a bias of minus infinity hides the key.
     DEVICE bool visible(int query, int key) const {
-        if (query >= p.q_len || key >= p.kv_len || !limits.allow(query, key)) return false;
-        if (key < limits.always) {
-            if (query_documents && load_global(query_documents + query) != load_global(key_documents + key)) return false;
-            if (table && !load_global(table + query * p.mask.table_strides[2] + key * p.mask.table_strides[3])) return false;
-        }
-        return !bias || bias_at(query, key) != -INFINITY;
+        bool seen = (query < p.q_len) & (key < p.kv_len) & limits.allow(query, key);
+        const bool is_ruled = seen & (key < limits.always);
+        if (query_documents) seen = seen && (!is_ruled || load_global(query_documents + query) == load_global(key_documents + key));
+        if (table) seen = seen && (!is_ruled || load_global(table + query * p.mask.table_strides[2] + key * p.mask.table_strides[3]));
+        if (bias) seen = seen && bias_at(query, key) != -INFINITY;
+        return seen;
     }
     // The score of a visible key, of a product q · k. A product that overflowed becomes NaN, so that the careful pass computes it. A sum
     // with a bias stays a number, as a sum with the lowest number does.
