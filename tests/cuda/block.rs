@@ -12,37 +12,32 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::blocks_common::{self, bert, gemma2, gpt2, llama};
-use crate::common::{assert_finite, gradients, numbers, randn};
+use crate::common::{gradients, numbers, randn};
+use crate::compare::{assert_alike, assert_as_precise, tolerance};
 use crate::gpu;
-use crate::problem::error;
-
-/// The bound on errors relative to the largest number of a tensor: two products of matrices more than attention alone.
-fn tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => 1e-11,
-        DType::F32 => 1e-4,
-        DType::F16 => 3e-2,
-        _ => 2e-1,
-    }
-}
 
 #[track_caller]
-fn compare(what: &str, gpu: &[Tensor], cpu: &[Tensor], tolerance: f64) -> Result<()> {
+fn compare(what: &str, gpu: &[Tensor], cpu: &[Tensor], dtype: DType) -> Result<()> {
     assert_eq!(gpu.len(), cpu.len(), "{what}");
     for (i, (gpu, cpu)) in gpu.iter().zip(cpu).enumerate() {
-        assert_finite(gpu, what);
-        assert_eq!((gpu.dims(), gpu.dtype()), (cpu.dims(), cpu.dtype()), "{what}, number {i}");
-        // A gradient whose terms cancel is only as precise as its terms.
-        let error = error(gpu, cpu, 0.1)?;
-        assert!(error <= tolerance, "{what}, number {i} differs by {error:e}");
+        assert_alike(&format!("{what}, number {i}"), gpu, cpu, 2.0 * tolerance(dtype))?;
     }
     Ok(())
 }
 
+/// The tokens of a sequence.
+const TOKENS: usize = 5;
+
 /// The output of a block in training, and the gradients of x and of every variable.
 fn run(block: &TransformerBlock, device: &Device, dtype: DType) -> Result<Vec<Tensor>> {
-    let dim = block.config().attention.embed_dim;
-    let tensor = |seed| randn(seed, (2, 5, dim), DType::F64)?.to_dtype(dtype)?.to_device(device);
+    run_on(block, device, dtype, TOKENS)
+}
+
+/// The same for as many tokens, whose numbers are rounded to `rounded`. The block may have more digits.
+fn run_on(block: &TransformerBlock, device: &Device, rounded: DType, tokens: usize) -> Result<Vec<Tensor>> {
+    let (dim, dtype) = (block.config().attention.embed_dim, block.vars()[0].dtype());
+    let tensor =
+        |seed| randn(seed, (2, tokens, dim), DType::F64)?.to_dtype(rounded)?.to_dtype(dtype)?.to_device(device);
     let x = Var::from_tensor(&tensor(2)?)?;
     let y = block.forward_with(&x, &ForwardOptions { train: true, ..Default::default() })?.output;
     let vars = block.vars();
@@ -53,18 +48,44 @@ fn run(block: &TransformerBlock, device: &Device, dtype: DType) -> Result<Vec<Te
 #[test]
 fn every_kind_of_block_equals_the_cpu() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
-    let on_both = |what: &str, config: &TransformerBlockConfig, dtype| {
-        let on_cpu = blocks_common::block(config, dtype)?;
-        let on_gpu = TransformerBlock::from_bytes(&on_cpu.to_bytes()?, &gpu)?;
-        compare(what, &run(&on_gpu, &gpu, dtype)?, &run(&on_cpu, &Device::Cpu, dtype)?, tolerance(dtype))
-    };
     for (what, config) in blocks_common::grid() {
-        on_both(&what, &config, DType::F32)?;
+        on_both(&gpu, &what, &config, DType::F32, TOKENS)?;
     }
     for dtype in [DType::F64, DType::F16, DType::BF16] {
         for (what, config) in [("BERT", bert()), ("Llama", llama()), ("GPT-2", gpt2()), ("Gemma 2", gemma2())] {
-            on_both(&format!("{what}, {dtype:?}"), &config, dtype)?;
+            on_both(&gpu, &format!("{what}, {dtype:?}"), &config, dtype, TOKENS)?;
         }
+    }
+    Ok(())
+}
+
+/// Heads of the kernels' own size, and more tokens than a tile has.
+#[test]
+fn a_block_of_many_tokens_equals_the_cpu() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let mut config = llama();
+    config.attention.embed_dim = 128;
+    config.attention.head_dim = Some(64);
+    config.mlp = candle_attention::block::MlpConfig::swiglu(128, 96);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        on_both(&gpu, &format!("150 tokens, {dtype:?}"), &config, dtype, 150)?;
+    }
+    Ok(())
+}
+
+fn on_both(gpu: &Device, what: &str, config: &TransformerBlockConfig, dtype: DType, tokens: usize) -> Result<()> {
+    let on_cpu = blocks_common::block(config, dtype)?;
+    let on_gpu = TransformerBlock::from_bytes(&on_cpu.to_bytes()?, gpu)?;
+    let of_gpu = run_on(&on_gpu, gpu, dtype, tokens)?;
+    let of_cpu = run_on(&on_cpu, &Device::Cpu, dtype, tokens)?;
+    compare(what, &of_gpu, &of_cpu, dtype)?;
+    if matches!(dtype, DType::F16 | DType::BF16) {
+        // The same weights in f64.
+        let exact = blocks_common::block(config, DType::F64)?;
+        for (exact, var) in exact.vars().iter().zip(on_cpu.vars()) {
+            exact.set(&var.to_dtype(DType::F64)?)?;
+        }
+        assert_as_precise(what, &of_gpu, &of_cpu, &run_on(&exact, &Device::Cpu, dtype, tokens)?)?;
     }
     Ok(())
 }
@@ -75,7 +96,7 @@ fn recomputation_has_the_gradients_of_the_cpu() -> Result<()> {
     let on_cpu = blocks_common::block(&llama(), DType::F32)?;
     let on_gpu = TransformerBlock::from_bytes(&on_cpu.to_bytes()?, &gpu)?.with_recompute(true);
     let (got, expected) = (run(&on_gpu, &gpu, DType::F32)?, run(&on_cpu, &Device::Cpu, DType::F32)?);
-    compare("recomputed", &got, &expected, tolerance(DType::F32))
+    compare("recomputed", &got, &expected, DType::F32)
 }
 
 #[test]
@@ -89,7 +110,7 @@ fn decoding_equals_the_cpu() -> Result<()> {
             let mut cache = block.kv_cache(2)?;
             (0..5).map(|i| block.forward_cached(&x.narrow(1, i, 1)?, &mut cache)).collect::<Result<Vec<_>>>()
         };
-        compare("decoded", &decode(&on_gpu, &gpu)?, &decode(&on_cpu, &Device::Cpu)?, tolerance(DType::F32))?;
+        compare("decoded", &decode(&on_gpu, &gpu)?, &decode(&on_cpu, &Device::Cpu)?, DType::F32)?;
     }
     Ok(())
 }
@@ -118,7 +139,7 @@ fn embedding_and_cross_entropy_equal_the_cpu() -> Result<()> {
                 let options = CrossEntropyOptions { label_smoothing, ignore_index, reduction };
                 let what = format!("{dtype:?}, {options:?}");
                 let (got, expected) = (run(&options, dtype, &gpu)?, run(&options, dtype, &Device::Cpu)?);
-                compare(&what, &got, &expected, tolerance(dtype))?;
+                compare(&what, &got, &expected, dtype)?;
             }
         }
     }
@@ -193,7 +214,7 @@ fn adapters_and_quantised_weights_equal_the_cpu() -> Result<()> {
             let on_cpu = TransformerBlock::from_bytes(&plain.to_bytes()?, &Device::Cpu)?;
             let (got, expected) = (adapted(on_gpu, &gpu)?, adapted(on_cpu, &Device::Cpu)?);
             assert!(expected.len() > 14, "{}", expected.len());
-            compare(&format!("{dtype:?}, {format:?}"), &got, &expected, tolerance(dtype))?;
+            compare(&format!("{dtype:?}, {format:?}"), &got, &expected, dtype)?;
         }
     }
     Ok(())

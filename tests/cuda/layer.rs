@@ -3,21 +3,10 @@
 use candle_attention::{CrossAttention, ForwardOptions, Result, SelfAttention};
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::common::{assert_finite, gradients, randn};
+use crate::common::{gradients, randn};
+use crate::compare::{assert_alike, tolerance};
 use crate::layers::AttentionLayer;
-use crate::problem::error;
 use crate::{gpu, grids, layers};
-
-/// The bound on errors relative to the largest number of a tensor, about ten times the usual errors. The projections
-/// add theirs to those of attention.
-fn tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => 1e-12,
-        DType::F32 => 5e-5,
-        DType::F16 => 2e-2,
-        _ => 1.5e-1,
-    }
-}
 
 /// By name: output, weights and log-sum-exp of a layer, and the gradients of a loss over all three.
 fn results(
@@ -40,12 +29,8 @@ fn results(
 
 fn compare(what: &str, gpu: &[(String, Tensor)], cpu: &[(String, Tensor)], dtype: DType) -> Result<()> {
     assert_eq!(gpu.len(), cpu.len());
-    // A gradient whose terms cancel is only as precise as its terms.
-    let floor = 0.1;
     for ((name, gpu), (_, cpu)) in gpu.iter().zip(cpu) {
-        assert_finite(gpu, &format!("{what}, {dtype:?}: {name}"));
-        let error = error(gpu, cpu, floor)?;
-        assert!(error <= tolerance(dtype), "{what}, {dtype:?}: {name} differs by {error:e}");
+        assert_alike(&format!("{what}, {dtype:?}: {name}"), gpu, cpu, tolerance(dtype))?;
     }
     Ok(())
 }

@@ -39,6 +39,7 @@ mod emulator;
 
 mod attention;
 mod block;
+mod compare;
 mod decoding;
 mod emulated;
 mod files;
