@@ -182,7 +182,7 @@ fn reference_attention(checked: &Checked) -> Result<AttentionOutput> {
     Ok(AttentionOutput { context: checked.layout.transpose(&output.context)?, ..output })
 }
 
-/// Warns that attention on a GPU holds all scores in memory. It warns only once, since on a GPU every call does so.
+/// Warns that a call on a GPU holds all scores in memory, since the kernels don't serve it. It warns once, not for every call of a layer.
 fn warn_once_about_memory(checked: &Checked, reason: &AttentionError) {
     static WARNED: Once = Once::new();
     if !checked.q.device().is_cpu() {
