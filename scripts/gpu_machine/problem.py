@@ -36,7 +36,7 @@ class Problem(ctypes.Structure):
         *((name, c_void_p) for name in ("largest", "log_total", "lse", "delta", "d_lse", "bias")),
         ("bias_strides", c_int64 * 4), ("d_bias", c_void_p), ("slopes", c_void_p), ("slopes_batch", c_int64),
         *((name, c_void_p) for name in ("slope_rows", "sinks", "sink_rows", "careful", "partial")),
-        ("mask", MaskRule), ("seed", c_uint64), ("bias_dims", c_int * 4),
+        ("mask", MaskRule), ("seed", c_uint64), ("dropout_first", c_uint64), ("bias_dims", c_int * 4),
         *((name, c_int) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim")),
         ("scale", c_float), ("softcap", c_float), ("dropout_keep", c_float), ("dropout_threshold", c_uint32),
         *((name, c_int) for name in ("careful_queries", "careful_keys", "splits")),
