@@ -60,3 +60,22 @@ pub(crate) fn check_held(name: &'static str, number: Option<f64>, dtype: DType) 
     };
     check_number(name, number, expected, |x| x == 0.0 || held(x))
 }
+
+/// The logarithm of a bound on |q·k| · |scale| and on |q| · |scale|, for rows of `head_dim` numbers of which `largest` are the greatest
+/// magnitudes. Logarithms don't overflow.
+pub(crate) fn log_bound_of_scores(largest: [f64; 2], head_dim: usize, scale: f64) -> f64 {
+    let [q, k] = largest.map(f64::ln);
+    let of_products = q + k + (head_dim as f64).ln() + scale.abs().max(1.0).ln();
+    // The kernels multiply the query by the scale first.
+    of_products.max(q + scale.abs().ln())
+}
+
+/// The logarithm of the largest number of the dtype that inputs in `dtype` are computed in.
+pub(crate) fn log_of_largest(dtype: DType) -> f64 {
+    if dtype == DType::F64 { f64::MAX.ln() } else { f64::from(f32::MAX).ln() }
+}
+
+/// Whether scores of this [bound](log_bound_of_scores) may overflow, for inputs in `dtype`. A margin of 1 covers the rounding of a sum.
+pub(crate) fn scores_may_overflow(log_bound: f64, dtype: DType) -> bool {
+    log_bound > log_of_largest(dtype) - 1.0
+}

@@ -3,46 +3,16 @@
 //! A program of its own, with a single test, since its allocator counts the bytes of the whole process. Only one rank runs. Its communicator
 //! gives it its own tensors back in place of another rank's, which are as large.
 
-use std::alloc::{GlobalAlloc, Layout, System};
+#[path = "common/counting.rs"]
+mod counting;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_attention::parallel::{Communicator, ContextParallel, Order, Pending, Scheme, Split};
 use candle_attention::{ForwardOptions, Mask, Result, SelfAttention, SelfAttentionConfig};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-
-/// Counts bytes, and remembers the most there were at a time.
-struct Counting;
-
-static NOW: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator as it is; beside it only two counters change.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        MOST.fetch_max(now, Ordering::Relaxed);
-        // SAFETY: the caller keeps the conditions of `GlobalAlloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        MOST.fetch_max(now, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        NOW.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// The first of several ranks, where every other rank sends what this one sends.
 #[derive(Debug, Default)]
@@ -52,12 +22,16 @@ struct Mirror {
 }
 
 impl Mirror {
-    /// What a message of bytes takes on both sides.
-    fn copies(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
+    /// A message with these tensors, which takes memory of its own.
+    fn message(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
         let bytes = tensors.iter().map(|x| (x.elem_count() * x.dtype().size_in_bytes()) as u64).sum();
         self.sent.fetch_add(bytes, Ordering::Relaxed);
-        Ok(tensors.iter().map(Tensor::copy).collect::<candle_core::Result<_>>()?)
+        copies(tensors)
     }
+}
+
+fn copies(tensors: &[Tensor]) -> Result<Vec<Tensor>> {
+    Ok(tensors.iter().map(Tensor::copy).collect::<candle_core::Result<_>>()?)
 }
 
 impl Communicator for Mirror {
@@ -70,8 +44,8 @@ impl Communicator for Mirror {
     }
 
     fn start_exchange(&self, tensors: &[Tensor], _: usize, _: usize) -> Result<Pending> {
-        let message = self.copies(tensors)?;
-        Ok(Pending::new(move || Ok(message.iter().map(Tensor::copy).collect::<candle_core::Result<_>>()?)))
+        let message = self.message(tensors)?;
+        Ok(Pending::new(move || copies(&message)))
     }
 
     fn start_all_reduce(&self, tensor: &Tensor) -> Result<Pending> {
@@ -80,7 +54,9 @@ impl Communicator for Mirror {
     }
 
     fn all_to_all(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
-        self.copies(tensors)
+        // This rank's own tensor doesn't travel.
+        let (own, others) = (tensors[..1].to_vec(), self.message(&tensors[1..])?);
+        Ok([own, copies(&others)?].concat())
     }
 
     fn all_gather(&self, tensor: &Tensor) -> Result<Vec<Tensor>> {
@@ -108,12 +84,11 @@ const HEADS: usize = 8;
 /// The bytes beyond what was there before: those kept for the backward pass, and the most at a time in both passes.
 fn bytes(layer: &SelfAttention, len: usize, options: &ForwardOptions) -> Result<[usize; 2]> {
     let x = Var::zeros((1, len, EMBED_DIM), DType::F32, &Device::Cpu)?;
-    let before = NOW.load(Ordering::Relaxed);
-    MOST.store(before, Ordering::Relaxed);
+    let before = counting::start();
     let output = layer.forward_with(&x, options)?.output;
-    let kept = NOW.load(Ordering::Relaxed) - before;
+    let kept = counting::now() - before;
     let _ = output.sum_all()?.backward()?;
-    Ok([kept, MOST.load(Ordering::Relaxed) - before])
+    Ok([kept, counting::most() - before])
 }
 
 #[test]

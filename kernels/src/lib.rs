@@ -72,7 +72,7 @@
 //! | 1 | `alloc`, `scratch`, `schedule` | allocation that may fail; a thread's memory; tasks |
 //! | 0 | `matrix` | matrices in slices, checked once |
 //! | 0 | `simd`, `tiles`, `layout` | f32 and f64 as vectors; tile sizes; the order of a result's axes |
-//! | 0 | `philox`, `error` | random numbers; every way an input can be wrong |
+//! | 0 | `philox`, `fnv`, `error` | random numbers; a hash; every way an input can be wrong |
 //!
 //! # Unsafe code
 //!
@@ -95,6 +95,7 @@ pub mod dropout;
 mod dtype;
 pub mod embedding;
 mod error;
+pub mod fnv;
 mod gemm;
 mod layout;
 pub mod loss;
@@ -122,12 +123,13 @@ mod softmax;
 mod tiles;
 
 pub use alloc::{collected, filled, keep_freed_memory, reserve};
-pub use attention::{BackwardOptions, Element, Gradients, Incoming, Output, Saved, backward, forward};
+pub use attention::{
+    BackwardOptions, Element, Gradients, Incoming, Output, Saved, backward, backward_wide, forward, forward_wide,
+};
 pub use dropout::Dropout;
 pub use dtype::Number;
 pub use error::{Error, MaskError};
 pub use layout::Layout;
-pub use merge::Merged;
 pub use part::{HeadNumbers, Part};
 pub use problem::{BiasView, Problem, ProblemOptions, View};
 pub use simd::SimdFloat;

@@ -120,9 +120,12 @@ impl<R: SimdFloat> Operands<'_, R> {
         if self.mask.is_full() {
             return (keys, Coverage::All);
         }
-        let visible = self.part.visible_keys(self.mask, at, queries, &keys);
-        let is_inside = keys.start <= visible.start && visible.start <= visible.end && visible.end <= keys.end;
+        let (part, of_whole) = (&self.part, self.part.keys(&keys));
+        let visible = self.mask.visible_keys(&part.whole, part.at(at), &part.queries(queries), of_whole.clone());
+        let is_inside =
+            of_whole.start <= visible.start && visible.start <= visible.end && visible.end <= of_whole.end;
         assert!(is_inside, "visible keys lie among those asked for");
+        let visible = visible.start - part.first[3]..visible.end - part.first[3];
         let coverage = if visible.is_empty() { Coverage::None } else { self.coverage(at, queries, &visible) };
         // Two rules may have visible keys, and none together.
         let end = if coverage == Coverage::None { visible.start } else { visible.end };
@@ -132,6 +135,22 @@ impl<R: SimdFloat> Operands<'_, R> {
     /// How much of a tile the mask shows.
     #[inline(always)]
     pub(crate) fn coverage(&self, at: (usize, usize), queries: &Range<usize>, keys: &Range<usize>) -> Coverage {
-        self.part.tile(self.mask, at, queries, keys)
+        let part = &self.part;
+        self.mask.tile(&part.whole, part.at(at), &part.queries(queries), &part.keys(keys))
+    }
+
+    /// Calls `hide` with the queries, out of `queries`, that the mask hides a key from.
+    #[inline(always)]
+    pub(crate) fn hidden(
+        &self,
+        at: (usize, usize),
+        queries: &Range<usize>,
+        key: usize,
+        mut hide: impl FnMut(Range<usize>),
+    ) {
+        let (part, first) = (&self.part, self.part.first[2]);
+        self.mask.hidden(&part.whole, part.at(at), &part.queries(queries), part.first[3] + key, &mut |hidden| {
+            hide(hidden.start - first..hidden.end - first);
+        });
     }
 }

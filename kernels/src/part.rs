@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
+use crate::alloc::product;
 use crate::error::Error;
-use crate::mask::{Coverage, Rule, ScoreShape};
+use crate::mask::ScoreShape;
 
 /// Where the scores of a problem stand among those of a larger one, the whole, of which they are some sequences, heads, queries
 /// and keys. What depends on places is that of the whole: mask, bias, distances, and which weights are dropped.
@@ -82,6 +83,9 @@ impl Part {
         let sizes = |shape: &ScoreShape| [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];
         let ends = self.first.iter().zip(sizes(shape)).map(|(first, size)| first.checked_add(size));
         if ends.zip(sizes(&self.whole)).all(|(end, whole)| end.is_some_and(|end| end <= whole)) {
+            // Rows of the whole, and distances between its queries and keys, can be counted.
+            let ScoreShape { batch, num_heads, q_len, kv_len } = self.whole;
+            product("scores of the whole", &[batch, num_heads, q_len.max(kv_len)])?;
             return Ok(self);
         }
         let expected = format!("scores of the whole {:?} from {:?} on", sizes(&self.whole), self.first);
@@ -109,46 +113,5 @@ impl Part {
     pub(crate) fn row(&self, at: (usize, usize)) -> usize {
         let (b, h) = self.at(at);
         b * self.whole.num_heads + h
-    }
-
-    /// The part of `keys` outside which the rule hides all keys from the queries.
-    #[inline(always)]
-    pub(crate) fn visible_keys(
-        &self,
-        rule: &Rule,
-        at: (usize, usize),
-        queries: &Range<usize>,
-        keys: &Range<usize>,
-    ) -> Range<usize> {
-        let visible = rule.visible_keys(&self.whole, self.at(at), &self.queries(queries), self.keys(keys));
-        visible.start.saturating_sub(self.first[3])..visible.end.saturating_sub(self.first[3])
-    }
-
-    /// How much of a tile the rule shows.
-    #[inline(always)]
-    pub(crate) fn tile(
-        &self,
-        rule: &Rule,
-        at: (usize, usize),
-        queries: &Range<usize>,
-        keys: &Range<usize>,
-    ) -> Coverage {
-        rule.tile(&self.whole, self.at(at), &self.queries(queries), &self.keys(keys))
-    }
-
-    /// Calls `hide` with the queries, out of `queries`, that may not attend to a key.
-    #[inline(always)]
-    pub(crate) fn hidden(
-        &self,
-        rule: &Rule,
-        at: (usize, usize),
-        queries: &Range<usize>,
-        key: usize,
-        hide: &mut dyn FnMut(Range<usize>),
-    ) {
-        let first = self.first[2];
-        rule.hidden(&self.whole, self.at(at), &self.queries(queries), self.first[3] + key, &mut |hidden| {
-            hide(hidden.start - first..hidden.end - first);
-        });
     }
 }

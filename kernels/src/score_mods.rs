@@ -120,7 +120,7 @@ impl Tile {
         let queries = self.first_query..self.first_query + self.queries;
         for (j, key) in self.keys.clone().enumerate() {
             let row = numbers.row(j);
-            operands.part.hidden(operands.mask, self.at, &queries, key, &mut |hidden| {
+            operands.hidden(self.at, &queries, key, |hidden| {
                 row[hidden.start - self.first_query..hidden.end - self.first_query].fill(with);
             });
         }

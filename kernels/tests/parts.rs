@@ -4,13 +4,13 @@ mod common;
 
 use std::ops::Range;
 
-use attention_kernels::mask::ScoreShape;
+use attention_kernels::mask::{PerSequence, Rule, ScoreShape};
 use attention_kernels::philox::uniform;
 use attention_kernels::{
-    BackwardOptions, Dropout, Element, Error, HeadNumbers, Incoming, Layout, LogSumExp, Merged, Part, Problem,
-    ProblemOptions, Saved, View, backward, forward,
+    BackwardOptions, Dropout, Element, Error, HeadNumbers, Incoming, Layout, LogSumExp, Output, Part, Problem,
+    ProblemOptions, Saved, View, backward, backward_wide, forward, forward_wide,
 };
-use common::{Case, Sizes, cases, narrow, run, to_f64, with_problem};
+use common::{Case, Sizes, cases, naive, narrow, run, to_f64, with_problem};
 use half::bf16;
 
 const LAYOUT: Layout = Layout::HeadsFirst;
@@ -91,13 +91,13 @@ fn of_queries<E: Element>(
         let views = [view(&q, q_dims), view(&k, k_dims), view(&v, v_dims)];
         with_problem(case, Some(Part { whole, first }), views, f);
     };
-    let mut merged: Option<Merged<E::Float>> = None;
+    let mut merged: Option<Output<E::Float>> = None;
     for place in keys {
         with_keys(place, &mut |problem| {
-            let output = forward(problem, LAYOUT).unwrap();
+            let output = forward_wide(problem, LAYOUT).unwrap();
             match &mut merged {
-                None => merged = Some(Merged::new(output).unwrap()),
-                Some(merged) => merged.add(output).unwrap(),
+                None => merged = Some(output),
+                Some(merged) => merged.merge(&output).unwrap(),
             }
         });
     }
@@ -111,7 +111,7 @@ fn of_queries<E: Element>(
         with_keys(place, &mut |problem| {
             let saved = Saved { context: view(&context, context_dims), logsumexp: &merged.logsumexp };
             let incoming = Incoming { context: view(&grad, context_dims), logsumexp: of_part.as_deref() };
-            let gradients = backward(problem, saved, incoming, BackwardOptions::default()).unwrap();
+            let gradients = backward_wide(problem, saved, incoming, BackwardOptions::default()).unwrap();
             add(&mut results[0], dims[0], &to_f64(&gradients.q), queries);
             add(&mut results[1], dims[1], &to_f64(&gradients.k), place);
             add(&mut results[2], dims[2], &to_f64(&gradients.v), place);
@@ -130,11 +130,19 @@ fn close(what: &str, got: &[f64], expected: &[f64], tolerance: f64) {
 fn check<E: Element>(tolerance: f64) {
     let short = Sizes { batch: 3, heads: 4, kv_heads: 2, q_len: 11, kv_len: 23, dim: 5, value_dim: 3 };
     let long = Sizes { batch: 1, heads: 2, kv_heads: 1, q_len: 70, kv_len: 150, dim: 20, value_dim: 18 };
+    // Some parts are decoded, in one split or several, and the others have too few keys for it.
+    let decoded = Sizes { batch: 2, heads: 4, kv_heads: 2, q_len: 3, kv_len: 300, dim: 8, value_dim: 6 };
+    let one_query = Sizes { q_len: 1, kv_len: 1300, ..decoded };
     for (sizes, cuts) in [
+        (decoded, Cuts([vec![0, 1, 2], vec![0, 1, 2], vec![0, 3], vec![0, 61, 149, 300]])),
+        (decoded, Cuts([vec![0, 2], vec![0, 2], vec![0, 1, 3], vec![0, 61, 149, 300]])),
+        (one_query, Cuts([vec![0, 2], vec![0, 2], vec![0, 1], vec![0, 1203, 1300]])),
         (short, Cuts([vec![0, 1, 3], vec![0, 1, 2], vec![0, 2, 7, 11], vec![0, 1, 6, 15, 23]])),
         (long, Cuts([vec![0, 1], vec![0, 1], vec![0, 1, 70], vec![0, 61, 149, 150]])),
     ] {
-        for case in cases(&sizes) {
+        let slopes = Some(uniform(9, 0.5, sizes.batch * sizes.heads).map(f64::abs).collect());
+        let of_sequences = Case { name: "alibi of each sequence", slopes, ..cases(&sizes).remove(0) };
+        for case in cases(&sizes).into_iter().chain([of_sequences]) {
             let dims = [sizes.q(), sizes.k(), sizes.v(), sizes.context()];
             let data = [0, 1, 2, 3]
                 .map(|i| narrow::<E>(&uniform(i as u64 + 1, 1.5, dims[i].iter().product()).collect::<Vec<_>>()));
@@ -226,19 +234,96 @@ fn part_outside_the_whole_is_an_error() {
     assert!(x.narrow(2, 1..5).is_err() && x.narrow(3, 0..1).is_err() && x.narrow(2, 4..4).is_ok());
 }
 
+/// A result of one query, with one value.
+fn output(context: f64, largest: f64) -> Output<f64> {
+    Output { context: vec![context], logsumexp: vec![LogSumExp::from_parts(largest, 0.0)] }
+}
+
 #[test]
 fn rows_without_keys_stay_zero_whatever_comes_first() {
-    let output = |context: f64, largest: f64| attention_kernels::Output {
-        context: vec![context],
-        logsumexp: vec![LogSumExp::from_parts(largest, 0.0)],
-    };
     let (none, one) = (|| output(0.0, f64::NEG_INFINITY), || output(5.0, 1e300));
     for (first, second, context, value) in
         [(none(), none(), 0.0, f64::NEG_INFINITY), (none(), one(), 5.0, 1e300), (one(), none(), 5.0, 1e300)]
     {
-        let mut merged = Merged::new(first).unwrap();
-        merged.add(second).unwrap();
+        let mut merged = first;
+        merged.merge(&second).unwrap();
         assert_eq!((merged.context[0], merged.logsumexp[0].value()), (context, value));
         assert!(merged.logsumexp[0].log_total().is_finite());
+    }
+}
+
+#[test]
+fn part_of_a_whole_that_cannot_be_counted_is_an_error() {
+    let data = [0.0f32; 4];
+    let x = view(&data, [1, 1, 4, 1]);
+    let huge = usize::MAX / 2;
+    for whole in [(huge, 4, 4, 4), (1, huge, 4, 4), (1, 4, 4, huge + 1), (1, 2, huge, 4)].map(ScoreShape::from) {
+        let options = ProblemOptions { part: Some(Part { whole, first: [0; 4] }), ..Default::default() };
+        assert!(matches!(Problem::new(x, x, x, options), Err(Error::Memory { .. })), "{whole:?}");
+    }
+}
+
+/// One process computes with a weight above zero where a key is visible.
+#[test]
+fn visible_numbers_that_are_not_finite_show_whatever_their_share() {
+    for (odd, largest) in [(f64::NAN, -1e5), (f64::INFINITY, -1e5), (f64::NEG_INFINITY, 0.0)] {
+        for odd_first in [false, true] {
+            let (mut first, mut second) = (output(5.0, 0.0), output(odd, largest));
+            if odd_first {
+                std::mem::swap(&mut first, &mut second);
+            }
+            first.merge(&second).unwrap();
+            let got = first.context[0];
+            assert!(got == odd || (got.is_nan() && odd.is_nan()), "{got}, not {odd}");
+        }
+    }
+}
+
+/// What a mask hides may hold anything, in every part.
+#[test]
+#[cfg_attr(miri, ignore = "many numbers")]
+fn hidden_keys_of_parts_may_hold_anything() {
+    for (q_len, kv_len) in [(11, 23), (3, 300)] {
+        let sizes = Sizes { batch: 2, heads: 2, kv_heads: 1, q_len, kv_len, dim: 5, value_dim: 3 };
+        let cuts = Cuts([vec![0, 1, 2], vec![0, 1], vec![0, q_len], vec![0, 1, 6, 15, kv_len]]);
+        // Parts of which nothing is visible, some, and all.
+        let count = 8;
+        let case = Case { rule: Rule::FirstKeys(PerSequence::Same(count)), ..cases(&sizes).remove(0) };
+        let dims = [sizes.q(), sizes.k(), sizes.v(), sizes.context()];
+        let mut data = [0, 1, 2, 3].map(|i| uniform(i as u64 + 1, 1.5, dims[i].iter().product()).collect::<Vec<_>>());
+        let expected = in_parts::<f64>(&sizes, &case, &data, &cuts);
+        for (x, dim) in [(1, sizes.dim), (2, sizes.value_dim)] {
+            for (row, numbers) in data[x].chunks_exact_mut(dim).enumerate() {
+                if row % kv_len >= count {
+                    numbers.fill(if row % 2 == 0 { f64::NAN } else { f64::INFINITY });
+                }
+            }
+        }
+        let got = in_parts::<f64>(&sizes, &case, &data, &cuts);
+        for ((what, got), expected) in ["q", "k", "v", "context"].into_iter().zip(&got).zip(&expected) {
+            close(what, got, expected, 1e-13);
+        }
+    }
+}
+
+/// The context is that of all parts, and may be much larger than the values of one.
+#[test]
+fn part_with_small_values_has_finite_gradients() {
+    let sizes = Sizes { batch: 1, heads: 1, kv_heads: 1, q_len: 2, kv_len: 4, dim: 2, value_dim: 4 };
+    let case = cases(&sizes).remove(0);
+    let data = [
+        uniform(1, 1e-4, 4).collect(),
+        uniform(2, 1e-5, 8).collect(),
+        [vec![3e38; 8], vec![1.0; 8]].concat(),
+        vec![8.0; 8],
+    ]
+    .map(|x: Vec<f64>| narrow::<f32>(&x));
+    let cuts = Cuts([vec![0, 1], vec![0, 1], vec![0, 2], vec![0, 2, 4]]);
+    let got = in_parts(&sizes, &case, &data, &cuts);
+    let wide = data.each_ref().map(|x| to_f64(x));
+    let exact = naive(&sizes, &case, [&wide[0], &wide[1], &wide[2], &wide[3]]);
+    let expected = [&exact.q, &exact.k, &exact.v, &exact.context];
+    for ((what, got), expected) in ["q", "k", "v", "context"].into_iter().zip(&got).zip(expected) {
+        close(what, got, expected, 1e-5);
     }
 }

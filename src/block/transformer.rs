@@ -174,15 +174,22 @@ impl TransformerBlock {
     ///
     /// See [`TransformerBlock`].
     pub fn forward_with(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOutput> {
-        self.attention.check_input(x)?;
-        if options.parallel.is_some() && options.train && (self.config.dropout_p > 0.0 || self.mlp.adapter_drops()) {
-            // Its numbers would be those of the places among this rank's tokens.
-            let (expected, got) = ("a block over several ranks without it", "dropout of its branches or of an adapter");
-            return Err(AttentionError::Backend { expected, got }.into());
+        if let Err(error) = self.check_call(x, options) {
+            return self.attention.refuse(x, options, error.into());
         }
         let seed = self.call_seed(options.train);
         let call = Call { adapter: &options.adapter, seed, first_sequence: options.first_sequence };
         self.forward_by(x, &call, self.recompute, |x, branch| self.attention.forward_in_branch(x, options, branch))
+    }
+
+    /// Everything that can be wrong with a call, but for what the attention refuses.
+    fn check_call(&self, x: &Tensor, options: &ForwardOptions) -> Result<(), AttentionError> {
+        if options.parallel.is_some() && options.train && (self.config.dropout_p > 0.0 || self.mlp.adapter_drops()) {
+            // Its numbers would be those of the places among this rank's tokens.
+            let (expected, got) = ("a block over several ranks without it", "dropout of its branches or of an adapter");
+            return Err(AttentionError::Backend { expected, got });
+        }
+        self.attention.check_input(x)
     }
 
     /// An empty cache for decoding a batch of this size.

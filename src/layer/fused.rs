@@ -13,12 +13,13 @@ use std::sync::{Arc, OnceLock};
 use attention_kernels::residual::add_dropped;
 use attention_kernels::rotary::Heads;
 use attention_kernels::{self as kernels, Dropout, HeadNumbers, Incoming, LogSumExp, ProblemOptions, Saved, View};
-use candle_core::{DType, Result, Shape, Tensor, bail};
+use candle_core::{Result, Shape, Tensor, bail};
 
 use crate::block::branch::OwnBranch;
 use crate::block::op::Dtype;
 use crate::block::operand::{Columns, LayerGradients, checked};
 use crate::block::relay::{self, Layer};
+use crate::check::{log_bound_of_scores, scores_may_overflow};
 use crate::mask::Mask;
 use crate::parallel::context::{Call, ContextParallel};
 use crate::projection::{Reduced, SideBySide};
@@ -169,10 +170,7 @@ impl Op {
     fn scores_may_overflow<E: Dtype>(&self, qkv: &[E]) -> bool {
         let magnitudes = qkv.iter().map(|x| kernels::SimdFloat::to_f64(x.widen()).abs()).filter(|x| x.is_finite());
         let largest = magnitudes.fold(0.0, f64::max);
-        let limit = if E::DTYPE == DType::F64 { f64::MAX } else { f64::from(f32::MAX) };
-        // In logarithms, which don't overflow. A margin of 1 covers the rounding of the sum.
-        let FusedLayer { heads, scale, .. } = &self.layer;
-        2.0 * largest.ln() + (heads.head_dim as f64).ln() + scale.abs().max(1.0).ln() > limit.ln() - 1.0
+        scores_may_overflow(log_bound_of_scores([largest; 2], self.layer.heads.head_dim, self.layer.scale), E::DTYPE)
     }
 
     /// The gradients of the context and of W_O's parameters.
@@ -218,10 +216,9 @@ impl Layer for Op {
     fn forward<E: Dtype>(&self, x: &[E], dims: &[usize]) -> Result<(Vec<E>, Shape)> {
         let [batch, len] = sequences(dims)?;
         let kept = self.attend(x, [batch, len])?;
-        let is_alone = self.layer.parallel.is_none();
-        let has_non_finite = kept.logsumexp.iter().any(|x| !kernels::SimdFloat::is_finite(x.value()));
+        let has_non_finite = || kept.logsumexp.iter().any(|x| !kernels::SimdFloat::is_finite(x.value()));
         // Several ranks have looked for that before, since all have to know.
-        if is_alone && has_non_finite && self.scores_may_overflow(&kept.qkv) {
+        if self.layer.parallel.is_none() && has_non_finite() && self.scores_may_overflow(&kept.qkv) {
             self.overflows.store(true, Ordering::Relaxed);
         }
         let output = self.project(x, &kept)?;

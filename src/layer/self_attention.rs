@@ -9,7 +9,7 @@ use candle_nn::{Linear, ModuleT, VarBuilder};
 
 use crate::block::branch::Branch;
 use crate::checkpoint::{self, LayerKind, Layout, LayoutFile, Parameters};
-use crate::error::{AttentionError, Result};
+use crate::error::{AttentionError, Error, Result};
 use crate::layer::config::SelfAttentionConfig;
 use crate::layer::core::Core;
 use crate::layer::init;
@@ -145,6 +145,11 @@ impl SelfAttention {
     /// Refuses what a file of this crate doesn't hold.
     pub(crate) fn check_plain(&self) -> Result<(), AttentionError> {
         self.0.check_plain()
+    }
+
+    /// The error of a call that a block refuses. Over several ranks every rank gets it.
+    pub(crate) fn refuse<T>(&self, x: &Tensor, options: &ForwardOptions, error: Error) -> Result<T> {
+        self.0.refuse(x, options, error)
     }
 
     /// Refuses a layer that no file can describe: one with a rotary embedding from tables.

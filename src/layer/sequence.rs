@@ -5,11 +5,11 @@ use candle_core::Tensor;
 
 use crate::block::branch::Branch;
 use crate::check::compute_dtype;
-use crate::error::{AttentionError, Result};
+use crate::error::{AttentionError, Error, Result};
 use crate::layer::core::Core;
 use crate::layer::fused::{FusedLayer, HeadSizes};
 use crate::layer::options::{ForwardOptions, ForwardOutput};
-use crate::parallel::context::{ContextParallel, Scheme, check_heads};
+use crate::parallel::context::ContextParallel;
 use crate::projection::{Call, SideBySide};
 use crate::rotary::Positions;
 use crate::sdpa::parallel::options_text;
@@ -68,7 +68,11 @@ impl Core {
         let call = self.call(options);
         let attention = self.attention_options(options, &shape, &call)?;
         if let Some(parallel) = &options.parallel {
-            self.check_parallel(&x, &attention, parallel)?;
+            self.check_parallel(&x, &positions, &shape, &attention, parallel)?;
+            // What depends on the call's adapter and fails, fails before the ranks agree.
+            for projection in [&self.q_proj, &self.k_proj, &self.v_proj].into_iter().chain(&self.o_proj) {
+                projection.call(&call)?;
+            }
             if call.seed.is_some() && self.q_proj.drops() {
                 return Err(without("dropout of an adapter").into());
             }
@@ -77,21 +81,31 @@ impl Core {
     }
 
     /// Refuses what several ranks don't serve. The rest of it, [`attention`] refuses.
-    fn check_parallel(&self, x: &Tensor, options: &AttentionOptions, parallel: &ContextParallel) -> Result<()> {
-        let (config, own_len) = (&self.config, parallel.own_len());
-        if x.dim(1)? != own_len {
-            let expected = format!("with the {own_len} tokens that the split gives to this rank");
-            return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
-        }
-        if config.extra_keys() > 0 {
+    fn check_parallel(
+        &self,
+        x: &Tensor,
+        positions: &Positions,
+        shape: &ScoreShape,
+        options: &AttentionOptions,
+        parallel: &ContextParallel,
+    ) -> Result<()> {
+        parallel.check_tokens("input", x.dim(1)?, || x.dims().to_vec())?;
+        if self.config.extra_keys() > 0 {
             return Err(without("extra keys (bias_k, zeros)").into());
         }
-        if parallel.scheme == Scheme::Ulysses {
-            check_heads(config.num_heads, config.num_kv_heads(), parallel.split.ranks())?;
+        parallel.check_heads(self.config.num_heads, self.config.num_kv_heads())?;
+        if let Some(rotary) = &self.rotary {
+            rotary.check_positions(x, positions)?;
         }
-        let whole = parallel.split.len();
-        let shape = ScoreShape { batch: x.dim(0)?, num_heads: config.num_heads, q_len: whole, kv_len: whole };
-        Ok(options.attn_mask.rule().check(&shape)?)
+        Ok(options.attn_mask.rule().check(shape)?)
+    }
+
+    /// The error of a call that something around the layer refuses. Every rank gets it.
+    pub(super) fn refuse<T>(&self, x: &Tensor, options: &ForwardOptions, error: Error) -> Result<T> {
+        match &options.parallel {
+            Some(parallel) => parallel.agree_on("self-attention", self.text(x, options, None), Err(error)),
+            None => Err(error),
+        }
     }
 
     /// What has to be the same on every rank.

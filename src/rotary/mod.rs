@@ -305,6 +305,17 @@ impl RotaryEmbedding {
         }
     }
 
+    /// Checks that there are angles for the tokens of x (batch, len, dim), which stand at these positions.
+    pub(crate) fn check_positions(&self, x: &Tensor, positions: &Positions) -> Result<()> {
+        match &self.source {
+            Source::Config(_) => Ok(()),
+            Source::Tables(tables) => {
+                tables.check(x)?;
+                Ok(tables.check_positions(&positions.flatten(x.dim(1)?)?)?)
+            }
+        }
+    }
+
     /// The angles of `len` tokens at these positions for the kernels, whose numbers are computed in `dtype`. `None` for an
     /// embedding from tables.
     pub(crate) fn kernel_angles(

@@ -53,7 +53,7 @@ impl Tables {
         2 * self.cos.dims()[2]
     }
 
-    /// Checks that the tables fit x (batch, num_heads, len, head_dim).
+    /// Checks that the tables fit x, whose first axis is the batch.
     pub(super) fn check(&self, x: &Tensor) -> Result<(), AttentionError> {
         check_device("cos", &self.cos, x)?;
         let (batch, tables) = (x.dims()[0], self.count());
@@ -64,15 +64,24 @@ impl Tables {
         Ok(())
     }
 
+    /// Checks that the tables have a row for each position.
+    pub(super) fn check_positions(&self, positions: &[usize]) -> Result<(), AttentionError> {
+        let max_position = self.cos.dims()[1];
+        match positions.iter().find(|&&position| position >= max_position) {
+            None => Ok(()),
+            Some(position) => {
+                let expected = format!("less than {max_position}, the number of rows of cos and sin");
+                Err(AttentionError::Position { expected, got: position.to_string() })
+            }
+        }
+    }
+
     /// The rows of these positions of sequences of `len` tokens, (lists, 1, len, dim / 2), in the given dtype. There is
     /// a list for each sequence, or a single one for all sequences.
     pub(super) fn rows(&self, positions: &Positions, len: usize, dtype: DType) -> Result<[Tensor; 2]> {
         let (tables, max_position, pairs) = self.cos.dims3()?;
         let flat = positions.flatten(len)?;
-        if let Some(position) = flat.iter().find(|&&position| position >= max_position) {
-            let expected = format!("less than {max_position}, the number of rows of cos and sin");
-            return Err(AttentionError::Position { expected, got: position.to_string() }.into());
-        }
+        self.check_positions(&flat)?;
         let lists = tables.max(positions.lists());
         // The rows of all tables are numbered one after the other.
         let row = |list: usize, i: usize| {

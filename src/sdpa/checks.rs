@@ -52,33 +52,16 @@ impl<'a> Checked<'a> {
         let (_, num_heads, q_len, head_dim) = q.dims4()?;
         let mut scores = ScoreShape { batch, num_heads, q_len, kv_len: k.dim(2)? };
         if let Some(parallel) = &options.parallel {
-            let [q_dims, k_dims] = [&q, &k].map(|x| x.dims().to_vec());
-            check_own_tokens(axes, [("query", q_dims), ("key", k_dims)], parallel.own_len())?;
+            for (tensor, x) in [("query", &q), ("key", &k)] {
+                let dims = x.dims4()?.into();
+                parallel.check_tokens(tensor, x.dim(2)?, || axes.of(dims))?;
+            }
             (scores.q_len, scores.kv_len) = (parallel.split.len(), parallel.split.len());
         }
         check_options(&q, &scores, options)?;
         let (value_dim, scale) = (v.dim(3)?, options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt()));
         Ok(Self { inputs, layout, q, k, v, options, scores, value_dim, scale, heads: None })
     }
-}
-
-/// Checks that tensors (batch, heads, len, dim) hold the tokens that the split gives to this rank.
-fn check_own_tokens(
-    axes: InputAxes,
-    tensors: [(&'static str, Vec<usize>); 2],
-    own_len: usize,
-) -> Result<(), AttentionError> {
-    for (tensor, dims) in tensors {
-        if dims[2] != own_len {
-            let expected = format!("with the {own_len} tokens that the split gives to this rank");
-            return Err(AttentionError::Shape {
-                tensor,
-                expected,
-                shape: axes.of([dims[0], dims[1], dims[2], dims[3]]),
-            });
-        }
-    }
-    Ok(())
 }
 
 /// Checks that query, key and value have the same rank, from 2 to 4, and returns it.

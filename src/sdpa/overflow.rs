@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, D, DType, Result, Storage, Tensor};
 use half::{bf16, f16};
 
-use crate::check::check_number;
+use crate::check::{check_number, log_bound_of_scores, log_of_largest, scores_may_overflow};
 use crate::memory;
 
 /// What the reference has to know about its inputs before it chooses its steps.
@@ -48,18 +48,14 @@ impl Range {
         ];
         let numbers = numbers.iter().map(|x| x.to_dtype(DType::F64)).collect::<Result<Vec<_>>>()?;
         let numbers = Tensor::cat(&numbers, 0)?.to_vec1::<f64>()?;
-        // The bound is computed in logarithms, which don't overflow.
-        let bound = numbers[0].ln() + numbers[1].ln() + (q.dim(D::Minus1)? as f64).ln() + scale.abs().max(1.0).ln();
-        // The fused path multiplies the query by the scale first.
-        let bound = bound.max(numbers[0].ln() + scale.abs().ln());
+        let bound = log_bound_of_scores([numbers[0], numbers[1]], q.dim(D::Minus1)?, scale);
         let distance = (q.dim(2)? + k.dim(2)?) as f64;
         let largest_term = bound.max(numbers[4].ln() + distance.ln());
-        let (limit, digits) = if q.dtype() == DType::F64 { (f64::MAX, 40.0) } else { (f64::from(f32::MAX), 20.0) };
+        let digits = if q.dtype() == DType::F64 { 40.0 } else { 20.0 };
         Ok(Self {
-            // A margin of 1 covers the rounding of the sum.
-            scores_may_overflow: bound > limit.ln() - 1.0,
+            scores_may_overflow: scores_may_overflow(bound, q.dtype()),
             // A term that is e^digits times smaller than the largest number is rounded away beside it.
-            sums_may_overflow: (bias.is_some() || slopes.is_some()) && largest_term > limit.ln() - digits,
+            sums_may_overflow: (bias.is_some() || slopes.is_some()) && largest_term > log_of_largest(q.dtype()) - digits,
             values_are_finite: numbers[2] == 0.0,
             bias_hides: numbers[3] > 0.0,
         })

@@ -5,7 +5,6 @@ use std::fmt::Write;
 use candle_core::Tensor;
 
 use crate::error::{AttentionError, Result};
-use crate::parallel::context::{Scheme, check_heads};
 use crate::parallel::hash::hash;
 use crate::sdpa::checks::Checked;
 use crate::sdpa::head_layout::HeadLayout;
@@ -43,8 +42,8 @@ pub(super) fn served(checked: Checked) -> Result<Checked> {
     if [&options.attn_bias, &options.alibi_slopes].into_iter().flatten().any(Tensor::track_op) {
         return refuse("a bias or ALiBi slopes that want a gradient");
     }
-    if let Some(parallel) = options.parallel.as_ref().filter(|parallel| parallel.scheme == Scheme::Ulysses) {
-        check_heads(q.dim(1)?, k.dim(1)?, parallel.split.ranks())?;
+    if let Some(parallel) = &options.parallel {
+        parallel.check_heads(q.dim(1)?, k.dim(1)?)?;
     }
     Ok(checked)
 }

@@ -24,24 +24,25 @@ use crate::tiles::TileSizes;
 /// Query rows of a parallel piece of work.
 const ROWS_PER_CHUNK: usize = 256;
 
-pub(super) fn backward<E: Number>(
+/// The gradients in `T`: the type of the tensors, or the one that is computed in.
+pub(super) fn backward<E: Number, T: Number<Float = E::Float>>(
     problem: &Problem<E>,
     saved: Saved<E>,
     incoming: Incoming<E>,
     options: BackwardOptions,
-) -> Result<Gradients<E>, Error> {
+) -> Result<Gradients<T>, Error> {
     check(problem, &saved, &incoming, options)?;
     let bias_dims = problem.options().bias.filter(|_| options.bias).map(|bias| bias.dims());
     let operands = problem.operands();
     let rows = query_rows(problem, &saved, &incoming, 0)?;
     let pass = Pass { operands: &operands, grad_context: &incoming.context, rows: &rows, bias_dims, careful: None };
-    let (fast, is_finite) = pass.run::<E>(options.layout)?;
+    let (fast, is_finite) = pass.run::<T>(options.layout)?;
     if is_finite {
         return Ok(fast);
     }
-    let headroom = headroom(problem, &incoming, bias_dims.is_some());
+    let headroom = headroom(problem, &saved, &incoming, bias_dims.is_some());
     let rows = query_rows(problem, &saved, &incoming, headroom.grads)?;
-    let mut careful = Pass { rows: &rows, careful: Some(headroom), ..pass }.run::<E>(options.layout)?.0;
+    let mut careful = Pass { rows: &rows, careful: Some(headroom), ..pass }.run::<T>(options.layout)?.0;
     for (fast, careful) in [(fast.q, &mut careful.q), (fast.k, &mut careful.k), (fast.v, &mut careful.v)] {
         keep_finite(&fast, careful, |x| x.widen().is_finite());
     }
@@ -53,7 +54,12 @@ pub(super) fn backward<E: Number>(
 
 /// By how much the careful pass makes its numbers smaller. The bounds are those of sums of as many terms as there are, each as
 /// large as the largest numbers make it; weights sum to 1.
-fn headroom<E: Number>(problem: &Problem<E>, incoming: &Incoming<E>, wants_bias: bool) -> Headroom {
+fn headroom<E: Number>(
+    problem: &Problem<E>,
+    saved: &Saved<E>,
+    incoming: &Incoming<E>,
+    wants_bias: bool,
+) -> Headroom {
     let [q, k, v] = problem.views().map(exponent_of);
     let (grad, scale) = (exponent_of(&incoming.context), exponent_above(problem.scale().abs()));
     let shape = problem.shape();
@@ -63,9 +69,10 @@ fn headroom<E: Number>(problem: &Problem<E>, incoming: &Incoming<E>, wants_bias:
     let dropout = problem.options().dropout.map_or(0, |dropout| exponent_above(1.0 / (1.0 - dropout.p)));
     // One less than the largest exponent, for rounding.
     let largest = E::Float::MAX_EXPONENT - 1;
-    // dp - δ, summed over queries by the gradient of a bias; and dv.
+    // dp - δ, summed over queries by the gradient of a bias; and dv. The context in δ may be that of more keys than those of a part.
     let of_logsumexp = exponent_of_all(incoming.logsumexp.into_iter().flatten().copied());
-    let scores = (grad + v + count(problem.v_dims()[3]) + dropout).max(of_logsumexp) + 1;
+    let values = (v + dropout).max(exponent_of(&saved.context));
+    let scores = (grad + values + count(problem.v_dims()[3])).max(of_logsumexp) + 1;
     let grads = (scores + all_queries).max(grad + dropout + queries) - largest;
     let grads = grads.max(0);
     // dq, and dk.

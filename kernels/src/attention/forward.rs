@@ -18,18 +18,22 @@ use crate::softmax::{LogSumExp, Partial, merge};
 use crate::tiles::{DecodeTiles, ForwardTiles, TileSizes};
 
 /// The results, while tasks write them.
-struct Results<'a, E: Number> {
-    context: Shared<'a, MaybeUninit<E>>,
+struct Results<'a, T: Number> {
+    context: Shared<'a, MaybeUninit<T>>,
     /// Strides of batch, heads and len.
     strides: [usize; 3],
-    logsumexp: Shared<'a, MaybeUninit<LogSumExp<E::Float>>>,
+    logsumexp: Shared<'a, MaybeUninit<LogSumExp<T::Float>>>,
 }
 
-pub(super) fn forward<E: Number>(problem: &Problem<E>, layout: Layout) -> Result<Output<E>, Error> {
+/// The results in `T`: the type of the tensors, or the one that is computed in.
+pub(super) fn forward<E: Number, T: Number<Float = E::Float>>(
+    problem: &Problem<E>,
+    layout: Layout,
+) -> Result<Output<T>, Error> {
     let dims = problem.context_dims();
     let rows = dims[0] * dims[1] * dims[2];
-    let mut context: Vec<E> = reserve("context", rows * dims[3])?;
-    let mut logsumexp: Vec<LogSumExp<E::Float>> = reserve("log-sum-exp", rows)?;
+    let mut context: Vec<T> = reserve("context", rows * dims[3])?;
+    let mut logsumexp: Vec<LogSumExp<T::Float>> = reserve("log-sum-exp", rows)?;
     let results = Results {
         context: Shared::new(&mut context.spare_capacity_mut()[..rows * dims[3]]),
         strides: layout.strides(dims),
@@ -38,9 +42,9 @@ pub(super) fn forward<E: Number>(problem: &Problem<E>, layout: Layout) -> Result
     let operands = problem.operands();
     let tiles = TileSizes::new(operands.is_by_tile_registers());
     if tiles.decode.suit(operands.shape.q_len, operands.shape.kv_len) {
-        decode(&operands, tiles.decode, &results)?;
+        decode::<T>(&operands, tiles.decode, &results)?;
     } else {
-        prefill(&operands, tiles.forward, &results)?;
+        prefill::<T>(&operands, tiles.forward, &results)?;
     }
     // SAFETY: every task has succeeded. Together they have all queries of all heads, and each writes all of its rows.
     unsafe {
@@ -51,7 +55,7 @@ pub(super) fn forward<E: Number>(problem: &Problem<E>, layout: Layout) -> Result
 }
 
 /// Many queries: each task computes some of one head.
-fn prefill<E: Number>(operands: &Operands<E::Float>, tiles: ForwardTiles, results: &Results<E>) -> Result<(), Error> {
+fn prefill<T: Number>(operands: &Operands<T::Float>, tiles: ForwardTiles, results: &Results<T>) -> Result<(), Error> {
     let (shape, dv, [sb, sh, si]) = (operands.shape, operands.value_dim, results.strides);
     let blocks = shape.q_len.div_ceil(tiles.queries);
     run_tasks(operands.work(), shape.batch * shape.num_heads * blocks, |task| {
@@ -71,12 +75,12 @@ fn prefill<E: Number>(operands: &Operands<E::Float>, tiles: ForwardTiles, result
 
 /// A few queries: each task computes a split of the keys of one key head; then each row is merged from its splits, in their
 /// order.
-fn decode<E: Number>(operands: &Operands<E::Float>, tiles: DecodeTiles, results: &Results<E>) -> Result<(), Error> {
+fn decode<T: Number>(operands: &Operands<T::Float>, tiles: DecodeTiles, results: &Results<T>) -> Result<(), Error> {
     let (shape, kv_heads, dv) = (operands.shape, operands.kv_heads, operands.value_dim);
     let ([sb, sh, si], heads, rows) = (results.strides, shape.batch * kv_heads, operands.group * shape.q_len);
     let splits = Splits::of_decode(shape.kv_len, heads);
-    let size = rows * Partial::<E::Float>::size(dv);
-    let mut partials = filled("partial results of decoding", heads * splits.count * size, E::Float::ZERO)?;
+    let size = rows * Partial::<T::Float>::size(dv);
+    let mut partials = filled("partial results of decoding", heads * splits.count * size, T::Float::ZERO)?;
     let shared = Shared::new(&mut partials);
     run_tasks(operands.work(), heads * splits.count, |task| {
         let (head, split) = (task / splits.count, task % splits.count);
@@ -85,11 +89,11 @@ fn decode<E: Number>(operands: &Operands<E::Float>, tiles: DecodeTiles, results:
         let (sequence, kv_head, partials) = (head / kv_heads, head % kv_heads, partials.row(0));
         instruction_set().dispatch(Decode { operands, tiles, sequence, kv_head, keys: splits.keys(split), partials })
     })?;
-    let mut row_context = filled("context of a row", dv, E::Float::ZERO)?;
+    let mut row_context = filled("context of a row", dv, T::Float::ZERO)?;
     for (head, partials) in partials.chunks_exact(splits.count * size).enumerate() {
         for row in 0..rows {
             let (b, h) = (head / kv_heads, head % kv_heads * operands.group + row / shape.q_len);
-            let partials = partials.chunks_exact(Partial::<E::Float>::size(dv)).skip(row).step_by(rows);
+            let partials = partials.chunks_exact(Partial::<T::Float>::size(dv)).skip(row).step_by(rows);
             let logsumexp = merge(partials.map(Partial::read), &mut row_context);
             let i = row % shape.q_len;
             // SAFETY: the tasks are done, and each row is written alone.

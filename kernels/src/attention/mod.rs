@@ -72,6 +72,13 @@ mod sealed {
             incoming: Incoming<Self>,
             options: BackwardOptions,
         ) -> Result<Gradients<Self>, Error>;
+        fn forward_wide(problem: &Problem<Self>, layout: Layout) -> Result<Output<Self::Float>, Error>;
+        fn backward_wide(
+            problem: &Problem<Self>,
+            saved: Saved<Self>,
+            incoming: Incoming<Self>,
+            options: BackwardOptions,
+        ) -> Result<Gradients<Self::Float>, Error>;
     }
 }
 
@@ -96,6 +103,19 @@ macro_rules! element {
             ) -> Result<Gradients<Self>, Error> {
                 backward::backward(problem, saved, incoming, options)
             }
+            #[inline(never)]
+            fn forward_wide(problem: &Problem<Self>, layout: Layout) -> Result<Output<Self::Float>, Error> {
+                forward::forward(problem, layout)
+            }
+            #[inline(never)]
+            fn backward_wide(
+                problem: &Problem<Self>,
+                saved: Saved<Self>,
+                incoming: Incoming<Self>,
+                options: BackwardOptions,
+            ) -> Result<Gradients<Self::Float>, Error> {
+                backward::backward(problem, saved, incoming, options)
+            }
         }
     )*};
 }
@@ -118,6 +138,16 @@ pub fn forward<E: Element>(problem: &Problem<E>, layout: Layout) -> Result<Outpu
     E::forward(problem, layout)
 }
 
+/// As [`forward`], in the type that is computed in. Results over parts of the keys are merged before they are narrowed, so that several
+/// parts are rounded as often as one.
+///
+/// # Errors
+///
+/// Those of [`forward`].
+pub fn forward_wide<E: Element>(problem: &Problem<E>, layout: Layout) -> Result<Output<E::Float>, Error> {
+    E::forward_wide(problem, layout)
+}
+
 /// Gradients of query, key, value and, if wanted, the bias.
 ///
 /// # Shapes
@@ -126,9 +156,9 @@ pub fn forward<E: Element>(problem: &Problem<E>, layout: Layout) -> Result<Outpu
 ///
 /// # Errors
 ///
-/// [`Error::Dims`] for a context or gradient of another shape than [`Problem::context_dims`], [`Error::Length`] for a log-sum-exp
-/// of another length than batch · num_heads · q_len, [`Error::Option`] if the gradient of a bias is wanted and there is none, and
-/// [`Error::Memory`].
+/// [`Error::Dims`] for a context or gradient of another shape than [`Problem::context_dims`], [`Error::Length`] for a log-sum-exp or its
+/// gradient of another length than batch · num_heads · q_len, [`Error::Option`] if the gradient of a bias is wanted and there is no bias, or
+/// the problem is a [`Part`](crate::Part), and [`Error::Memory`].
 pub fn backward<E: Element>(
     problem: &Problem<E>,
     saved: Saved<E>,
@@ -136,4 +166,18 @@ pub fn backward<E: Element>(
     options: BackwardOptions,
 ) -> Result<Gradients<E>, Error> {
     E::backward(problem, saved, incoming, options)
+}
+
+/// As [`backward`], in the type that is computed in: gradients from parts are added up before they are narrowed.
+///
+/// # Errors
+///
+/// Those of [`backward`].
+pub fn backward_wide<E: Element>(
+    problem: &Problem<E>,
+    saved: Saved<E>,
+    incoming: Incoming<E>,
+    options: BackwardOptions,
+) -> Result<Gradients<E::Float>, Error> {
+    E::backward_wide(problem, saved, incoming, options)
 }

@@ -1,10 +1,11 @@
 //! A boolean tensor as a mask.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::{Coverage, ScoreShape};
 use crate::error::MaskError;
+use crate::fnv;
 
 /// The axes that a table was given with, out of (batch, num_heads, q_len, kv_len). The others have length 1. Errors name these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +21,14 @@ pub enum TableAxes {
 pub struct Table {
     pub(super) dims: [usize; 4],
     axes: TableAxes,
-    allowed: Arc<Vec<bool>>,
+    entries: Arc<Entries>,
+}
+
+/// The entries, row by row, which tables of other shapes may share.
+#[derive(Debug)]
+struct Entries {
+    allowed: Vec<bool>,
+    hash: OnceLock<u64>,
 }
 
 impl Table {
@@ -31,7 +39,8 @@ impl Table {
     /// Another number of entries than `dims` says.
     pub fn new(dims: [usize; 4], allowed: Vec<bool>) -> Result<Self, MaskError> {
         check_count(dims, allowed.len())?;
-        Ok(Self { dims, axes: TableAxes::Last(4), allowed: Arc::new(allowed) })
+        let entries = Arc::new(Entries { allowed, hash: OnceLock::new() });
+        Ok(Self { dims, axes: TableAxes::Last(4), entries })
     }
 
     /// This table, given with these axes.
@@ -58,8 +67,8 @@ impl Table {
     ///
     /// Another number of entries than `dims` says.
     pub fn reshaped(&self, dims: [usize; 4]) -> Result<Self, MaskError> {
-        check_count(dims, self.allowed.len())?;
-        Ok(Self { dims, axes: TableAxes::Last(4), allowed: self.allowed.clone() })
+        check_count(dims, self.allowed().len())?;
+        Ok(Self { dims, axes: TableAxes::Last(4), entries: self.entries.clone() })
     }
 
     /// The table of some of the heads. One that is the same for all heads stays as it is.
@@ -88,7 +97,14 @@ impl Table {
 
     /// The entries, row by row.
     pub(crate) fn allowed(&self) -> &[bool] {
-        &self.allowed
+        &self.entries.allowed
+    }
+
+    /// A hash of the entries, which is computed once: ranks compare their masks in every call.
+    pub(super) fn hash(&self) -> u64 {
+        // As many entries as a number has bits.
+        let word = |bits: &[bool]| bits.iter().fold(1u64, |word, &bit| word << 1 | u64::from(bit));
+        *self.entries.hash.get_or_init(|| fnv::hash(self.allowed().chunks(64).map(word)))
     }
 
     pub(super) fn check(&self, shape: &ScoreShape) -> Result<(), MaskError> {
@@ -115,7 +131,7 @@ impl Table {
     }
 
     pub(super) fn get(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
-        self.allowed[self.index((b, h), i, j).0]
+        self.allowed()[self.index((b, h), i, j).0]
     }
 
     /// How many rows of the table the queries `q` have.
@@ -126,18 +142,18 @@ impl Table {
     /// Whether any query of `q` may attend to key `j`.
     pub(super) fn is_seen(&self, at: (usize, usize), q: &Range<usize>, j: usize) -> bool {
         let (first, query_stride, _) = self.index(at, q.start, j);
-        (0..self.distinct(q)).any(|i| self.allowed[first + i * query_stride])
+        (0..self.distinct(q)).any(|i| self.allowed()[first + i * query_stride])
     }
 
     pub(super) fn hidden(&self, at: (usize, usize), q: &Range<usize>, j: usize, hide: &mut dyn FnMut(Range<usize>)) {
         let (first, query_stride, _) = self.index(at, q.start, j);
         if query_stride == 0 {
-            if !self.allowed[first] {
+            if !self.allowed()[first] {
                 hide(q.clone());
             }
             return;
         }
-        for i in (0..q.len()).filter(|i| !self.allowed[first + i * query_stride]) {
+        for i in (0..q.len()).filter(|i| !self.allowed()[first + i * query_stride]) {
             hide(q.start + i..q.start + i + 1);
         }
     }
@@ -145,9 +161,10 @@ impl Table {
     pub(super) fn tile(&self, at: (usize, usize), q: &Range<usize>, k: &Range<usize>) -> Coverage {
         let (first, query_stride, key_stride) = self.index(at, q.start, k.start);
         let keys = if key_stride == 0 { 1 } else { k.len() };
-        let value = self.allowed[first];
+        let allowed = self.allowed();
+        let value = allowed[first];
         let is_mixed =
-            |i: usize| self.allowed[first + i * query_stride..][..keys].iter().any(|&allowed| allowed != value);
+            |i: usize| allowed[first + i * query_stride..][..keys].iter().any(|&entry| entry != value);
         if (0..self.distinct(q)).any(is_mixed) {
             Coverage::Some
         } else if value {
@@ -164,4 +181,18 @@ fn check_count(dims: [usize; 4], entries: usize) -> Result<(), MaskError> {
     }
     let expected = format!("one entry for each of {dims:?}");
     Err(MaskError { part: "tensor", expected, got: entries.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_of_the_same_entries_share_their_hash() {
+        let table = Table::new([1, 1, 2, 3], vec![true, false, true, true, true, false]).unwrap();
+        let other = table.reshaped([1, 2, 1, 3]).unwrap();
+        let hash = table.hash();
+        assert_eq!(other.entries.hash.get(), Some(&hash));
+        assert_ne!(Table::new([1, 1, 2, 3], vec![true; 6]).unwrap().hash(), hash);
+    }
 }

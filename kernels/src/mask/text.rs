@@ -4,6 +4,7 @@ use std::fmt::{Display, Formatter, Result};
 
 use super::rule::Offset;
 use super::{PerSequence, Rule, Table};
+use crate::fnv;
 
 /// Numbers that a text holds one by one; of more it holds a hash.
 const SHOWN: usize = 8;
@@ -77,24 +78,15 @@ fn write_all(f: &mut Formatter, rules: &[Rule], between: &str) -> Result {
 }
 
 fn write_table(f: &mut Formatter, table: &Table) -> Result {
-    // As many entries as a number has bits.
-    let words = table.allowed().chunks(64).map(|bits| bits.iter().fold(1u64, |word, &bit| word << 1 | u64::from(bit)));
-    write!(f, "tensor {:?} {:016x}", table.dims(), hash(words))
+    write!(f, "tensor {:?} {:016x}", table.dims(), table.hash())
 }
 
 fn write_numbers(f: &mut Formatter, numbers: impl Iterator<Item = u64> + Clone) -> Result {
     let count = numbers.clone().count();
     if count > SHOWN {
-        return write!(f, "[{count} numbers, {:016x}]", hash(numbers));
+        return write!(f, "[{count} numbers, {:016x}]", fnv::hash(numbers));
     }
     write!(f, "{:?}", numbers.map(|number| number as i64).collect::<Vec<_>>())
-}
-
-/// FNV-1a over whole words, with a rotation so that high bits reach low ones.
-fn hash(words: impl Iterator<Item = u64>) -> u64 {
-    words.fold(0xCBF2_9CE4_8422_2325, |hash: u64, word| {
-        (hash ^ word).wrapping_mul(0x0000_0100_0000_01B3).rotate_left(29)
-    })
 }
 
 #[cfg(test)]

@@ -123,7 +123,7 @@ impl<R: SimdFloat> Backward<'_, R> {
         let missing = QueryRow { largest: R::INFINITY, factor, log_total: R::ZERO, delta: R::ZERO };
         for i in 0..block.delta.len() {
             let row = rows.get(i).copied().unwrap_or(missing);
-            // A log-sum-exp that was merged from several parts may be of scores that were multiplied at another place.
+            // The greatest score may be that of another part, in which the softmax was left another factor.
             let largest = if row.factor == factor { row.largest } else { row.largest * (row.factor / factor) };
             (block.largest[i], block.log_total[i], block.delta[i]) = (largest, row.log_total, row.delta);
         }

@@ -44,7 +44,7 @@ impl<R: SimdFloat> LogSumExp<R> {
         let total = totals[0] + totals[1];
         let logsumexp = match scaled.iter().position(|&scaled| scaled == largest) {
             Some(i) => Self { log_total: R::from_f64(total.ln()), ..parts[i] },
-            // One of them is NaN.
+            // Both are NaN.
             None => Self::from_parts(R::from_f64(scaled[0] + scaled[1]), R::from_f64(total.ln())),
         };
         (logsumexp, totals.map(|of_part| R::from_f64(of_part / total)))

@@ -10,6 +10,7 @@ use super::numbers::{Dtype, checked};
 use super::ring::Ring;
 use super::ulysses::Ulysses;
 use super::{ContextParallel, Scheme};
+use crate::check::{log_bound_of_scores, scores_may_overflow};
 use crate::error::{AttentionError, Result};
 
 /// This rank's tensors, and what is done to the scores of the whole.
@@ -98,11 +99,9 @@ impl<E: Dtype> Call<'_, E> {
                 *largest = largest.max(f64::from_le_bytes(bytes.try_into().unwrap_or_default()));
             }
         }
-        let scale = self.options.scale.unwrap_or(1.0).abs();
-        // In logarithms, which don't overflow. A margin of 1 covers the rounding of the sum.
-        let bound = all[0].ln() + all[1].ln() + (self.q.dims()[3] as f64).ln() + scale.max(1.0).ln();
-        let limit = if size_of::<E::Float>() == 8 { f64::MAX } else { f64::from(f32::MAX) };
-        if bound.max(all[0].ln() + scale.ln()) > limit.ln() - 1.0 {
+        let head_dim = self.q.dims()[3];
+        let scale = self.options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
+        if scores_may_overflow(log_bound_of_scores(all, head_dim, scale), E::DTYPE) {
             let (expected, got) = ("scores that can't overflow, over several ranks", "larger queries and keys");
             return Err(AttentionError::Backend { expected, got }.into());
         }

@@ -14,9 +14,8 @@ use std::sync::Arc;
 pub(crate) use call::Call;
 pub(crate) use numbers::Dtype;
 pub use split::{Order, Split};
-pub(crate) use ulysses::check_heads;
 
-use crate::error::{Error, Result};
+use crate::error::{AttentionError, Error, Result};
 use crate::parallel::communicator::Communicator;
 
 /// How the ranks exchange what attention needs of other ranks' tokens. Both give the same numbers but for rounding.
@@ -27,10 +26,10 @@ use crate::parallel::communicator::Communicator;
 /// | | numbers | in messages |
 /// |---|---|---|
 /// | `Ring` | (n - 1) · B · L/n · K · 2D | that travel while it computes |
-/// | `Ulysses` | (n - 1)/n · B · L/n · (2H + 2K) · D | that it waits for |
+/// | `Ulysses` | (n - 1)/n · B · L/n · (2H + 2 max(K, n)) · D | that it waits for |
 ///
-/// and in the backward pass twice as many with `Ring` (keys, values, and the gradients of both), and a little over twice as many with
-/// `Ulysses` (queries, keys, values, contexts and their gradients, then three gradients).
+/// and in the backward pass twice as many, with `Ring` keys, values and the gradients of both, and with `Ulysses` queries, keys, values,
+/// contexts and the gradients of each. Beside them `Ulysses` sends two numbers of each log-sum-exp in both passes.
 ///
 /// `Ring` works with any number of heads, and its traffic shrinks with grouped-query attention and with windows. `Ulysses` sends
 /// less over many ranks, since what a rank sends goes down with n, and it computes with the longest matrices. It needs a number of query
@@ -176,6 +175,29 @@ impl ContextParallel {
     /// The tokens of this rank.
     pub(crate) fn own_len(&self) -> usize {
         self.split.rank_len(self.rank())
+    }
+
+    /// Checks that a tensor of this shape, with `len` tokens, holds those that the split gives to this rank.
+    pub(crate) fn check_tokens(
+        &self,
+        tensor: &'static str,
+        len: usize,
+        shape: impl FnOnce() -> Vec<usize>,
+    ) -> Result<(), AttentionError> {
+        let own_len = self.own_len();
+        if len == own_len {
+            return Ok(());
+        }
+        let expected = format!("with the {own_len} tokens that the split gives to this rank");
+        Err(AttentionError::Shape { tensor, expected, shape: shape() })
+    }
+
+    /// Checks that the scheme can divide the heads among the ranks.
+    pub(crate) fn check_heads(&self, num_heads: usize, num_kv_heads: usize) -> Result<(), AttentionError> {
+        match self.scheme {
+            Scheme::Ring => Ok(()),
+            Scheme::Ulysses => ulysses::check_heads(num_heads, num_kv_heads, self.split.ranks()),
+        }
     }
 
     /// `ours`, what this rank has found, if all ranks have the same `text` to say. An error of one rank is an error on all.

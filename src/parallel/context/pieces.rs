@@ -1,7 +1,8 @@
 //! The pieces in which keys and values travel: a call is cut by sequences and key heads.
 //!
 //! A rank holds the keys that it computes with and those that arrive for the next step. If all heads travelled at once, these would take as
-//! much memory as the rank's own tokens several times. A piece is as small as messages may be.
+//! much memory as the rank's own tokens several times. A piece is about as small as messages should be. The last one of a sequence may be
+//! smaller.
 
 use std::ops::Range;
 

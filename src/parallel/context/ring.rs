@@ -7,7 +7,8 @@
 //! | it merges the contexts by log-sum-exp | its queries keep their gradients; those of keys and values travel with them, and home at the end |
 //!
 //! At distance d a rank has the keys of the rank d before it. Distances at which no rank sees anything are skipped. The next keys are
-//! under way while a rank computes. All sums are in the order of the distances, whatever arrives first.
+//! under way while a rank computes. All sums are in the order of the distances, whatever arrives first. They are in the type that is
+//! computed in, and narrowed once, so that half types are rounded as often as on one process.
 //!
 //! Source: Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers for Near-Infinite Context" (ICLR 2024). The gradients
 //! of a step are those of the whole where its weights are exp(s - lse), with the log-sum-exp of the whole: Dao, "FlashAttention-2" (2023), algorithm 2.
@@ -16,7 +17,7 @@ use std::ops::Range;
 
 use attention_kernels::mask::{Coverage, Rule, ScoreShape};
 use attention_kernels::{
-    self as kernels, BackwardOptions, Gradients, Incoming, Layout, LogSumExp, Merged, Number, Output, Part, Problem,
+    self as kernels, BackwardOptions, Gradients, Incoming, Layout, LogSumExp, Number, Output, Part, Problem,
     ProblemOptions, Saved, SimdFloat, View,
 };
 use candle_core::{Tensor, WithDType};
@@ -37,7 +38,7 @@ struct Block {
 }
 
 /// A block of queries, and their results over the keys so far, if they saw any.
-type Attended<R> = (Block, Option<Merged<R>>);
+type Attended<R> = (Block, Option<Output<R>>);
 
 /// Gradients of keys and values (batch, kv_heads, len, dim) of a piece, heads first.
 struct OfKeys<R> {
@@ -49,6 +50,8 @@ pub(super) struct Ring<'a, 'c, E: Number> {
     parallel: &'a ContextParallel,
     call: &'a Call<'c, E>,
     whole: ScoreShape,
+    /// The tokens of each rank.
+    blocks: Vec<Vec<Block>>,
     /// How far before a rank those stand whose keys it visits. The first is 0.
     distances: Vec<usize>,
     pieces: Vec<Piece>,
@@ -58,20 +61,19 @@ impl<'a, 'c, E: Dtype> Ring<'a, 'c, E> {
     pub(super) fn new(parallel: &'a ContextParallel, call: &'a Call<'c, E>) -> Self {
         let whole = call.whole(parallel);
         let ranks = parallel.split.ranks();
+        let blocks: Vec<_> = (0..ranks).map(|rank| blocks(parallel, rank)).collect();
+        let all = Piece { sequences: 0..whole.batch, kv_heads: 0..call.k.dims()[1] };
         let visits = |distance: &usize| {
-            let pairs = (0..ranks).map(|rank| (rank, (rank + ranks - distance) % ranks));
-            pairs.into_iter().any(|(rank, other)| {
-                let others = blocks(parallel, other);
-                blocks(parallel, rank).iter().any(|own| {
-                    let all = Piece { sequences: 0..whole.batch, kv_heads: 0..call.k.dims()[1] };
-                    others.iter().any(|other| sees(call, &whole, &all, own, other))
-                })
+            // Under a causal mask the last rank sees all others.
+            (0..ranks).rev().any(|rank| {
+                let others = &blocks[(rank + ranks - distance) % ranks];
+                blocks[rank].iter().any(|own| others.iter().any(|other| sees(call, &whole, &all, own, other)))
             })
         };
         let distances = [0].into_iter().chain((1..ranks).filter(visits)).collect();
         let [batch, kv_heads, _, dim] = call.k.dims();
         let bytes = parallel.split.longest() * (dim + call.v.dims()[3]) * size_of::<E>();
-        Self { parallel, call, whole, distances, pieces: pieces(batch, kv_heads, bytes) }
+        Self { parallel, call, whole, blocks, distances, pieces: pieces(batch, kv_heads, bytes) }
     }
 
     pub(super) fn forward(self) -> Result<Output<E>> {
@@ -94,21 +96,21 @@ impl<'a, 'c, E: Dtype> Ring<'a, 'c, E> {
 
     /// The results of a piece for each block of this rank's queries.
     fn attend(&self, piece: &Piece) -> Result<Vec<Attended<E::Float>>> {
-        let mut results: Vec<Attended<E::Float>> = self.blocks_at(0).into_iter().map(|block| (block, None)).collect();
+        let mut results: Vec<Attended<E::Float>> = self.blocks_at(0).iter().map(|block| (block.clone(), None)).collect();
         let mut visitor = self.own_keys(piece)?;
         for step in 0..self.distances.len() {
             let next = self.send_on(step, &visitor)?;
             for (own, merged) in &mut results {
                 for other in self.blocks_at(self.distances[step]) {
-                    if !sees(self.call, &self.whole, piece, own, &other) {
+                    if !sees(self.call, &self.whole, piece, own, other) {
                         continue;
                     }
-                    let part = self.with_problem(piece, (own, &other), &visitor, |problem| {
-                        checked(kernels::forward(problem, Layout::HeadsFirst))
+                    let part = self.with_problem(piece, (own, other), &visitor, |problem| {
+                        checked(kernels::forward_wide(problem, Layout::HeadsFirst))
                     })?;
                     match merged {
-                        None => *merged = Some(checked(Merged::new(part))?),
-                        Some(merged) => checked(merged.add(part))?,
+                        None => *merged = Some(part),
+                        Some(merged) => checked(merged.merge(&part))?,
                     }
                 }
             }
@@ -153,8 +155,8 @@ impl<'a, 'c, E: Dtype> Ring<'a, 'c, E> {
             let mut of_keys = self.no_gradients(piece, distance)?;
             for block in self.blocks_at(0) {
                 for other in self.blocks_at(distance) {
-                    if sees(self.call, &self.whole, piece, &block, &other) {
-                        let gradients = self.part_gradients(piece, (&block, &other), &visitor, saved, incoming)?;
+                    if sees(self.call, &self.whole, piece, block, other) {
+                        let gradients = self.part_gradients(piece, (block, other), &visitor, saved, incoming)?;
                         let tokens = |tokens: &Range<usize>, heads: usize| Place {
                             sequences: 0..piece.sequences.len(),
                             heads: 0..heads,
@@ -196,7 +198,7 @@ impl<'a, 'c, E: Dtype> Ring<'a, 'c, E> {
         visitor: &[Tensor],
         saved: Saved<E>,
         incoming: Incoming<E>,
-    ) -> Result<Gradients<E>> {
+    ) -> Result<Gradients<E::Float>> {
         let [_, heads, len, _] = self.call.q.dims();
         let place = self.query_place(piece, &blocks.0.tokens);
         let index = |(b, h, i): (usize, usize, usize)| (b * heads + h) * len + i;
@@ -206,7 +208,7 @@ impl<'a, 'c, E: Dtype> Ring<'a, 'c, E> {
         let saved = Saved { context: place.of(saved.context)?, logsumexp: &logsumexp };
         let incoming = Incoming { context: place.of(incoming.context)?, logsumexp: of_logsumexp.as_deref() };
         self.with_problem(piece, blocks, visitor, |problem| {
-            checked(kernels::backward(problem, saved, incoming, BackwardOptions::default()))
+            checked(kernels::backward_wide(problem, saved, incoming, BackwardOptions::default()))
         })
     }
 
@@ -228,9 +230,9 @@ impl<'a, 'c, E: Dtype> Ring<'a, 'c, E> {
     }
 
     /// The blocks of the rank that stands `distance` before this one.
-    fn blocks_at(&self, distance: usize) -> Vec<Block> {
+    fn blocks_at(&self, distance: usize) -> &[Block] {
         let ranks = self.parallel.split.ranks();
-        blocks(self.parallel, (self.parallel.rank() + ranks - distance) % ranks)
+        &self.blocks[(self.parallel.rank() + ranks - distance) % ranks]
     }
 
     /// The queries that belong to a piece.
@@ -319,9 +321,17 @@ fn sees<E: Dtype>(call: &Call<E>, whole: &ScoreShape, piece: &Piece, own: &Block
     let sequences = if rule.varies_by_sequence() { piece.sequences.clone() } else { 0..whole.batch.min(1) };
     let heads = piece.kv_heads.start * group..piece.kv_heads.end * group;
     let heads = if rule.varies_by_head() { heads } else { 0..whole.num_heads.min(1) };
-    let is_seen = |at| {
-        let visible = rule.visible_keys(whole, at, q, k.clone());
-        !visible.is_empty() && rule.tile(whole, at, q, &visible) != Coverage::None
+    // A tensor looks at every pair where all are hidden or none is. One that is visible under most masks comes first.
+    let is_seen = |at: (usize, usize)| {
+        rule.allows(whole, at.0, at.1, q.end - 1, k.start)
+            || match rule.tile(whole, at, q, k) {
+                Coverage::All => true,
+                Coverage::None => false,
+                Coverage::Some => {
+                    let visible = rule.visible_keys(whole, at, q, k.clone());
+                    !visible.is_empty() && rule.tile(whole, at, q, &visible) != Coverage::None
+                }
+            }
     };
     sequences.into_iter().any(|b| heads.clone().any(|h| is_seen((b, h))))
 }

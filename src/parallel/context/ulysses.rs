@@ -21,7 +21,7 @@ use super::{Call, ContextParallel};
 use crate::error::{AttentionError, Result};
 
 /// Whether the heads can be divided among so many ranks.
-pub(crate) fn check_heads(num_heads: usize, num_kv_heads: usize, ranks: usize) -> Result<(), AttentionError> {
+pub(super) fn check_heads(num_heads: usize, num_kv_heads: usize, ranks: usize) -> Result<(), AttentionError> {
     let divides = |a: usize, b: usize| a > 0 && b.is_multiple_of(a);
     let (field, got) = ("heads of Scheme::Ulysses", format!("{num_heads} query heads and {num_kv_heads} key heads"));
     if divides(ranks, num_heads) && (divides(ranks, num_kv_heads) || divides(num_kv_heads, ranks)) {
@@ -96,19 +96,45 @@ impl<'a, 'c, E: Dtype> Ulysses<'a, 'c, E> {
                 context: view("gradient of the context", &of_incoming[1].numbers, dims)?,
                 logsumexp: rows.get(2).map(|grads| &grads.numbers[..]),
             };
-            checked(kernels::backward(problem, saved, incoming, BackwardOptions::default()))
+            checked(kernels::backward_wide(problem, saved, incoming, BackwardOptions::default()))
         })?;
         let dims = [0, 1, 2].map(|i| gathered.numbers[i].dims());
         drop((gathered, of_incoming));
-        let mut q = Target::new("gradient of the query", call.q.dims(), call.layout)?;
-        self.scatter(gradients.q, dims[0], |rank, numbers| q.copy(&self.own_place(self.heads(rank)), numbers))?;
-        // Several ranks may have gradients of one key head.
-        let mut k = Target::<E::Float>::new("gradient of the key", call.k.dims(), call.layout)?;
-        self.scatter(gradients.k, dims[1], |rank, numbers| k.add(&self.own_place(self.kv_heads(rank)), numbers))?;
-        let mut v = Target::<E::Float>::new("gradient of the value", call.v.dims(), call.layout)?;
-        self.scatter(gradients.v, dims[2], |rank, numbers| v.add(&self.own_place(self.kv_heads(rank)), numbers))?;
-        let narrowed = |target: Target<E::Float>| checked(E::from_floats("gradient of the key", target.numbers));
-        Ok(Gradients { q: q.numbers, k: narrowed(k)?, v: narrowed(v)?, bias: None })
+        let q = self.scatter_narrowed("gradient of the query", gradients.q, dims[0], call.q.dims())?;
+        let k = self.scatter_keys("gradient of the key", gradients.k, dims[1], call.k.dims())?;
+        let v = self.scatter_keys("gradient of the value", gradients.v, dims[2], call.v.dims())?;
+        Ok(Gradients { q, k, v, bias: None })
+    }
+
+    /// The gradient of this rank's tokens, of which each rank has some heads.
+    fn scatter_narrowed(
+        &self,
+        what: &'static str,
+        gradient: Vec<E::Float>,
+        dims: [usize; 4],
+        own: [usize; 4],
+    ) -> Result<Vec<E>> {
+        let mut target = Target::new(what, own, self.call.layout)?;
+        self.scatter(checked(E::from_floats(what, gradient))?, dims, |rank, numbers| {
+            target.copy(&self.own_place(self.heads_of(rank, own[1])), numbers);
+        })?;
+        Ok(target.numbers)
+    }
+
+    /// As [`Self::scatter_narrowed`], for keys or values. If several ranks have gradients of one head, their sum is narrowed.
+    fn scatter_keys(
+        &self,
+        what: &'static str,
+        gradient: Vec<E::Float>,
+        dims: [usize; 4],
+        own: [usize; 4],
+    ) -> Result<Vec<E>> {
+        if own[1] >= self.parallel.split.ranks() {
+            return self.scatter_narrowed(what, gradient, dims, own);
+        }
+        let mut target = Target::<E::Float>::new(what, own, self.call.layout)?;
+        self.scatter(gradient, dims, |rank, numbers| target.add(&self.own_place(self.kv_heads(rank)), numbers))?;
+        checked(E::from_floats(what, target.numbers))
     }
 
     /// The query heads of a rank.

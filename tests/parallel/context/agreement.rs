@@ -1,11 +1,17 @@
 //! Ranks that disagree: every rank gets an error that names both sides, and none hangs.
 
-use candle_attention::parallel::{ContextParallel, Order, Scheme, Split, threads};
+use std::sync::Arc;
+
+use candle_attention::adapter::{Adapt, AdapterChoice, LoraConfig};
+use candle_attention::block::{MlpConfig, NormConfig, TransformerBlock, TransformerBlockConfig};
+use candle_attention::parallel::{Communicator, ContextParallel, Order, Scheme, Split, threads};
+use candle_attention::rotary::{Pairing, RotaryEmbedding};
 use candle_attention::{
-    AttentionError, AttentionOptions, Backend, Error, ForwardOptions, Mask, SelfAttentionConfig,
-    scaled_dot_product_attention,
+    AttentionError, AttentionOptions, Backend, Error, ForwardOptions, ForwardOutput, Mask, Result, SelfAttention,
+    SelfAttentionConfig, scaled_dot_product_attention,
 };
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
 
 use crate::common::{randn, var};
 use crate::layers::self_attention;
@@ -176,5 +182,59 @@ fn context_layers_of_other_configs_are_errors_on_every_rank() {
     for [config, input] in texts.unwrap() {
         assert!(config.contains("is_causal: true") && config.contains("is_causal: false"), "{config}");
         assert!(input.contains("[len, 8]") && input.contains("[len, 7]"), "{input}");
+    }
+}
+
+/// A call of rank `communicator.rank()`.
+type RankCall = Box<dyn Fn(&Arc<dyn Communicator>, &Tensor) -> Result<ForwardOutput> + Sync>;
+
+/// What one rank alone refuses is an error on all of them, and the ranks can go on.
+#[test]
+fn context_refusals_of_one_rank_are_errors_on_every_rank() {
+    let vb = || VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    let config = SelfAttentionConfig { is_causal: true, ..SelfAttentionConfig::new(8, 2) };
+    let split = Split::new(6, 2, Order::Contiguous).unwrap();
+    let options = move |communicator: &Arc<dyn Communicator>| {
+        let parallel = Some(ContextParallel { communicator: communicator.clone(), split, scheme: Scheme::Ring });
+        ForwardOptions { parallel, ..Default::default() }
+    };
+    let of_block = TransformerBlockConfig::new(config.clone(), MlpConfig::new(8, 16), NormConfig::rms(1e-5));
+    let block = TransformerBlock::new(&TransformerBlockConfig { dropout_p: 0.1, ..of_block }, vb()).unwrap();
+    let wrong = block.clone();
+    let layer = SelfAttention::new(&config, vb()).unwrap();
+    let adapted = layer.with_lora("style", &LoraConfig::new(2, 4.0), vb()).unwrap();
+    // Rows for the tokens of rank 0, and none for all of rank 1's.
+    let angles = randn(3, (4, 2), DType::F32).unwrap();
+    let tables = RotaryEmbedding::from_tables(&angles, &angles, 4, Pairing::HalfSplit).unwrap();
+    let short = layer.clone().with_rotary(tables).unwrap();
+    let calls: Vec<(&str, RankCall)> = vec![
+        (
+            "(len, 8)",
+            Box::new(move |ranks, x| wrong.forward_with(&x.narrow(1, 0, 8 - ranks.rank())?, &options(ranks))),
+        ),
+        (
+            "dropout of its branches",
+            Box::new(move |ranks, x| {
+                block.forward_with(x, &ForwardOptions { train: ranks.rank() == 1, ..options(ranks) })
+            }),
+        ),
+        (
+            "style",
+            Box::new(move |ranks, x| {
+                let adapter = AdapterChoice::Named("style".to_string());
+                let layer = if ranks.rank() == 0 { &adapted } else { &layer };
+                layer.forward_with(x, &ForwardOptions { adapter, ..options(ranks) })
+            }),
+        ),
+        ("rows of cos and sin", Box::new(move |ranks, x| short.forward_with(x, &options(ranks)))),
+    ];
+    for (expected, call) in calls {
+        let texts = threads(2, |communicator| {
+            let error = call(&communicator, &randn(1, (3, 8), DType::F32)?).map(drop).unwrap_err();
+            assert!(matches!(error, Error::Attention(AttentionError::Ranks { .. })), "{expected}: {error}");
+            communicator.agree("what comes next", "the same")?;
+            Ok(error.to_string())
+        });
+        texts.unwrap().iter().for_each(|text| assert!(text.contains(expected), "{expected}: {text}"));
     }
 }

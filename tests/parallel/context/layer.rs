@@ -7,7 +7,7 @@ use candle_attention::{CrossAttention, Error, ForwardOptions, Mask, Result, Self
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 
-use super::setup::{ORDERS, RANKS, ids};
+use super::setup::{ORDERS, RANKS, error, ids};
 use crate::common::{assert_close, randn, var};
 use crate::layers::self_attention;
 
@@ -131,22 +131,79 @@ fn context_layer_takes_masks_and_positions_of_its_call() {
     }
 }
 
+/// Parameters get a narrowed gradient from each rank, which are summed in f64 here.
+#[test]
+fn context_layer_in_half_types_is_as_close_as_one_process() {
+    let (_, config) = configs(4, 2).remove(1);
+    let split = Split::new(67, 4, Order::ZigZag).unwrap();
+    let options = ForwardOptions::default();
+    for dtype in [DType::BF16, DType::F16] {
+        let layer = self_attention(&config, dtype).unwrap();
+        let x = randn(9, (BATCH, split.len(), config.embed_dim), dtype).unwrap();
+        // The same parameters, in f64.
+        let exact = self_attention(&config, DType::F64).unwrap();
+        for (exact, own) in exact.vars().iter().zip(layer.vars()) {
+            exact.set(&own.to_dtype(DType::F64).unwrap()).unwrap();
+        }
+        let exact = step(&exact, &x.to_dtype(DType::F64).unwrap(), &options).unwrap();
+        let whole = step(&layer, &x, &options).unwrap();
+        for scheme in [Scheme::Ring, Scheme::Ulysses] {
+            let ranks = threads(4, |communicator| {
+                let layer = layer.trainable()?;
+                let parallel = Some(ContextParallel { communicator, split, scheme });
+                step(&layer, &x, &ForwardOptions { parallel, ..options.clone() })
+            });
+            let ranks = ranks.unwrap();
+            for i in 0..exact.len() {
+                let parts: Vec<_> = ranks.iter().map(|results| results[i].to_dtype(DType::F64).unwrap()).collect();
+                let (parts, most) = match i {
+                    0 | 1 => (split.join(&parts, 1).unwrap(), 1.1),
+                    _ => (Tensor::stack(&parts, 0).unwrap().sum(0).unwrap(), 1.5),
+                };
+                let [parts, whole] = [&parts, &whole[i]].map(|x| error(x, &exact[i]).unwrap());
+                assert!(parts <= most * whole, "result {i}, {dtype:?}, {scheme:?}: {parts:e}, not {whole:e}");
+            }
+        }
+    }
+}
+
+/// A block's output, and the gradients of its input and its parameters.
+fn block_step(block: &TransformerBlock, x: &Tensor, options: &ForwardOptions) -> Result<Vec<Tensor>> {
+    let x = Var::from_tensor(&x.contiguous()?)?;
+    let output = block.forward_with(&x, options)?.output;
+    let grads = output.sqr()?.sum_all()?.backward()?;
+    let of_vars = [x].into_iter().chain(block.vars()).map(|var| grads.get(&var).expect("a gradient").clone());
+    Ok([output.detach()].into_iter().chain(of_vars).collect())
+}
+
 #[test]
 fn context_block_is_the_block() -> Result<()> {
-    let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu);
-    let attention = SelfAttentionConfig { is_causal: true, ..SelfAttentionConfig::new(8, 2) };
-    let block = TransformerBlock::new(
-        &TransformerBlockConfig::new(attention, MlpConfig::swiglu(8, 12), NormConfig::rms(1e-5)),
-        vb,
-    )?;
-    let x = randn(12, (BATCH, LEN, 8), DType::F64)?;
+    let rotary = Some(RotaryConfig::default());
+    let attention = SelfAttentionConfig { is_causal: true, rotary, ..SelfAttentionConfig::new(12, 6) };
+    let config = TransformerBlockConfig::new(attention, MlpConfig::swiglu(12, 20), NormConfig::rms(1e-5));
+    let block =
+        TransformerBlock::new(&config, VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu))?;
+    let x = randn(12, (BATCH, LEN, 12), DType::F64)?;
     let split = Split::new(LEN, 3, Order::ZigZag)?;
-    let ranks = threads(3, |communicator| {
-        let x = split.shard(&x, 1, communicator.rank())?;
-        let parallel = Some(ContextParallel { communicator, split, scheme: Scheme::Ring });
-        Ok(block.forward_with(&x, &ForwardOptions { parallel, ..Default::default() })?.output)
-    })?;
-    assert_close(&split.join(&ranks, 1)?, &block.forward(&x)?, 1e-12, "block");
+    let expected = block_step(&block, &x, &ForwardOptions::default())?;
+    for (scheme, recompute) in
+        [(Scheme::Ring, false), (Scheme::Ring, true), (Scheme::Ulysses, false), (Scheme::Ulysses, true)]
+    {
+        let ranks = threads(3, |communicator| {
+            let block = block.trainable()?.with_recompute(recompute);
+            let x = split.shard(&x, 1, communicator.rank())?;
+            let parallel = Some(ContextParallel { communicator, split, scheme });
+            block_step(&block, &x, &ForwardOptions { parallel, ..Default::default() })
+        })?;
+        for (i, expected) in expected.iter().enumerate() {
+            let parts: Vec<_> = ranks.iter().map(|results| results[i].clone()).collect();
+            let whole = match i {
+                0 | 1 => split.join(&parts, 1)?,
+                _ => Tensor::stack(&parts, 0)?.sum(0)?,
+            };
+            assert_close(&whole, expected, 1e-12, &format!("result {i}, {scheme:?}, recompute: {recompute}"));
+        }
+    }
     Ok(())
 }
 

@@ -1,20 +1,32 @@
 //! What ranks send, byte by byte.
 
 use candle_attention::parallel::{ContextParallel, Order, Scheme, Split, threads};
-use candle_attention::{AttentionOptions, Mask, scaled_dot_product_attention};
+use candle_attention::{AttentionOptions, ForwardOptions, Mask, SelfAttentionConfig, scaled_dot_product_attention};
 use candle_core::{DType, Var};
 
 use crate::common::randn;
+use crate::layers::self_attention;
 
 const LEN: usize = 640;
 const DIM: usize = 16;
 
-/// The bytes that each rank sends in the forward and in the backward pass.
-fn bytes(ranks: usize, [heads, kv_heads]: [usize; 2], order: Order, mask: &Mask, scheme: Scheme) -> Vec<[f64; 2]> {
+/// The bytes that each rank sends in the forward and in the backward pass, in f32.
+fn bytes(ranks: usize, heads: [usize; 2], order: Order, mask: &Mask, scheme: Scheme) -> Vec<[f64; 2]> {
+    bytes_in(DType::F32, ranks, heads, order, mask, scheme)
+}
+
+fn bytes_in(
+    dtype: DType,
+    ranks: usize,
+    [heads, kv_heads]: [usize; 2],
+    order: Order,
+    mask: &Mask,
+    scheme: Scheme,
+) -> Vec<[f64; 2]> {
     let split = Split::new(LEN, ranks, order).unwrap();
     let sent = threads(ranks, |communicator| {
         let len = split.rank_len(communicator.rank());
-        let draw = |heads| Var::from_tensor(&randn(1, (1, heads, len, DIM), DType::F32)?);
+        let draw = |heads| Var::from_tensor(&randn(1, (1, heads, len, DIM), dtype)?);
         let (q, k, v) = (draw(heads)?, draw(kv_heads)?, draw(kv_heads)?);
         let parallel = Some(ContextParallel { communicator: communicator.clone(), split, scheme });
         let options = AttentionOptions { attn_mask: mask.clone(), parallel, ..Default::default() };
@@ -78,4 +90,41 @@ fn context_ulysses_sends_each_head_once() {
             assert!(backward >= theory && backward <= 1.02 * theory + 4096.0, "{backward} and {theory}");
         }
     }
+}
+
+/// Ranks that share a key head send its gradient in f32, and add it up before it is narrowed.
+#[test]
+fn context_ulysses_sends_sums_of_half_types_in_f32() {
+    let (ranks, heads) = (4, 8);
+    for (kv_heads, of_gradient) in [(2, 4.0), (4, 2.0)] {
+        // Of a token, for each other rank: two query heads and a key head.
+        let (queries, keys, rows) = (2.0 * 2.0 * DIM as f64, 2.0 * DIM as f64, 2.0 * 4.0);
+        let tokens = ((ranks - 1) * LEN / ranks) as f64;
+        let all = bytes_in(DType::BF16, ranks, [heads, kv_heads], Order::ZigZag, &Mask::causal(), Scheme::Ulysses);
+        for [forward, backward] in all {
+            let theory = tokens * (2.0 * queries + 2.0 * keys + 2.0 * rows);
+            assert!(forward >= theory && forward <= 1.02 * theory + 4096.0, "{forward} and {theory}");
+            let theory = tokens * (4.0 * queries + 2.0 * keys + 2.0 * DIM as f64 * of_gradient + 2.0 * rows);
+            assert!(backward >= theory && backward <= 1.02 * theory + 4096.0, "{backward} and {theory}");
+        }
+    }
+}
+
+/// What each rank tells every other before the forward pass.
+#[test]
+fn context_agreement_is_a_short_text() {
+    let split = Split::new(LEN, 2, Order::Contiguous).unwrap();
+    // No keys travel.
+    let mask = Mask::documents(&[LEN / 2; 2]);
+    for [forward, _] in bytes(2, [4, 2], Order::Contiguous, &mask, Scheme::Ring) {
+        assert!(forward < 512.0, "{forward} bytes of attention");
+    }
+    let layer = self_attention(&SelfAttentionConfig::new(8, 2), DType::F32).unwrap();
+    let sent = threads(2, |communicator| {
+        let x = randn(1, (1, LEN / 2, 8), DType::F32)?;
+        let parallel = Some(ContextParallel { communicator: communicator.clone(), split, scheme: Scheme::Ring });
+        layer.forward_with(&x, &ForwardOptions { parallel, attn_mask: mask.clone(), ..Default::default() })?;
+        Ok(communicator.bytes_sent())
+    });
+    sent.unwrap().iter().for_each(|&bytes| assert!(bytes < 1536, "{bytes} bytes of a layer"));
 }

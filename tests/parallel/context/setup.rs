@@ -68,6 +68,13 @@ pub fn cases(sizes: &Sizes) -> Result<Vec<Case>> {
             AttentionOptions { attn_bias: bias(53, &[batch, 1, 1, len])?, attn_mask: causal(), ..Default::default() },
         ),
         with("alibi", AttentionOptions { alibi_slopes: slopes.clone(), attn_mask: causal(), ..Default::default() }),
+        with(
+            "alibi of each sequence",
+            AttentionOptions {
+                alibi_slopes: Some((randn(56, (batch, heads), DType::F64)?.abs()? * 0.1)?),
+                ..Default::default()
+            },
+        ),
         with("log-sum-exp", AttentionOptions { return_logsumexp: true, attn_mask: causal(), ..Default::default() }),
         Case { sinks: true, ..masked("sinks", causal()) },
         Case {
@@ -88,11 +95,22 @@ pub fn cases(sizes: &Sizes) -> Result<Vec<Case>> {
 
 /// Context, log-sum-exp if there is one, and the gradients of query, key, value and, if there are any, sinks, of the whole sequence.
 pub fn results(sizes: &Sizes, case: &Case, dtype: DType, ranks: Option<(Split, Scheme)>) -> Result<Vec<Tensor>> {
+    results_of(sizes, case, [dtype; 2], ranks)
+}
+
+/// As [`results`], in the second dtype, for inputs that were rounded to the first.
+pub fn results_of(
+    sizes: &Sizes,
+    case: &Case,
+    [rounded, dtype]: [DType; 2],
+    ranks: Option<(Split, Scheme)>,
+) -> Result<Vec<Tensor>> {
     let Sizes { batch, heads, kv_heads, len, dim, value_dim } = *sizes;
-    let q = randn(1, (batch, heads, len, dim), dtype)?;
-    let k = randn(2, (batch, kv_heads, len, dim), dtype)?;
-    let v = randn(3, (batch, kv_heads, len, value_dim), dtype)?;
-    let grads = [randn(4, (batch, heads, len, value_dim), dtype)?, randn(5, (batch, heads, len), dtype)?];
+    let draw = |seed, shape: &[usize]| randn(seed, shape.to_vec(), rounded)?.to_dtype(dtype);
+    let q = draw(1, &[batch, heads, len, dim])?;
+    let k = draw(2, &[batch, kv_heads, len, dim])?;
+    let v = draw(3, &[batch, kv_heads, len, value_dim])?;
+    let grads = [draw(4, &[batch, heads, len, value_dim])?, draw(5, &[batch, heads, len])?];
     let run = |parallel: Option<ContextParallel>| -> Result<Vec<Tensor>> {
         let shard = |x: &Tensor| match &parallel {
             Some(parallel) => parallel.split.shard(x, 2, parallel.communicator.rank()),
@@ -100,7 +118,7 @@ pub fn results(sizes: &Sizes, case: &Case, dtype: DType, ranks: Option<(Split, S
         };
         let var = |x: &Tensor| Ok::<_, candle_attention::Error>(Var::from_tensor(&shard(x)?.contiguous()?)?);
         let vars = [var(&q)?, var(&k)?, var(&v)?];
-        let sinks = Var::from_tensor(&randn(6, heads, dtype)?)?;
+        let sinks = Var::from_tensor(&draw(6, &[heads])?)?;
         let options = AttentionOptions {
             parallel: parallel.clone(),
             sinks: case.sinks.then(|| sinks.as_tensor().clone()),
@@ -144,8 +162,12 @@ pub fn check(sizes: &Sizes, case: &Case, dtype: DType, split: Split, scheme: Sch
     }
 }
 
+/// The root of the mean of the squares of the errors.
+pub fn error(x: &Tensor, exact: &Tensor) -> Result<f64> {
+    Ok((x.to_dtype(DType::F64)? - exact)?.sqr()?.mean_all()?.to_scalar::<f64>()?.sqrt())
+}
+
 /// Positions as a tensor.
-#[allow(dead_code)]
 pub fn ids(positions: impl Iterator<Item = usize>) -> Result<Tensor> {
     let ids: Vec<i64> = positions.map(|position| position as i64).collect();
     let len = ids.len();
