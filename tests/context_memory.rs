@@ -102,7 +102,7 @@ fn a_rank_of_four_takes_little_more_than_a_quarter() -> anyhow::Result<()> {
     bytes(&layer, 512, &ForwardOptions::default())?;
     let whole = bytes(&layer, LEN, &options)?;
     println!("one process: {whole:?} bytes");
-    for (scheme, most) in [(Scheme::Ring, 0.28), (Scheme::Ulysses, 0.5)] {
+    for (scheme, most) in [(Scheme::Ring, 0.28), (Scheme::Ulysses, 0.42)] {
         let communicator = Arc::new(Mirror { size: RANKS, ..Default::default() });
         let split = Split::new(LEN, RANKS, Order::ZigZag)?;
         let parallel = Some(ContextParallel { communicator: communicator.clone(), split, scheme });

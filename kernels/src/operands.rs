@@ -122,8 +122,7 @@ impl<R: SimdFloat> Operands<'_, R> {
         }
         let (part, of_whole) = (&self.part, self.part.keys(&keys));
         let visible = self.mask.visible_keys(&part.whole, part.at(at), &part.queries(queries), of_whole.clone());
-        let is_inside =
-            of_whole.start <= visible.start && visible.start <= visible.end && visible.end <= of_whole.end;
+        let is_inside = of_whole.start <= visible.start && visible.start <= visible.end && visible.end <= of_whole.end;
         assert!(is_inside, "visible keys lie among those asked for");
         let visible = visible.start - part.first[3]..visible.end - part.first[3];
         let coverage = if visible.is_empty() { Coverage::None } else { self.coverage(at, queries, &visible) };

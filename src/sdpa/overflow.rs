@@ -55,7 +55,8 @@ impl Range {
         Ok(Self {
             scores_may_overflow: scores_may_overflow(bound, q.dtype()),
             // A term that is e^digits times smaller than the largest number is rounded away beside it.
-            sums_may_overflow: (bias.is_some() || slopes.is_some()) && largest_term > log_of_largest(q.dtype()) - digits,
+            sums_may_overflow: (bias.is_some() || slopes.is_some())
+                && largest_term > log_of_largest(q.dtype()) - digits,
             values_are_finite: numbers[2] == 0.0,
             bias_hides: numbers[3] > 0.0,
         })

@@ -54,12 +54,7 @@ pub(super) fn backward<E: Number, T: Number<Float = E::Float>>(
 
 /// By how much the careful pass makes its numbers smaller. The bounds are those of sums of as many terms as there are, each as
 /// large as the largest numbers make it; weights sum to 1.
-fn headroom<E: Number>(
-    problem: &Problem<E>,
-    saved: &Saved<E>,
-    incoming: &Incoming<E>,
-    wants_bias: bool,
-) -> Headroom {
+fn headroom<E: Number>(problem: &Problem<E>, saved: &Saved<E>, incoming: &Incoming<E>, wants_bias: bool) -> Headroom {
     let [q, k, v] = problem.views().map(exponent_of);
     let (grad, scale) = (exponent_of(&incoming.context), exponent_above(problem.scale().abs()));
     let shape = problem.shape();

@@ -163,8 +163,7 @@ impl Table {
         let keys = if key_stride == 0 { 1 } else { k.len() };
         let allowed = self.allowed();
         let value = allowed[first];
-        let is_mixed =
-            |i: usize| allowed[first + i * query_stride..][..keys].iter().any(|&entry| entry != value);
+        let is_mixed = |i: usize| allowed[first + i * query_stride..][..keys].iter().any(|&entry| entry != value);
         if (0..self.distinct(q)).any(is_mixed) {
             Coverage::Some
         } else if value {

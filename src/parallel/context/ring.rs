@@ -96,7 +96,8 @@ impl<'a, 'c, E: Dtype> Ring<'a, 'c, E> {
 
     /// The results of a piece for each block of this rank's queries.
     fn attend(&self, piece: &Piece) -> Result<Vec<Attended<E::Float>>> {
-        let mut results: Vec<Attended<E::Float>> = self.blocks_at(0).iter().map(|block| (block.clone(), None)).collect();
+        let mut results: Vec<Attended<E::Float>> =
+            self.blocks_at(0).iter().map(|block| (block.clone(), None)).collect();
         let mut visitor = self.own_keys(piece)?;
         for step in 0..self.distances.len() {
             let next = self.send_on(step, &visitor)?;

@@ -208,10 +208,7 @@ fn context_refusals_of_one_rank_are_errors_on_every_rank() {
     let tables = RotaryEmbedding::from_tables(&angles, &angles, 4, Pairing::HalfSplit).unwrap();
     let short = layer.clone().with_rotary(tables).unwrap();
     let calls: Vec<(&str, RankCall)> = vec![
-        (
-            "(len, 8)",
-            Box::new(move |ranks, x| wrong.forward_with(&x.narrow(1, 0, 8 - ranks.rank())?, &options(ranks))),
-        ),
+        ("(len, 8)", Box::new(move |ranks, x| wrong.forward_with(&x.narrow(1, 0, 8 - ranks.rank())?, &options(ranks)))),
         (
             "dropout of its branches",
             Box::new(move |ranks, x| {

@@ -60,14 +60,21 @@ fn context_of_any_length_is_one_process() {
     }
 }
 
-/// So many numbers that heads travel one by one, and tasks are many.
+/// So many numbers that the ring's heads travel one by one, and tasks are many.
 #[test]
 fn context_of_many_tokens_is_one_process() {
-    let sizes = Sizes { batch: 1, heads: 4, kv_heads: 2, len: 3001, dim: 32, value_dim: 24 };
-    let split = Split::new(sizes.len, 3, Order::ZigZag).unwrap();
-    let case =
-        cases(&Sizes { len: 9, ..sizes }).unwrap().into_iter().find(|case| case.name == "causal dropout").unwrap();
-    check(&sizes, &case, DType::F32, split, Scheme::Ring);
+    let of_ring = Sizes { batch: 1, heads: 4, kv_heads: 2, len: 3001, dim: 32, value_dim: 24 };
+    let of_ulysses = Sizes { batch: 2, heads: 4, kv_heads: 4, len: 2051, dim: 64, value_dim: 24 };
+    for (sizes, ranks, scheme) in [
+        (of_ring, 3, Scheme::Ring),
+        (of_ulysses, 2, Scheme::Ulysses),
+        (Sizes { kv_heads: 1, ..of_ulysses }, 2, Scheme::Ulysses),
+    ] {
+        let split = Split::new(sizes.len, ranks, Order::ZigZag).unwrap();
+        let all = cases(&Sizes { len: 9, ..sizes }).unwrap();
+        let case = all.iter().find(|case| case.name == "causal dropout").unwrap();
+        check(&sizes, case, DType::F32, split, scheme);
+    }
 }
 
 #[test]
@@ -94,7 +101,8 @@ fn context_in_half_types_is_as_close_as_one_process() {
             for case in cases(&sizes).unwrap().iter().filter(|case| ["no mask", "causal"].contains(&case.name)) {
                 let exact = results_of(&sizes, case, [dtype, DType::F64], None).unwrap();
                 let whole = results(&sizes, case, dtype, None).unwrap();
-                for (scheme, order) in [Scheme::Ring, Scheme::Ulysses].into_iter().flat_map(|s| ORDERS.map(|o| (s, o))) {
+                for (scheme, order) in [Scheme::Ring, Scheme::Ulysses].into_iter().flat_map(|s| ORDERS.map(|o| (s, o)))
+                {
                     let split = Split::new(sizes.len, 4, order).unwrap();
                     let parts = results(&sizes, case, dtype, Some((split, scheme))).unwrap();
                     for (i, ((part, whole), exact)) in parts.iter().zip(&whole).zip(&exact).enumerate() {

@@ -181,8 +181,7 @@ fn context_block_is_the_block() -> Result<()> {
     let rotary = Some(RotaryConfig::default());
     let attention = SelfAttentionConfig { is_causal: true, rotary, ..SelfAttentionConfig::new(12, 6) };
     let config = TransformerBlockConfig::new(attention, MlpConfig::swiglu(12, 20), NormConfig::rms(1e-5));
-    let block =
-        TransformerBlock::new(&config, VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu))?;
+    let block = TransformerBlock::new(&config, VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu))?;
     let x = randn(12, (BATCH, LEN, 12), DType::F64)?;
     let split = Split::new(LEN, 3, Order::ZigZag)?;
     let expected = block_step(&block, &x, &ForwardOptions::default())?;
