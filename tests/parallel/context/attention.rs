@@ -64,7 +64,7 @@ fn context_of_any_length_is_one_process() {
 #[test]
 fn context_of_many_tokens_is_one_process() {
     let of_ring = Sizes { batch: 1, heads: 4, kv_heads: 2, len: 3001, dim: 32, value_dim: 24 };
-    let of_ulysses = Sizes { batch: 2, heads: 4, kv_heads: 4, len: 2051, dim: 64, value_dim: 24 };
+    let of_ulysses = Sizes { batch: 2, heads: 4, kv_heads: 4, len: 1031, dim: 32, value_dim: 24 };
     for (sizes, ranks, scheme) in [
         (of_ring, 3, Scheme::Ring),
         (of_ulysses, 2, Scheme::Ulysses),
