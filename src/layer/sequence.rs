@@ -71,7 +71,7 @@ impl Core {
             self.check_parallel(&x, &positions, &shape, &attention, parallel)?;
             // What depends on the call's adapter and fails, fails before the ranks agree.
             for projection in [&self.q_proj, &self.k_proj, &self.v_proj].into_iter().chain(&self.o_proj) {
-                projection.call(&call)?;
+                projection.call(&call, len)?;
             }
             if call.seed.is_some() && self.q_proj.drops() {
                 return Err(without("dropout of an adapter").into());
