@@ -79,14 +79,14 @@ impl Table {
     pub fn of_heads(&self, heads: Range<usize>) -> Result<Self, MaskError> {
         let [batch, count, rows, keys] = self.dims;
         if count == 1 {
-            return Ok(Self { dims: self.dims, axes: self.axes, allowed: self.allowed.clone() });
+            return Ok(Self { dims: self.dims, axes: self.axes, entries: self.entries.clone() });
         }
         if heads.start > heads.end || heads.end > count {
             let (part, expected) = ("tensor", format!("at least {} heads", heads.end));
             return Err(MaskError { part, expected, got: count.to_string() });
         }
         let entries = |b: usize| (b * count + heads.start) * rows * keys..(b * count + heads.end) * rows * keys;
-        let allowed = (0..batch).flat_map(|b| &self.allowed[entries(b)]).copied().collect();
+        let allowed = (0..batch).flat_map(|b| &self.allowed()[entries(b)]).copied().collect();
         Self::new([batch, heads.len(), rows, keys], allowed)
     }
 
