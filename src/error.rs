@@ -215,7 +215,7 @@ pub enum AttentionError {
         got: [String; 2],
     },
     /// A message that didn't arrive.
-    #[error("{what}: expected a message of rank {rank}, got {got}")]
+    #[error("{what}: nothing from rank {rank}: {got}")]
     Communication {
         /// What the ranks were doing.
         what: String,

@@ -35,10 +35,11 @@ impl<S: 'static> Calls<S> {
             }
             Err(error) => drop(made.send(Err(error))),
         };
-        let failed = |got: String| AttentionError::Communication { what: "start of a rank".to_string(), rank: 0, got };
+        // What fails here is this rank, which may not know its number yet.
+        let failed = |got: &str| candle_core::Error::msg(format!("thread for communication: {got}"));
         let thread = Builder::new().name("communication".to_string()).spawn(body);
-        let thread = thread.map_err(|error| failed(format!("no thread: {error}")))?;
-        let about = wait.recv().map_err(|_| failed("a panic".to_string()))??;
+        let thread = thread.map_err(|error| failed(&error.to_string()))?;
+        let about = wait.recv().map_err(|_| failed("a panic at its start"))??;
         let (queue, thread) = (Mutex::new(Some(queue)), Mutex::new(Some(thread)));
         Ok((Self { rank: rank(&about), queue, thread }, about))
     }
@@ -79,7 +80,7 @@ pub(super) struct Answer<R> {
 impl<R> Answer<R> {
     pub(super) fn wait(self) -> Result<R> {
         self.answered.recv().unwrap_or_else(|_| {
-            let (what, got) = ("call of the communicator".to_string(), "the end of its work".to_string());
+            let (what, got) = ("call of the communicator".to_string(), "its work has ended".to_string());
             Err(AttentionError::Communication { what, rank: self.rank, got }.into())
         })
     }

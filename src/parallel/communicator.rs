@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use crate::error::{AttentionError, Result};
+use crate::memory;
 
 /// One rank's way to the others.
 ///
@@ -10,6 +11,9 @@ use crate::error::{AttentionError, Result};
 /// (or on the device that the implementation serves); results are on the device of the input and carry no gradient.
 /// The same number of ranks gives the same bits in every run, whatever carries the messages: sums are in the order of the ranks,
 /// half types are summed in f32.
+///
+/// A result holds the numbers of the call's start, even if a variable is set later. One exception: a rank's own tensor isn't sent and comes
+/// back without a copy, unless it is a variable. So an own view of a variable still changes with the variable.
 ///
 /// # Errors
 ///
@@ -199,11 +203,59 @@ pub trait Communicator: Send + Sync + std::fmt::Debug {
     /// # Ok::<(), candle_attention::Error>(())
     /// ```
     fn agree(&self, what: &'static str, ours: &str) -> Result<()> {
-        let all = self.all_gather_bytes(ours.as_bytes())?;
-        let Some(other) = all.iter().position(|theirs| *theirs != all[0]) else { return Ok(()) };
-        let got = [0, other].map(|rank: usize| String::from_utf8_lossy(&all[rank]).into_owned());
-        Err(AttentionError::Ranks { what: what.to_string(), ranks: [0, other], got }.into())
+        match first_difference(self, what, ours)? {
+            None => Ok(()),
+            Some((ranks, got)) => Err(AttentionError::Ranks { what: what.to_string(), ranks, got }.into()),
+        }
     }
+}
+
+/// Rank 0 and the first rank that says something else of `what`, and what both say. `None` if all ranks say the same.
+///
+/// # Errors
+///
+/// [`AttentionError::Ranks`] on every rank, if that rank speaks of something else.
+pub(super) fn first_difference(
+    communicator: &(impl Communicator + ?Sized),
+    what: &str,
+    ours: &str,
+) -> Result<Option<([usize; 2], [String; 2])>> {
+    let ours = serde_json::to_vec(&[what, ours]).map_err(candle_core::Error::wrap)?;
+    let all = communicator.all_gather_bytes(&ours)?;
+    let Some(other) = all.iter().position(|theirs| *theirs != all[0]) else { return Ok(None) };
+    let read = |rank: usize| serde_json::from_slice::<[String; 2]>(&all[rank]).map_err(candle_core::Error::wrap);
+    let (ranks, [what, first], [their_what, theirs]) = ([0, other], read(0)?, read(other)?);
+    if what == their_what {
+        return Ok(Some((ranks, [first, theirs])));
+    }
+    let got = [what, their_what].map(|what| format!("agreement on {what}"));
+    Err(AttentionError::Ranks { what: "call of the communicator".to_string(), ranks, got }.into())
+}
+
+pub(super) fn check_rank(name: &'static str, rank: usize, size: usize) -> Result<(), AttentionError> {
+    if rank < size {
+        return Ok(());
+    }
+    let expected = "a rank, which is less than the number of ranks";
+    Err(AttentionError::Number { name, expected, got: rank as f64 })
+}
+
+/// Checks the number of tensors of an all_to_all.
+pub(super) fn check_count(tensors: &[Tensor], size: usize) -> Result<(), AttentionError> {
+    if tensors.len() == size {
+        return Ok(());
+    }
+    let (name, expected) = ("tensors of all_to_all", "as many as ranks");
+    Err(AttentionError::Number { name, expected, got: tensors.len() as f64 })
+}
+
+/// A rank's own tensor as its result: without a gradient. A variable is copied, since it may be set later.
+pub(super) fn own(tensor: &Tensor) -> Result<Tensor> {
+    if !tensor.is_variable() {
+        return Ok(tensor.detach());
+    }
+    memory::ask_for("own tensor of a rank", 1, tensor, tensor.dtype())?;
+    Ok(tensor.detach().copy()?)
 }
 
 /// Messages that are under way.

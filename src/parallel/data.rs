@@ -6,7 +6,8 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
-use super::communicator::{Communicator, Pending};
+use super::communicator::{Communicator, Pending, first_difference};
+use super::share::share;
 use crate::check::{check_dtype, check_number, compute_dtype};
 use crate::error::{AttentionError, Result};
 use crate::memory;
@@ -92,10 +93,7 @@ impl DataParallel {
     /// This rank's rows of a batch of so many: each rank has consecutive ones, and the first ranks have one more if they can't all have
     /// as many. With fewer rows than ranks, the last ranks have none.
     pub fn rows(&self, rows: usize) -> Range<usize> {
-        let (rank, size) = (self.communicator.rank(), self.communicator.size());
-        let (each, more) = (rows / size, rows % size);
-        let first = |rank: usize| rank * each + rank.min(more);
-        first(rank)..first(rank + 1)
+        share(rows, self.communicator.rank(), self.communicator.size())
     }
 
     /// Gives every rank the parameters of rank `root`.
@@ -195,6 +193,9 @@ pub struct Averaging<'a> {
 impl Averaging<'_> {
     /// Takes the gradients that a part of the backward pass has computed, all at once for each parameter. Starts the sums of the buckets
     /// that are now complete, from the last one on, and returns at once. They go on while the rank computes.
+    ///
+    /// If a parameter may lack its gradient on some of the ranks, its bucket starts there in [`finish`](Self::finish). Then other calls of
+    /// the communicator come before the first `add` or after `finish`, so that all ranks have the same order.
     ///
     /// # Errors
     ///
@@ -297,9 +298,7 @@ fn weighted(gradient: &Tensor, weight: f64) -> candle_core::Result<Tensor> {
 fn agree(parameters: &[(String, Var)], communicator: &dyn Communicator) -> Result<()> {
     let line = |(name, var): &(String, Var)| format!("{name:?}, {} {:?}", var.dtype().as_str(), var.dims());
     let ours = parameters.iter().map(line).collect::<Vec<_>>().join("\n");
-    let all = communicator.all_gather_bytes(ours.as_bytes())?;
-    let Some(other) = all.iter().position(|theirs| *theirs != all[0]) else { return Ok(()) };
-    let [first, second] = [0, other].map(|rank: usize| String::from_utf8_lossy(&all[rank]).into_owned());
+    let Some((ranks, [first, second])) = first_difference(communicator, "parameters", &ours)? else { return Ok(()) };
     let (mut first, mut second) = (first.lines(), second.lines());
     let mut index = 0;
     let got = loop {
@@ -308,7 +307,7 @@ fn agree(parameters: &[(String, Var)], communicator: &dyn Communicator) -> Resul
             lines => break [lines.0, lines.1].map(|line| line.unwrap_or("no parameter").to_string()),
         }
     };
-    Err(AttentionError::Ranks { what: format!("parameter {index}"), ranks: [0, other], got }.into())
+    Err(AttentionError::Ranks { what: format!("parameter {index}"), ranks, got }.into())
 }
 
 /// Consecutive parameters from the last to the first, each bucket with at least so many bytes, but for the one of the first parameters.

@@ -175,10 +175,10 @@ impl Engine {
         Message { head: Head { kind, step, call: call.to_string(), tensors: parcel.tensors }, body: parcel.body }
     }
 
-    /// The same message without bytes to every other rank.
+    /// The same message without bytes to every other rank. Also to those that have sent their last message: they wait for everyone's.
     fn tell(&mut self, kind: Kind) {
         let rank = self.rank();
-        let others = (0..self.size()).filter(|to| *to != rank && !self.ended[*to]);
+        let others = (0..self.size()).filter(|to| *to != rank);
         let messages = others.map(|to| (to, self.message(kind.clone(), self.step, "", Parcel::default()))).collect();
         self.transport.send(messages);
     }
@@ -199,7 +199,7 @@ impl Engine {
                 Err(Failure::Here(AttentionError::Communication { what, rank, got }))
             };
             if self.ended[from] {
-                return gone(from, "the end of its work");
+                return gone(from, "its work has ended");
             }
             if let Some(reason) = self.stop.get() {
                 return gone(self.rank(), reason);

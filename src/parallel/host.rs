@@ -11,7 +11,7 @@ use std::time::Duration;
 use candle_core::{DType, Tensor};
 
 use super::calls::{Call, Calls};
-use super::communicator::{Communicator, Pending};
+use super::communicator::{Communicator, Pending, check_count, check_rank, own};
 use super::engine::{Engine, Failure, Transport};
 use super::message::{Body, Parcel, tensor_of};
 use super::sum;
@@ -56,19 +56,23 @@ impl Host {
         self.calls.finish();
     }
 
-    /// One round in which this rank sends `parcels`, or says why it has none.
-    fn round(&self, call: String, parcels: Result<Vec<Parcel>>) -> Result<Vec<Parcel>> {
-        self.calls.call(move |engine| engine.run(|engine| round(engine, &call, parcels))).wait()
+    /// One round in which this rank sends parcels, or says why it has none. What it keeps comes back beside those of the others.
+    fn round<K: Send + 'static>(&self, call: &str, given: Result<(Vec<Parcel>, K)>) -> Result<(Vec<Parcel>, K)> {
+        let call = call.to_string();
+        self.calls.call(move |engine| engine.run(|engine| round(engine, &call, given))).wait()
     }
 
-    fn check_rank(&self, name: &'static str, rank: usize) -> Result<()> {
-        match rank < self.size {
-            true => Ok(()),
-            false => {
-                let expected = "a rank, which is less than the number of ranks";
-                Err(AttentionError::Number { name, expected, got: rank as f64 }.into())
-            }
-        }
+    /// The tensors of a round in which every rank gets one of each. This rank's own is what it keeps.
+    fn tensors(&self, call: &str, given: Result<(Vec<Parcel>, Tensor)>) -> Result<Vec<Tensor>> {
+        let (parcels, own) = self.round(call, given)?;
+        let tensor = |(from, parcel)| if from == self.rank { Ok(own.clone()) } else { one(parcel, from, call) };
+        parcels.iter().enumerate().map(tensor).collect()
+    }
+
+    /// The parcels that bring a tensor to all other ranks.
+    fn to_all(&self, tensor: &Tensor) -> Result<Vec<Parcel>> {
+        let parcel = if self.size == 1 { Parcel::default() } else { Parcel::pack(std::slice::from_ref(tensor))? };
+        Ok(vec![parcel; self.size])
     }
 }
 
@@ -88,9 +92,9 @@ fn work_off(engine: &mut Engine, queue: &Receiver<Call<Engine>>) {
 }
 
 /// A round. A rank without parcels takes part in it, and tells the others why it has none.
-fn round(engine: &mut Engine, call: &str, parcels: Result<Vec<Parcel>>) -> Result<Vec<Parcel>, Failure> {
-    match parcels {
-        Ok(parcels) => engine.round(call, parcels),
+fn round<K>(engine: &mut Engine, call: &str, given: Result<(Vec<Parcel>, K)>) -> Result<(Vec<Parcel>, K), Failure> {
+    match given {
+        Ok((parcels, kept)) => Ok((engine.round(call, parcels)?, kept)),
         Err(error) => {
             let nothing = vec![Parcel::default(); engine.size()];
             engine.round(&format!("{call} ({error})"), nothing)?;
@@ -110,8 +114,8 @@ fn sum_over_ranks(
     let (rank, size) = (engine.rank(), engine.size());
     let part = |rank: usize| sum::part(rank, size, count, dtype);
     let parcel = |body: Body| Parcel { tensors: Vec::new(), body };
-    let parcels = body.map(|body| (0..size).map(|rank| parcel(body.slice(part(rank)))).collect());
-    let parts = round(engine, call, parcels)?;
+    let parcels = body.map(|body| ((0..size).map(|rank| parcel(body.slice(part(rank)))).collect(), ()));
+    let (parts, ()) = round(engine, call, parcels)?;
     check_sizes(&parts, call, |_| part(rank).len())?;
     let parts = parts.iter().map(|parcel| parcel.body.bytes()).collect::<Vec<_>>();
     let sums = vec![parcel(Body::new(sum::sum(dtype, &parts))); size];
@@ -125,7 +129,7 @@ fn check_sizes(parcels: &[Parcel], call: &str, expected: impl Fn(usize) -> usize
     match sizes.find(|(rank, size)| *size != expected(*rank)) {
         None => Ok(()),
         Some((rank, size)) => {
-            let got = format!("{size} bytes instead of {}", expected(rank));
+            let got = format!("expected {} bytes, got {size}", expected(rank));
             Err(Failure::Here(AttentionError::Communication { what: call.to_string(), rank, got }))
         }
     }
@@ -134,7 +138,7 @@ fn check_sizes(parcels: &[Parcel], call: &str, expected: impl Fn(usize) -> usize
 /// The only tensor of a parcel of rank `rank`.
 fn one(parcel: &Parcel, rank: usize, call: &str) -> Result<Tensor> {
     let mut tensors = parcel.unpack()?;
-    let got = format!("{} tensors", tensors.len());
+    let got = format!("expected one tensor, got {}", tensors.len());
     match (tensors.pop(), tensors.is_empty()) {
         (Some(tensor), true) => Ok(tensor),
         _ => Err(AttentionError::Communication { what: call.to_string(), rank, got }.into()),
@@ -151,42 +155,37 @@ impl Communicator for Host {
     }
 
     fn start_exchange(&self, tensors: &[Tensor], to: usize, from: usize) -> Result<Pending> {
-        if (to, from) == (self.rank, self.rank) {
-            // The step counts, so that a rank that exchanges with itself keeps step with those that don't.
-            let tensors = tensors.iter().map(Tensor::detach).collect::<Vec<_>>();
-            let call = format!("exchange of {} tensors", tensors.len());
-            let rank = self.rank;
-            let answer = self.calls.call(move |engine| {
-                engine.run(|engine| engine.exchange(&call, Parcel::default(), rank, rank)).map(|_| tensors)
-            });
-            return Ok(Pending::new(move || answer.wait()));
-        }
+        let (rank, size) = (self.rank, self.size);
         let call = format!("exchange of {} tensors", tensors.len());
-        let parcel = self.check_rank("to", to).and_then(|()| self.check_rank("from", from));
-        let parcel = parcel.and_then(|()| Parcel::pack(tensors));
-        let rank = self.rank;
-        let answer = self.calls.call(move |engine| match parcel {
-            Ok(parcel) => engine.run(|engine| engine.exchange(&call, parcel, to, from)),
+        let checked = check_rank("to", to, size).and_then(|()| check_rank("from", from, size)).map_err(Error::from);
+        let given = checked.and_then(|()| match (to, from) == (rank, rank) {
+            true => Ok((Parcel::default(), Some(tensors.iter().map(own).collect::<Result<Vec<_>>>()?))),
+            false => Ok((Parcel::pack(tensors)?, None)),
+        });
+        let answer = self.calls.call(move |engine| match given {
+            // A rank that exchanges with itself sends nothing. The step counts, so that it keeps step with those that do.
+            Ok((parcel, own)) => Ok((engine.run(|engine| engine.exchange(&call, parcel, to, from))?, own)),
             Err(error) => {
                 let got = format!("its error: {error}");
                 engine.fail(AttentionError::Communication { what: call, rank, got });
                 Err(error)
             }
         });
-        Ok(Pending::new(move || answer.wait()?.unpack()))
+        Ok(Pending::new(move || {
+            let (parcel, own) = answer.wait()?;
+            own.map_or_else(|| parcel.unpack(), Ok)
+        }))
     }
 
     fn start_all_reduce(&self, tensor: &Tensor) -> Result<Pending> {
         let (dtype, shape, count) = (tensor.dtype(), tensor.dims().to_vec(), tensor.elem_count());
-        let call = format!("all_reduce of {} {shape:?}", dtype.as_str());
-        let body = sum::check(dtype).map_err(Error::from).and_then(|()| match self.size {
-            1 => Ok(Body::default()),
-            _ => Ok(Parcel::pack(std::slice::from_ref(tensor))?.body),
-        });
+        let checked = sum::check(dtype).map_err(Error::from);
         if self.size == 1 {
-            let tensor = tensor.detach();
-            return Ok(Pending::new(move || body.map(|_| vec![tensor])));
+            let sum = checked.and_then(|()| own(tensor));
+            return Ok(Pending::new(move || Ok(vec![sum?])));
         }
+        let body = checked.and_then(|()| Ok(Parcel::pack(std::slice::from_ref(tensor))?.body));
+        let call = format!("all_reduce of {} {shape:?}", dtype.as_str());
         let device = tensor.device().clone();
         let answer = self.calls.call(move |engine| {
             let bytes = engine.run(|engine| sum_over_ranks(engine, &call, body, (dtype, count)))?;
@@ -196,71 +195,44 @@ impl Communicator for Host {
     }
 
     fn all_to_all(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
-        const CALL: &str = "all_to_all";
-        let (rank, size) = (self.rank, self.size);
-        let parcels = match tensors.len() == size {
-            true => tensors.iter().enumerate().map(|(to, tensor)| self.parcel_unless(to == rank, tensor)).collect(),
-            false => {
-                let (name, expected) = ("tensors of all_to_all", "as many as ranks");
-                Err(AttentionError::Number { name, expected, got: tensors.len() as f64 }.into())
-            }
+        let parcel = |(to, tensor)| match to == self.rank {
+            true => Ok(Parcel::default()),
+            false => Parcel::pack(std::slice::from_ref(tensor)),
         };
-        let own = tensors.get(rank).map(Tensor::detach);
-        received(&self.round(CALL.to_string(), parcels)?, rank, own.as_ref(), CALL)
+        let given = check_count(tensors, self.size).map_err(Error::from).and_then(|()| {
+            Ok((tensors.iter().enumerate().map(parcel).collect::<Result<Vec<_>>>()?, own(&tensors[self.rank])?))
+        });
+        self.tensors("all_to_all", given)
     }
 
     fn all_gather(&self, tensor: &Tensor) -> Result<Vec<Tensor>> {
-        const CALL: &str = "all_gather";
-        let (rank, size) = (self.rank, self.size);
-        let parcels = self.parcel_unless(size == 1, tensor).map(|parcel| vec![parcel; size]);
-        let own = tensor.detach();
-        received(&self.round(CALL.to_string(), parcels)?, rank, Some(&own), CALL)
+        self.tensors("all_gather", self.to_all(tensor).and_then(|parcels| Ok((parcels, own(tensor)?))))
     }
 
     fn broadcast(&self, tensor: Option<&Tensor>, root: usize) -> Result<Tensor> {
         let (rank, size) = (self.rank, self.size);
         let call = format!("broadcast from rank {root}");
-        let own = tensor.filter(|_| rank == root);
-        let parcel = self.check_rank("root", root).and_then(|()| match own {
-            Some(tensor) => self.parcel_unless(size == 1, tensor),
+        let given = check_rank("root", root, size).map_err(Error::from).and_then(|()| match tensor {
+            Some(tensor) if rank == root => Ok((self.to_all(tensor)?, Some(own(tensor)?))),
             None if rank == root => {
-                let got = "no tensor".to_string();
+                let got = "no tensor was given".to_string();
                 Err(AttentionError::Communication { what: call.clone(), rank, got }.into())
             }
-            None => Ok(Parcel::default()),
+            _ => Ok((vec![Parcel::default(); size], None)),
         });
-        let parcels = self.round(call.clone(), parcel.map(|parcel| vec![parcel; size]))?;
-        own.map_or_else(|| one(&parcels[root], root, &call), |own| Ok(own.detach()))
+        let (parcels, own) = self.round(&call, given)?;
+        own.map_or_else(|| one(&parcels[root], root, &call), Ok)
     }
 
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         let parcel = Parcel { tensors: Vec::new(), body: Body::new(bytes.to_vec()) };
-        let parcels = self.round("all_gather_bytes".to_string(), Ok(vec![parcel; self.size]))?;
+        let (parcels, ()) = self.round("all_gather_bytes", Ok((vec![parcel; self.size], ())))?;
         Ok(parcels.into_iter().map(|parcel| parcel.body.into_vec()).collect())
     }
 
     fn bytes_sent(&self) -> u64 {
         self.bytes_sent.load(Ordering::Relaxed)
     }
-}
-
-impl Host {
-    /// The parcel of a tensor, or an empty one for what isn't sent.
-    fn parcel_unless(&self, is_own: bool, tensor: &Tensor) -> Result<Parcel> {
-        match is_own {
-            true => Ok(Parcel::default()),
-            false => Parcel::pack(std::slice::from_ref(tensor)),
-        }
-    }
-}
-
-/// The tensor of every rank; this rank's own is `own`.
-fn received(parcels: &[Parcel], rank: usize, own: Option<&Tensor>, call: &str) -> Result<Vec<Tensor>> {
-    let tensor = |(from, parcel)| match own {
-        Some(own) if from == rank => Ok(own.clone()),
-        _ => one(parcel, from, call),
-    };
-    parcels.iter().enumerate().map(tensor).collect()
 }
 
 /// A rank that is dropped by a panic has failed.

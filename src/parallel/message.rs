@@ -66,8 +66,8 @@ pub(super) struct Head {
 /// The dtype and the shape of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct TensorHead {
-    dtype: String,
-    shape: Vec<usize>,
+    pub dtype: String,
+    pub shape: Vec<usize>,
 }
 
 /// Bytes that several messages may share.
@@ -172,11 +172,11 @@ pub(super) fn tensor_of(bytes: &[u8], dtype: DType, shape: &[usize]) -> Result<T
 }
 
 impl TensorHead {
-    fn of(tensor: &Tensor) -> Self {
+    pub(super) fn of(tensor: &Tensor) -> Self {
         Self { dtype: tensor.dtype().as_str().to_string(), shape: tensor.dims().to_vec() }
     }
 
-    fn dtype(&self) -> Result<DType> {
+    pub(super) fn dtype(&self) -> Result<DType> {
         Ok(self.dtype.parse::<DType>().map_err(candle_core::Error::wrap)?)
     }
 }

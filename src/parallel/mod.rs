@@ -18,6 +18,7 @@ mod mpi;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod rank;
+mod share;
 mod sum;
 pub(crate) mod tensor;
 mod threads;

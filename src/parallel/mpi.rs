@@ -20,7 +20,7 @@ use super::engine::Transport;
 use super::host::Host;
 use super::message::{Body, Head, Kind, Message};
 use super::rank;
-use crate::error::{AttentionError, Result};
+use crate::error::Result;
 
 /// The most bytes in one message of MPI, which counts them in a C `int`. Also a multiple of every dtype's size.
 const CHUNK: usize = 64 << 20;
@@ -41,7 +41,7 @@ const BODY: i32 = 2;
 ///
 /// # Errors
 ///
-/// [`AttentionError::Communication`] if MPI has been started by someone else, or has ended.
+/// candle's, if MPI has been started by someone else, or has ended.
 pub fn mpi() -> Result<Arc<dyn Communicator>> {
     static COMMUNICATOR: Mutex<Weak<Host>> = Mutex::new(Weak::new());
     let mut communicator = COMMUNICATOR.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,7 +60,8 @@ pub fn mpi() -> Result<Arc<dyn Communicator>> {
 ///
 /// # Errors
 ///
-/// The rank's own. [`AttentionError::Communication`] for a panic, and if MPI has been started before.
+/// The rank's own. [`AttentionError::Communication`](crate::AttentionError::Communication) for a panic. candle's, if MPI has been started
+/// before.
 ///
 /// # Examples
 ///
@@ -84,8 +85,9 @@ fn start() -> Result<Host> {
     Host::start(|stop| {
         // MPI's main thread is the one that starts it: this one.
         let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else {
-            let (what, got) = ("start of MPI".to_string(), "an MPI that had been started before".to_string());
-            return Err(AttentionError::Communication { what, rank: 0, got }.into());
+            return Err(
+                candle_core::Error::msg("start of MPI: expected the first, got one that was started before").into()
+            );
         };
         let world = universe.world();
         let inbox = Inbox { partial: (0..world.size()).map(|_| None).collect(), arrived: VecDeque::new() };
@@ -210,10 +212,10 @@ impl Inbox {
                 None => unreadable(world, from),
             },
             (BODY, Some((head, body, missing))) if bytes.len() <= missing => {
-                let missing = missing - bytes.len();
+                let rest = missing - bytes.len();
                 // Nearly every body is one chunk, which needs no copy.
-                let body = if body.is_empty() { bytes } else { [body, bytes].concat() };
-                (head, body, missing)
+                let body = if body.is_empty() && rest == 0 { bytes } else { append(body, &bytes, missing) };
+                (head, body, rest)
             }
             _ => unreadable(world, from),
         };
@@ -223,6 +225,13 @@ impl Inbox {
         }
         true
     }
+}
+
+/// A body with its next chunk. `missing` bytes were missing: with the first chunk comes the memory for all.
+fn append(mut body: Vec<u8>, chunk: &[u8], missing: usize) -> Vec<u8> {
+    body.reserve_exact(missing);
+    body.extend_from_slice(chunk);
+    body
 }
 
 /// Another version of this crate on another rank. There is no way to go on, nor to tell it why.

@@ -5,13 +5,13 @@ use std::ops::{AddAssign, Range};
 use candle_core::DType;
 use half::{bf16, f16};
 
+use super::share::share;
 use crate::error::AttentionError;
 
-/// The bytes that rank `rank` of `size` sums, of a tensor of `count` entries. The parts differ by at most one entry.
+/// The bytes that rank `rank` of `size` sums, of a tensor of `count` entries.
 pub(super) fn part(rank: usize, size: usize, count: usize, dtype: DType) -> Range<usize> {
-    let (each, rest) = (count / size, count % size);
-    let start = |rank: usize| (rank * each + rank.min(rest)) * dtype.size_in_bytes();
-    start(rank)..start(rank + 1)
+    let Range { start, end } = share(count, rank, size);
+    start * dtype.size_in_bytes()..end * dtype.size_in_bytes()
 }
 
 /// # Errors

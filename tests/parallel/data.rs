@@ -1,11 +1,14 @@
 //! Data parallelism: the mean over the ranks is the gradient of the whole batch.
 
+use std::time::{Duration, Instant};
+
 use candle_attention::parallel::{DataParallel, backward_from};
 use candle_attention::{AttentionError, Error, Result};
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::Ranks;
 use crate::laws::numbers;
+use crate::{HANG, Ranks};
 
 const BATCH: usize = 11;
 
@@ -81,6 +84,70 @@ pub fn segments_have_the_bits_of_one_backward_pass(ranks: Ranks) -> Result<()> {
     let means = averaging.finish()?;
     for (name, var) in &parameters {
         assert_eq!(largest_difference(means.get(var).unwrap(), expected.get(var).unwrap())?, 0.0, "{name}");
+    }
+    Ok(())
+}
+
+/// What has been added is summed on all ranks before anyone adds or finishes more.
+pub fn a_bucket_is_summed_while_the_rest_is_computed(ranks: Ranks) -> Result<()> {
+    let parameters = parameters(DType::F32)?;
+    let data_parallel = DataParallel::new(&parameters, ranks)?.with_bucket_bytes(1)?;
+    let gradients = loss(&rows(0..BATCH, DType::F32)?, &parameters)?.backward()?;
+    let mut averaging = data_parallel.start(1.0)?;
+    for (name, var) in parameters.iter().rev() {
+        let mut segment = GradStore::default();
+        segment.insert(var, gradients.get(var).unwrap().clone());
+        let before = ranks.bytes_sent();
+        averaging.add(&segment)?;
+        // A bucket has the gradient, how many ranks have one, and the weight. A rank sends the others' parts, then its own to each.
+        let entries = var.elem_count() + 2;
+        let part = entries / ranks.size() + usize::from(ranks.rank() < entries % ranks.size());
+        let bytes = (entries - part + (ranks.size() - 1) * part) * size_of::<f32>();
+        let start = Instant::now();
+        while ranks.bytes_sent() < before + bytes as u64 {
+            assert!(start.elapsed() < HANG, "nobody sums {name}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    let means = averaging.finish()?;
+    for (name, var) in &parameters {
+        assert!(largest_difference(means.get(var).unwrap(), gradients.get(var).unwrap())? < 1e-6, "{name}");
+    }
+    Ok(())
+}
+
+/// Neighbours of several types, in one bucket if they are computed in the same type.
+pub fn parameters_may_have_several_dtypes(ranks: Ranks) -> Result<()> {
+    let dtypes = [DType::F64, DType::BF16, DType::F32, DType::F16, DType::F64, DType::F64];
+    let var = |(i, dtype): (usize, DType)| {
+        let numbers = (numbers(i, &[3, 2], DType::F64)?.affine(0.01, 0.1)?.sin()? * 0.5)?;
+        Ok((format!("{i}"), Var::from_tensor(&numbers.to_dtype(dtype)?)?))
+    };
+    let parameters = dtypes.into_iter().enumerate().map(var).collect::<Result<Vec<_>>>()?;
+    let gradients = |rows_of: std::ops::Range<usize>| -> Result<GradStore> {
+        let x = rows(rows_of, DType::F64)?;
+        let products = parameters.iter().map(|(_, var)| x.matmul(&var.to_dtype(DType::F64)?)?.tanh());
+        let products = products.collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&products, 1)?.sqr()?.sum(1)?.mean_all()?.backward()?)
+    };
+    let whole = gradients(0..BATCH)?;
+    for bytes in [1, 50, 1 << 20] {
+        let data_parallel = DataParallel::new(&parameters, ranks)?.with_bucket_bytes(bytes)?;
+        let own = data_parallel.rows(BATCH);
+        let means = data_parallel.average(&gradients(own.clone())?, own.len() as f64)?;
+        for ((name, var), dtype) in parameters.iter().zip(dtypes) {
+            let mean = means.get(var).unwrap();
+            let (wide, tolerance) = match dtype {
+                DType::F64 => (DType::F64, 1e-12),
+                DType::F32 => (DType::F32, 1e-6),
+                // Each rank's gradients are rounded to the type before they are summed.
+                DType::F16 => (DType::F32, 2e-3),
+                _ => (DType::F32, 2e-2),
+            };
+            assert_eq!((mean.dims(), mean.dtype()), (var.dims(), wide), "{name}");
+            let error = largest_difference(mean, whole.get(var).unwrap())?;
+            assert!(error < tolerance, "{name} in {dtype:?}, buckets of {bytes} bytes: {error}");
+        }
     }
     Ok(())
 }

@@ -73,6 +73,12 @@ pub fn of_texts(ranks: Ranks) -> Result<()> {
     assert_disagree(ranks, result, ["window 32", "window 64"])
 }
 
+/// The same text about two things.
+pub fn of_what_they_agree_on(ranks: Ranks) -> Result<()> {
+    let Some(what) = last(ranks, "heads", "window") else { return Ok(()) };
+    assert_disagree(ranks, ranks.agree(what, "8"), ["agreement on window", "agreement on heads"])
+}
+
 pub fn about_whether_a_tensor_can_be_summed(ranks: Ranks) -> Result<()> {
     let Some(dtype) = last(ranks, DType::U32, DType::F32) else { return Ok(()) };
     let result = ranks.all_reduce(&numbers(0, &[4], dtype)?);

@@ -200,14 +200,32 @@ pub fn results_carry_no_gradient(ranks: Ranks) -> Result<()> {
 }
 
 pub fn a_message_keeps_the_numbers_of_its_start(ranks: Ranks) -> Result<()> {
-    if ranks.size() == 1 {
-        return Ok(());
-    }
-    let variable = Var::from_tensor(&numbers(ranks.rank(), &[10_000], DType::F32)?)?;
-    let expected = ranks.all_reduce(variable.as_tensor())?;
+    let numbers = numbers(ranks.rank(), &[10_000], DType::F32)?;
+    let expected = ranks.all_reduce(&numbers)?;
+    let variable = Var::from_tensor(&numbers)?;
     let sum = ranks.start_all_reduce(variable.as_tensor())?;
+    let ring = ranks.start_ring(&[variable.as_tensor().clone(), numbers.clone()])?;
     variable.set(&variable.zeros_like()?)?;
-    assert_same(&sum.wait()?[0], &expected)
+    assert_same(&sum.wait()?[0], &expected)?;
+    let ring = ring.wait()?;
+    assert_same(&ring[0], &ring[1])
+}
+
+/// Also those that aren't sent, as a rank's own.
+pub fn results_stay_when_a_variable_is_set(ranks: Ranks) -> Result<()> {
+    let numbers = numbers(ranks.rank(), &[10], DType::F32)?;
+    let variable = Var::from_tensor(&numbers)?;
+    let calls = |tensor: &Tensor| -> Result<Vec<Tensor>> {
+        let mut results = ranks.all_gather(tensor)?;
+        results.extend(ranks.all_to_all(&vec![tensor.clone(); ranks.size()])?);
+        results.push(ranks.broadcast(Some(tensor), 0)?);
+        results.push(ranks.all_reduce(tensor)?);
+        results.extend(ranks.start_exchange(std::slice::from_ref(tensor), ranks.rank(), ranks.rank())?.wait()?);
+        Ok(results)
+    };
+    let (results, expected) = (calls(variable.as_tensor())?, calls(&numbers)?);
+    variable.set(&variable.zeros_like()?)?;
+    results.iter().zip(&expected).try_for_each(|(got, expected)| assert_same(got, expected))
 }
 
 pub fn bytes_are_gathered(ranks: Ranks) -> Result<()> {

@@ -13,8 +13,9 @@ use std::sync::mpsc::Receiver;
 use candle_core::{Device, Tensor};
 
 use super::calls::{Call, Calls};
-use super::communicator::{Communicator, Pending};
-use crate::error::{AttentionError, Result};
+use super::communicator::{Communicator, Pending, check_count, check_rank};
+use super::message::TensorHead;
+use crate::error::{Error, Result};
 use worker::{Notice, Worker, failed, prepared};
 
 /// A communicator for tensors on `device`, a CUDA device that no other rank uses, between the ranks of `control`.
@@ -22,11 +23,14 @@ use worker::{Notice, Worker, failed, prepared};
 /// Tensors are in f32, f64, bf16 or f16. `control` carries what the ranks say of them, and bytes; this communicator has it to
 /// itself. Messages travel in the order of the device's stream, so that they wait for the kernels before them.
 ///
+/// A fault during a transfer isn't found: if a rank or its network fails after all ranks have announced a call, the devices of the others
+/// wait for its numbers without end. A fault before that is an error on every rank, as `control` finds it.
+///
 /// Not run so far: there was no machine with two GPUs.
 ///
 /// # Errors
 ///
-/// [`AttentionError::Communication`] if NCCL doesn't start; candle's for another device than a CUDA device.
+/// [`AttentionError::Communication`](crate::AttentionError::Communication) if NCCL doesn't start; candle's for another device than a CUDA device.
 pub fn nccl(control: Arc<dyn Communicator>, device: &Device) -> Result<Arc<dyn Communicator>> {
     let (rank, size) = (control.rank(), control.size());
     let Device::Cuda(cuda) = device else {
@@ -66,25 +70,17 @@ impl std::fmt::Debug for Nccl {
     }
 }
 
-impl Nccl {
-    fn check_rank(&self, name: &'static str, rank: usize) -> Result<()> {
-        match rank < self.size {
-            true => Ok(()),
-            false => {
-                let expected = "a rank, which is less than the number of ranks";
-                Err(AttentionError::Number { name, expected, got: rank as f64 }.into())
-            }
-        }
+/// The only tensor of rank `rank`.
+fn one(call: &str, rank: usize, mut tensors: Vec<Tensor>) -> Result<Tensor> {
+    let got = format!("expected one tensor, got {}", tensors.len());
+    match (tensors.pop(), tensors.is_empty()) {
+        (Some(tensor), true) => Ok(tensor),
+        _ => Err(failed(call, rank, got).into()),
     }
 }
 
-/// The only tensor of each rank.
 fn one_of_each(call: &str, received: Vec<Vec<Tensor>>) -> Result<Vec<Tensor>> {
-    let one = |(rank, mut tensors): (usize, Vec<Tensor>)| match (tensors.pop(), tensors.is_empty()) {
-        (Some(tensor), true) => Ok(tensor),
-        _ => Err(failed(call, rank, "another number of tensors".to_string()).into()),
-    };
-    received.into_iter().enumerate().map(one).collect()
+    received.into_iter().enumerate().map(|(rank, tensors)| one(call, rank, tensors)).collect()
 }
 
 impl Communicator for Nccl {
@@ -98,26 +94,23 @@ impl Communicator for Nccl {
 
     fn start_exchange(&self, tensors: &[Tensor], to: usize, from: usize) -> Result<Pending> {
         let call = format!("exchange of {} tensors", tensors.len());
-        let checked = self.check_rank("to", to).and_then(|()| self.check_rank("from", from));
+        let size = self.size;
+        let checked = check_rank("to", to, size).and_then(|()| check_rank("from", from, size)).map_err(Error::from);
         let sends = checked.and_then(|()| tensors.iter().map(|tensor| Ok((to, prepared(tensor)?))).collect());
         let answer = self.calls.call(move |worker| worker.deliver(&call, Some(from), sends));
         Ok(Pending::new(move || Ok(answer.wait()?.swap_remove(from))))
     }
 
     fn start_all_reduce(&self, tensor: &Tensor) -> Result<Pending> {
-        let tensor = tensor.detach();
-        let answer = self.calls.call(move |worker| worker.all_reduce(&tensor));
+        let (head, tensor) = (TensorHead::of(tensor), prepared(tensor));
+        let answer = self.calls.call(move |worker| worker.all_reduce(&head, tensor));
         Ok(Pending::new(move || Ok(vec![answer.wait()?])))
     }
 
     fn all_to_all(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
-        let sends = match tensors.len() == self.size {
-            true => tensors.iter().enumerate().map(|(to, tensor)| Ok((to, prepared(tensor)?))).collect(),
-            false => {
-                let (name, expected) = ("tensors of all_to_all", "as many as ranks");
-                Err(AttentionError::Number { name, expected, got: tensors.len() as f64 }.into())
-            }
-        };
+        let sends = check_count(tensors, self.size).map_err(Error::from);
+        let sends =
+            sends.and_then(|()| tensors.iter().enumerate().map(|(to, tensor)| Ok((to, prepared(tensor)?))).collect());
         one_of_each("all_to_all", self.calls.call(move |worker| worker.deliver("all_to_all", None, sends)).wait()?)
     }
 
@@ -130,16 +123,16 @@ impl Communicator for Nccl {
     fn broadcast(&self, tensor: Option<&Tensor>, root: usize) -> Result<Tensor> {
         let (rank, size) = (self.rank, self.size);
         let call = format!("broadcast from rank {root}");
-        let sends = self.check_rank("root", root).and_then(|()| match tensor {
+        let sends = check_rank("root", root, size).map_err(Error::from).and_then(|()| match tensor {
             Some(tensor) if rank == root => {
                 prepared(tensor).map(|tensor| (0..size).map(|to| (to, tensor.clone())).collect())
             }
-            None if rank == root => Err(failed(&call, root, "no tensor".to_string()).into()),
+            None if rank == root => Err(failed(&call, root, "no tensor was given".to_string()).into()),
             _ => Ok(Vec::new()),
         });
         let name = call.clone();
         let mut received = self.calls.call(move |worker| worker.deliver(&name, None, sends)).wait()?;
-        Ok(one_of_each(&call, vec![received.swap_remove(root)])?.swap_remove(0))
+        one(&call, root, received.swap_remove(root))
     }
 
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {

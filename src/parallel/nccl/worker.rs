@@ -11,7 +11,9 @@ use candle_core::{CudaDevice, CudaStorage, DType, Storage, Tensor};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
-use super::super::communicator::Communicator;
+use super::super::communicator::{Communicator, own};
+use super::super::message::TensorHead;
+use super::super::share::share;
 use super::super::sum;
 use crate::error::{AttentionError, Result};
 use crate::memory;
@@ -24,23 +26,6 @@ pub(super) struct Worker {
     bytes_sent: Arc<AtomicU64>,
 }
 
-/// The dtype and the shape of a tensor that another rank will send.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Head {
-    dtype: String,
-    shape: Vec<usize>,
-}
-
-impl Head {
-    fn of(tensor: &Tensor) -> Self {
-        Self { dtype: tensor.dtype().as_str().to_string(), shape: tensor.dims().to_vec() }
-    }
-
-    fn count(&self) -> usize {
-        self.shape.iter().product()
-    }
-}
-
 /// What a rank says before the numbers go.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Notice {
@@ -49,7 +34,7 @@ pub(super) struct Notice {
     /// Why the rank can't make the call.
     pub refusal: Option<String>,
     /// For each tensor, the rank that gets it.
-    pub sends: Vec<(usize, Head)>,
+    pub sends: Vec<(usize, TensorHead)>,
     /// The rank from which an exchange expects tensors.
     pub from: Option<usize>,
 }
@@ -114,8 +99,12 @@ impl Worker {
 
     /// Sends tensors, and receives those of other ranks, all in one group of NCCL. The tensors and the numbers of entries may be zero;
     /// such a message isn't sent.
-    fn swap(&self, sends: &[(usize, Tensor)], receives: &[(usize, Head)]) -> Result<Vec<Tensor>> {
-        let Some(dtype) = sends.iter().map(|(_, tensor)| Ok(tensor.dtype())).chain(receives.iter().map(parsed)).next()
+    fn swap(&self, sends: &[(usize, Tensor)], receives: &[(usize, TensorHead)]) -> Result<Vec<Tensor>> {
+        let Some(dtype) = sends
+            .iter()
+            .map(|(_, tensor)| Ok(tensor.dtype()))
+            .chain(receives.iter().map(|(_, head)| head.dtype()))
+            .next()
         else {
             return Ok(Vec::new());
         };
@@ -129,7 +118,7 @@ impl Worker {
         }
     }
 
-    fn swap_as<T>(&self, sends: &[(usize, Tensor)], receives: &[(usize, Head)]) -> Result<Vec<Tensor>>
+    fn swap_as<T>(&self, sends: &[(usize, Tensor)], receives: &[(usize, TensorHead)]) -> Result<Vec<Tensor>>
     where
         T: CudaDType + NcclType + DeviceRepr + ValidAsZeroBits,
     {
@@ -137,7 +126,7 @@ impl Worker {
         let mut buffers = Vec::with_capacity(receives.len());
         for (_, head) in receives {
             // Zeros and not memory as it is, which safe code can't ask for. A buffer isn't empty, which CUDA refuses.
-            buffers.push(self.device.alloc_zeros::<T>(head.count().max(1))?);
+            buffers.push(self.device.alloc_zeros::<T>(entries(head).max(1))?);
         }
         // The tensors stay borrowed until the group has ended.
         let sent = sends.iter().map(|(to, tensor)| (*to, tensor.storage_and_layout())).collect::<Vec<_>>();
@@ -153,7 +142,7 @@ impl Worker {
         }
         let mut places = Vec::with_capacity(buffers.len());
         for ((from, head), buffer) in receives.iter().zip(&mut buffers) {
-            if head.count() > 0 {
+            if entries(head) > 0 {
                 places.push((*from, buffer.as_view_mut()));
             }
         }
@@ -165,11 +154,11 @@ impl Worker {
             group.recv(place, from as i32).map_err(|error| nccl(&error))?;
         }
         drop(group);
-        let tensor = |((_, head), buffer): (&(usize, Head), CudaSlice<T>)| -> Result<Tensor> {
+        let tensor = |((_, head), buffer): (&(usize, TensorHead), CudaSlice<T>)| -> Result<Tensor> {
             let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(buffer, self.device.clone()));
-            let count = head.count().max(1);
+            let count = entries(head).max(1);
             let flat = Tensor::from_storage(storage, count, BackpropOp::none(), false);
-            Ok(flat.narrow(0, 0, head.count())?.reshape(head.shape.as_slice())?)
+            Ok(flat.narrow(0, 0, entries(head))?.reshape(head.shape.as_slice())?)
         };
         receives.iter().zip(buffers).map(tensor).collect()
     }
@@ -183,7 +172,7 @@ impl Worker {
         sends: Result<Vec<(usize, Tensor)>>,
     ) -> Result<Vec<Vec<Tensor>>> {
         let (heads, refusal) = match &sends {
-            Ok(sends) => (sends.iter().map(|(to, tensor)| (*to, Head::of(tensor))).collect(), None),
+            Ok(sends) => (sends.iter().map(|(to, tensor)| (*to, TensorHead::of(tensor))).collect(), None),
             Err(error) => (Vec::new(), Some(error.to_string())),
         };
         let notices = self.notices(&Notice { call: call.to_string(), refusal, sends: heads, from })?;
@@ -214,17 +203,16 @@ impl Worker {
     }
 
     /// The sum in the order of the ranks: rank i sums part i, then everyone gets all parts.
-    pub(super) fn all_reduce(&self, tensor: &Tensor) -> Result<Tensor> {
-        let (size, dtype) = (self.comm.world_size(), tensor.dtype());
-        let (shape, count) = (tensor.dims(), tensor.elem_count());
-        let call = format!("all_reduce of {} {shape:?}", dtype.as_str());
-        let part = |to: usize, flat: &Tensor| {
-            let bytes = sum::part(to, size, count, dtype);
-            flat.narrow(0, bytes.start / dtype.size_in_bytes(), bytes.len() / dtype.size_in_bytes())
-        };
-        let parts = prepared(tensor).and_then(|tensor| {
+    pub(super) fn all_reduce(&self, head: &TensorHead, tensor: Result<Tensor>) -> Result<Tensor> {
+        let (size, dtype, shape) = (self.comm.world_size(), head.dtype()?, head.shape.as_slice());
+        let call = format!("all_reduce of {} {shape:?}", head.dtype);
+        let parts = tensor.and_then(|tensor| {
             let flat = tensor.flatten_all()?;
-            (0..size).map(|to| Ok((to, part(to, &flat)?))).collect()
+            let part = |to: usize| {
+                let part = share(entries(head), to, size);
+                Ok((to, flat.narrow(0, part.start, part.len())?))
+            };
+            (0..size).map(part).collect()
         });
         let parts = self.deliver(&call, None, parts)?.concat();
         let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
@@ -239,6 +227,10 @@ impl Worker {
     }
 }
 
+fn entries(head: &TensorHead) -> usize {
+    head.shape.iter().product()
+}
+
 /// Brings tensors that came by dtype into the order in which they were sent.
 fn restore_order<'a>(tensors: &mut Vec<Tensor>, dtypes: impl Iterator<Item = &'a str>) {
     let mut by_order = Vec::with_capacity(tensors.len());
@@ -250,21 +242,17 @@ fn restore_order<'a>(tensors: &mut Vec<Tensor>, dtypes: impl Iterator<Item = &'a
     *tensors = by_order;
 }
 
-fn parsed((_, head): &(usize, Head)) -> Result<DType> {
-    Ok(head.dtype.parse::<DType>().map_err(candle_core::Error::wrap)?)
-}
-
 fn unsupported(got: DType) -> AttentionError {
     let expected = "f32, f64, bf16 or f16".to_string();
     AttentionError::DType { tensor: "tensor of a message", expected, got }
 }
 
-/// A tensor as NCCL sends it: contiguous, on a GPU, without a gradient.
+/// A tensor as NCCL sends it: contiguous, on a GPU, without a gradient. Later changes of a variable don't reach it.
 pub(super) fn prepared(tensor: &Tensor) -> Result<Tensor> {
     sum::check(tensor.dtype()).map_err(|_| unsupported(tensor.dtype()))?;
     if !tensor.device().is_cuda() {
         let got = tensor.device().location();
         return Err(candle_core::Error::Msg(format!("tensor of a message: expected a CUDA device, got {got:?}")).into());
     }
-    Ok(memory::contiguous("tensor of a message", &tensor.detach())?)
+    Ok(memory::contiguous("tensor of a message", &own(tensor)?)?)
 }
