@@ -11,6 +11,7 @@ use candle_core::Device;
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::arguments::Arguments;
+use crate::ranks::Ranks;
 use crate::state::{ADAMW, Saved, State};
 use crate::text::{Corpus, Vocabulary};
 
@@ -21,8 +22,15 @@ const ALPHA: f64 = 16.0;
 const NAME: &str = "default";
 
 /// A saved run with an adapter for another text. The text's characters that the base doesn't know are left out, and named.
-pub fn start(arguments: &Arguments, base: &Path, device: &Device, screen: &mut impl Write) -> Result<(State, Corpus)> {
+pub fn start(
+    arguments: &Arguments,
+    base: &Path,
+    (device, ranks): (&Device, &Ranks),
+    screen: &mut impl Write,
+) -> Result<(State, Corpus)> {
     let saved = Saved::read(base).with_context(|| format!("--base {}", base.display()))?;
+    // The state that is trained doesn't hold the base's weights.
+    ranks.agree("--base", &format!("a file with hash {:x}", saved.hash()))?;
     let text = arguments.text.as_deref().context("--adapter: expected the text that it learns from (--text)")?;
     let (corpus, unknown) = Corpus::with_vocabulary(text, Vocabulary::of(&saved.header.vocabulary))?;
     if !unknown.is_empty() {

@@ -60,7 +60,7 @@ fn run(arguments: &Arguments, ranks: &Ranks) -> Result<()> {
     let device = arguments.device.open()?;
     let adapter = arguments.base.as_deref().zip(arguments.adapter.clone());
     let (mut state, corpus) = match &adapter {
-        Some((base, _)) => adapter::start(arguments, base, &device, &mut screen)?,
+        Some((base, _)) => adapter::start(arguments, base, (&device, ranks), &mut screen)?,
         None => {
             let corpus = Corpus::open(arguments.text.as_deref())?;
             (start(arguments, &corpus, &device)?, corpus)
@@ -122,6 +122,9 @@ fn run(arguments: &Arguments, ranks: &Ranks) -> Result<()> {
 
 /// Refuses ranks that have read other files or flags, and more ranks than sequences.
 fn check_ranks(ranks: &Ranks, state: &State, corpus: &Corpus) -> Result<()> {
+    if ranks.communicator().is_none() {
+        return Ok(());
+    }
     let (size, batch) = (ranks.size(), state.run.batch);
     ensure!(size <= batch, "--ranks: expected at most {batch}, the sequences of a batch, got {size}");
     ranks.agree("text", &serde_json::to_string(&corpus.id)?)?;

@@ -10,7 +10,7 @@ use candle_attention::block::{
 };
 use candle_attention::parallel::backward_from;
 use candle_attention::rotary::RotaryConfig;
-use candle_attention::{ForwardOptions, KvCache, Result, SelfAttentionConfig};
+use candle_attention::{AttentionError, ForwardOptions, KvCache, Result, SelfAttentionConfig};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 use candle_nn::VarBuilder;
@@ -89,6 +89,31 @@ pub struct Place {
     pub step: usize,
     /// The first sequence among those of the step, whichever rank computes it.
     pub first_row: usize,
+}
+
+/// A loss in training, and what its backward pass needs to go block by block.
+pub struct Segments {
+    pub loss: Tensor,
+    /// The output of each block, and the variable that holds it for the next segment.
+    blocks: Vec<(Tensor, Var)>,
+}
+
+impl Segments {
+    /// `take` gets the gradients of the head and of each block, from the last to the first, before those of the blocks below are computed.
+    pub fn backward(self, take: &mut impl FnMut(&GradStore) -> Result<()>) -> Result<()> {
+        let mut gradients = self.loss.backward()?;
+        take(&gradients)?;
+        for (layer, (output, copy)) in self.blocks.into_iter().enumerate().rev() {
+            let missing = || AttentionError::Gradient {
+                name: format!("the output of block {layer}"),
+                expected: "one from what follows it".to_string(),
+                got: "none".to_string(),
+            };
+            gradients = backward_from(&output, gradients.get(&copy).ok_or_else(missing)?)?;
+            take(&gradients)?;
+        }
+        Ok(())
+    }
 }
 
 /// Embedding, blocks, a last norm, and a linear head.
@@ -172,32 +197,19 @@ impl Gpt {
         linear_cross_entropy(&x, &head, None, &batch.targets, &CrossEntropyOptions::default())
     }
 
-    /// As [`Gpt::loss`] in training, with the backward pass. `take` gets the gradients of the head and of each block, from the last to the
-    /// first, before those of the blocks below are computed.
-    pub fn loss_by_segments(
-        &self,
-        batch: &Batch,
-        place: Place,
-        take: &mut impl FnMut(&GradStore) -> Result<()>,
-    ) -> Result<Tensor> {
-        let (mut x, mut segments) = (self.embedded(&batch.inputs, 0)?, Vec::with_capacity(self.blocks.len()));
+    /// As [`Gpt::loss`] in training, for a backward pass block by block.
+    pub fn loss_in_segments(&self, batch: &Batch, place: Place) -> Result<Segments> {
+        let (mut x, mut blocks) = (self.embedded(&batch.inputs, 0)?, Vec::with_capacity(self.blocks.len()));
         for block in &self.blocks {
             let output = self.trained(block, &x, place)?;
             // The next segment computes the gradient of this copy.
             let copy = Var::from_tensor(&output.detach())?;
             x = copy.as_tensor().clone();
-            segments.push((output, copy));
+            blocks.push((output, copy));
         }
         let options = CrossEntropyOptions::default();
         let loss = linear_cross_entropy(&self.norm.forward(&x)?, &self.head, None, &batch.targets, &options)?;
-        let mut gradients = loss.backward()?;
-        take(&gradients)?;
-        for (output, copy) in segments.into_iter().rev() {
-            let Some(gradient) = gradients.get(&copy) else { break };
-            gradients = backward_from(&output, gradient)?;
-            take(&gradients)?;
-        }
-        Ok(loss)
+        Ok(Segments { loss, blocks })
     }
 
     /// A block in training, with the dropout of this place.

@@ -19,7 +19,7 @@ use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{Gpt, ModelConfig};
-use crate::text::{Corpus, TextId};
+use crate::text::{Corpus, TextId, fnv};
 
 /// The metadata entry that holds the [`Header`].
 const METADATA_KEY: &str = "char_gpt";
@@ -141,6 +141,11 @@ impl Saved {
         // Checks also that the file is as long as it says.
         SafeTensors::deserialize(&bytes).context("expected a whole file, got a part of one")?;
         Ok(Self { header, bytes })
+    }
+
+    /// Of the whole file.
+    pub fn hash(&self) -> u64 {
+        fnv(&self.bytes)
     }
 
     pub fn check_text(&self, corpus: &Corpus) -> Result<()> {

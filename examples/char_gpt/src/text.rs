@@ -117,10 +117,16 @@ impl Corpus {
         to_batch(&self.train, &starts[rows], len, device)
     }
 
-    /// The held-out text from end to end, `batch` sequences at a time.
-    pub fn held_out(&self, (batch, len): (usize, usize), device: &Device) -> Result<Vec<Batch>> {
+    /// The held-out text from end to end, `batch` sequences at a time. The ranks take the batches in turns: those of one rank.
+    pub fn held_out(
+        &self,
+        (batch, len): (usize, usize),
+        (rank, ranks): (usize, usize),
+        device: &Device,
+    ) -> Result<Vec<Batch>> {
         let starts = (0..(self.held_out.len() - 1) / len).map(|sequence| sequence * len).collect::<Vec<_>>();
-        starts.chunks(batch).map(|starts| to_batch(&self.held_out, starts, len, device)).collect()
+        let own = starts.chunks(batch).skip(rank).step_by(ranks);
+        own.map(|starts| to_batch(&self.held_out, starts, len, device)).collect()
     }
 
     /// The first characters of the held-out text.

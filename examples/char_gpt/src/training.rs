@@ -99,12 +99,14 @@ fn take_step(state: &mut State, corpus: &Corpus, device: &Device, data_parallel:
             (loss.backward()?, value_of(&loss)?)
         }
         Some(ranks) => {
+            let segments = state.model.loss_in_segments(&batch, place)?;
+            let part = f64::from(value_of(&segments.loss)?) * rows.len() as f64;
+            // The losses are summed during the backward pass, as the gradients are.
+            let sum = ranks.communicator().start_all_reduce(&Tensor::new(part, &Device::Cpu)?)?;
             let mut averaging = ranks.start(rows.len() as f64)?;
-            let loss =
-                state.model.loss_by_segments(&batch, place, &mut |gradients: &GradStore| averaging.add(gradients))?;
+            segments.backward(&mut |gradients: &GradStore| averaging.add(gradients))?;
             let gradients = averaging.finish()?;
-            let part = f64::from(value_of(&loss)?) * rows.len() as f64;
-            let sum = ranks.communicator().all_reduce(&Tensor::new(part, &Device::Cpu)?)?.to_scalar::<f64>()?;
+            let sum = sum.wait()?.remove(0).to_scalar::<f64>()?;
             (gradients, (sum / run.batch as f64) as f32)
         }
     };
@@ -123,10 +125,10 @@ fn schedule(run: &RunConfig) -> Result<Schedule> {
     Ok(Schedule::warm_up_cosine(run.lr, run.lr * LAST_RATE, WARM_UP.min(run.steps / 10), run.steps)?)
 }
 
-/// The loss on the held-out text, without dropout. The ranks take the batches in turns.
+/// The loss on the whole held-out text, without dropout. The ranks take the batches in turns.
 pub fn validate(model: &Gpt, run: &RunConfig, corpus: &Corpus, (device, ranks): (&Device, &Ranks)) -> Result<f64> {
     let (mut sum, mut count) = (0.0, 0);
-    for batch in corpus.held_out((run.batch, run.model.len), device)?.iter().skip(ranks.rank()).step_by(ranks.size()) {
+    for batch in &corpus.held_out((run.batch, run.model.len), (ranks.rank(), ranks.size()), device)? {
         let characters = batch.inputs.elem_count();
         let mean = model.loss(batch, None)?.to_scalar::<f32>()?;
         sum += f64::from(mean) * characters as f64;

@@ -1,34 +1,22 @@
 //! The program, run as a user runs it, and killed at random moments.
 
-use std::hash::{BuildHasher, RandomState};
+mod common;
+
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
-use attention_examples::program;
+use attention_examples::program::{self, random_below};
 use serde_json::Value;
+
+use common::{command, file, result};
 
 /// A model that learns in seconds, even if its program isn't optimised.
 const SMALL: &[&str] =
     &["--width", "32", "--layers", "2", "--heads", "2", "--len", "32", "--batch", "8", "--lr", "0.01"];
 
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_char_gpt"));
-    command.args(arguments).env_remove("RUST_BACKTRACE");
-    command
-}
-
-/// The last line on stdout, as JSON.
-fn result(arguments: &[&str]) -> Value {
-    program::json(&command(arguments).arg("--json").output().expect("the example runs"))
-}
-
 fn number(result: &Value, field: &str) -> f64 {
     result[field].as_f64().unwrap_or_else(|| panic!("no number {field} in {result}"))
-}
-
-fn file(folder: &tempfile::TempDir, name: &str) -> String {
-    folder.path().join(name).to_str().unwrap().to_string()
 }
 
 #[test]
@@ -85,11 +73,6 @@ fn seed_alone_decides_a_run() {
     let first = run("1");
     assert!(first == run("1"));
     assert!(first.1 != run("2").1);
-}
-
-/// A number in 0..limit, another one in each run.
-fn random_below(limit: u64) -> u64 {
-    RandomState::new().hash_one(0) % limit
 }
 
 #[test]

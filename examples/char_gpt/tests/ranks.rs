@@ -1,29 +1,18 @@
 //! The program on several ranks: threads of one process and, with the feature `mpi`, processes of `mpirun` that are killed.
 
-use std::process::Command;
+mod common;
 
 use attention_examples::program;
 use serde_json::Value;
 
+use common::{command, file, result};
+
 /// A quick model, whose gradients are one bucket. The library's tests have several.
-const SMALL: &[&str] =
+const SIZES: &[&str] =
     &["--width", "32", "--layers", "2", "--heads", "2", "--len", "32", "--batch", "6", "--lr", "0.01"];
 
-const LICENCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../LICENSE-APACHE");
-
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_char_gpt"));
-    command.args(arguments).env_remove("RUST_BACKTRACE");
-    command
-}
-
-fn result(arguments: &[&str]) -> Value {
-    program::json(&command(arguments).arg("--json").output().expect("the example runs"))
-}
-
-fn file(folder: &tempfile::TempDir, name: &str) -> String {
-    folder.path().join(name).to_str().unwrap().to_string()
-}
+/// A short text: its held-out part is quick to compute.
+const TEXT: &[&str] = &["--text", concat!(env!("CARGO_MANIFEST_DIR"), "/../../LICENSE-APACHE")];
 
 fn losses(result: &Value) -> Vec<f64> {
     let losses = result["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap());
@@ -43,7 +32,7 @@ fn losses_do_not_depend_on_the_number_of_ranks() {
     let folder = tempfile::tempdir().unwrap();
     let out = file(&folder, "run");
     for dropout in ["0", "0.2"] {
-        let flags = [SMALL, &["--steps", "20", "--dropout", dropout, "--out", &out, "--sample", "20"]].concat();
+        let flags = [SIZES, TEXT, &["--steps", "20", "--dropout", dropout, "--out", &out, "--sample", "20"]].concat();
         let alone = result(&flags);
         for ranks in ["1", "2", "4"] {
             let together = result(&[&flags, &["--ranks", ranks][..]].concat());
@@ -57,7 +46,7 @@ fn losses_do_not_depend_on_the_number_of_ranks() {
 fn a_run_is_resumed_on_another_number_of_ranks() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, parts) = (file(&folder, "whole"), file(&folder, "parts"));
-    let flags = [SMALL, &["--dropout", "0.1", "--sample", "0"]].concat();
+    let flags = [SIZES, TEXT, &["--dropout", "0.1", "--sample", "0"]].concat();
     let expected = losses(&result(&[&flags, &["--steps", "12", "--out", &whole][..]].concat()));
     let start = result(&[&flags, &["--steps", "12", "--ranks", "3", "--out", &parts][..]].concat());
     assert_close(&losses(&start), &expected, "3 ranks");
@@ -65,7 +54,7 @@ fn a_run_is_resumed_on_another_number_of_ranks() {
     let more = |file: &str, ranks: &[&str]| {
         let copy = format!("{file}.copy");
         std::fs::copy(file, &copy).unwrap();
-        losses(&result(&[&["--resume", &copy, "--steps", "18", "--sample", "0"], ranks].concat()))
+        losses(&result(&[&["--resume", &copy, "--steps", "18", "--sample", "0"], TEXT, ranks].concat()))
     };
     let expected = more(&whole, &[]);
     assert_eq!(expected.len(), 6 + 1);
@@ -78,8 +67,8 @@ fn a_run_is_resumed_on_another_number_of_ranks() {
 fn an_adapter_is_trained_on_several_ranks() {
     let folder = tempfile::tempdir().unwrap();
     let (base, adapter) = (file(&folder, "base"), file(&folder, "adapter"));
-    result(&[SMALL, &["--steps", "4", "--out", &base, "--sample", "0"]].concat());
-    let flags = ["--base", &base, "--text", LICENCE, "--adapter", &adapter, "--steps", "10", "--sample", "0"];
+    result(&[SIZES, TEXT, &["--steps", "4", "--out", &base, "--sample", "0"]].concat());
+    let flags = [TEXT, &["--base", &base, "--adapter", &adapter, "--steps", "10", "--sample", "0"]].concat();
     let alone = losses(&result(&flags));
     assert_close(&losses(&result(&[&flags, &["--ranks", "2"][..]].concat())), &alone, "2 ranks");
 }
@@ -88,7 +77,7 @@ fn an_adapter_is_trained_on_several_ranks() {
 fn one_rank_prints_and_errors_are_those_of_one_process() {
     let folder = tempfile::tempdir().unwrap();
     let out = file(&folder, "run");
-    let flags = [SMALL, &["--steps", "2", "--out", &out, "--sample", "5", "--ranks", "3"]].concat();
+    let flags = [SIZES, TEXT, &["--steps", "2", "--out", &out, "--sample", "5", "--ranks", "3"]].concat();
     let printed = command(&flags).output().unwrap();
     let text = String::from_utf8(printed.stdout).unwrap();
     assert!(printed.status.success() && text.matches("A GPT of").count() == 1, "{text}");
@@ -97,7 +86,7 @@ fn one_rank_prints_and_errors_are_those_of_one_process() {
     let refused = |arguments: &[&str], code: i32, expected: &[&str]| {
         program::assert_refused(&command(arguments).output().unwrap(), code, expected);
     };
-    refused(&[SMALL, &["--ranks", "7", "--out", &out]].concat(), 1, &["--ranks", "at most 6", "got 7"]);
+    refused(&[SIZES, TEXT, &["--ranks", "7", "--out", &out]].concat(), 1, &["--ranks", "at most 6", "got 7"]);
     refused(&["--ranks", "0"], 2, &["--ranks"]);
     refused(&["--ranks", "2", "--resume", "/nowhere"], 1, &["--resume /nowhere", "can't read the saved run"]);
     refused(&["--ranks", "2", "--out", "/nowhere/run"], 1, &["/nowhere/run", "can't write"]);
@@ -113,10 +102,11 @@ fn mpirun_takes_a_program_with_mpi() {
 /// Processes of `mpirun`. Without it the tests say that they are skipped; `CANDLE_ATTENTION_MPI=required` makes that a failure.
 #[cfg(feature = "mpi")]
 mod processes {
-    use std::hash::{BuildHasher, RandomState};
     use std::path::Path;
-    use std::process::{Child, Stdio};
+    use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
+
+    use attention_examples::program::random_below;
 
     use super::*;
 
@@ -145,7 +135,8 @@ mod processes {
         }
         let folder = tempfile::tempdir().unwrap();
         let out = file(&folder, "run");
-        let flags = [SMALL, &["--steps", "20", "--dropout", "0.2", "--out", &out, "--sample", "5", "--json"]].concat();
+        let flags =
+            [SIZES, TEXT, &["--steps", "20", "--dropout", "0.2", "--out", &out, "--sample", "5", "--json"]].concat();
         let expected = losses(&result(&flags[..flags.len() - 1]));
         for ranks in [1, 2, 4] {
             let together = program::json(&mpirun(ranks, &flags).output().unwrap());
@@ -156,9 +147,26 @@ mod processes {
         assert!(!refused.status.success() && text.contains("--ranks: expected 2"), "{text}");
     }
 
-    /// A number in 0..limit, another one in each run.
-    fn random_below(limit: u64) -> u64 {
-        RandomState::new().hash_one(0) % limit
+    /// Each process has its own command line, and the second one's base is that of another seed.
+    #[test]
+    fn processes_have_the_same_base() {
+        if is_missing() {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let bases = ["0", "1"].map(|seed| {
+            let base = file(&folder, seed);
+            result(&[SIZES, TEXT, &["--steps", "1", "--seed", seed, "--out", &base, "--sample", "0"]].concat());
+            base
+        });
+        let adapter = file(&folder, "adapter");
+        let flags = [TEXT, &["--adapter", &adapter, "--steps", "1", "--seed", "0", "--sample", "0"]].concat();
+        let [first, second] = &bases;
+        let mut command = mpirun(1, &[&["--base", first], &flags[..]].concat());
+        command.args([":", "-n", "1", env!("CARGO_BIN_EXE_char_gpt"), "--base", second]).args(&flags);
+        let refused = command.output().unwrap();
+        let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && text.contains("--base: expected the same on every rank"), "{text}");
     }
 
     /// What `ps` says of each rank's process: `pid=` or `stat=`.
@@ -196,14 +204,14 @@ mod processes {
         }
         let folder = tempfile::tempdir().unwrap();
         let (undisturbed, killed) = (file(&folder, "undisturbed"), file(&folder, "killed"));
-        // A short text: there is a validation at every save.
-        let often = ["--text", LICENCE, "--save-every", "2", "--sample", "0"];
+        // There is a validation at every save.
+        let often = ["--save-every", "2", "--sample", "0"];
         let start = |out: &str| {
             let arguments = match Path::new(out).exists() {
                 true => vec!["--resume", out],
-                false => [SMALL, &["--steps", "600", "--dropout", "0.1", "--out", out]].concat(),
+                false => [SIZES, &["--steps", "600", "--dropout", "0.1", "--out", out]].concat(),
             };
-            mpirun(3, &[&arguments[..], &often].concat())
+            mpirun(3, &[&arguments[..], TEXT, &often].concat())
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())

@@ -1,5 +1,6 @@
 //! For the tests of the examples: runs a program as a user runs it.
 
+use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -14,6 +15,11 @@ pub fn run(program: impl AsRef<Path>, arguments: &[&str]) -> Output {
     let program = program.as_ref();
     let output = Command::new(program).args(arguments).env_remove("RUST_BACKTRACE").output();
     output.unwrap_or_else(|error| panic!("{} can't be run: {error}", program.display()))
+}
+
+/// A number in 0..limit, another one in each run: for moments at which a program is killed.
+pub fn random_below(limit: u64) -> u64 {
+    RandomState::new().hash_one(0) % limit
 }
 
 /// The one line on stdout, as JSON.
