@@ -3,7 +3,6 @@
 use candle_core::Tensor;
 
 use crate::error::{AttentionError, Result};
-use crate::memory;
 
 /// One rank's way to the others.
 ///
@@ -247,15 +246,6 @@ pub(super) fn check_count(tensors: &[Tensor], size: usize) -> Result<(), Attenti
     }
     let (name, expected) = ("tensors of all_to_all", "as many as ranks");
     Err(AttentionError::Number { name, expected, got: tensors.len() as f64 })
-}
-
-/// A rank's own tensor as its result: without a gradient. A variable is copied, since it may be set later.
-pub(super) fn own(tensor: &Tensor) -> Result<Tensor> {
-    if !tensor.is_variable() {
-        return Ok(tensor.detach());
-    }
-    memory::ask_for("own tensor of a rank", 1, tensor, tensor.dtype())?;
-    Ok(tensor.detach().copy()?)
 }
 
 /// Messages that are under way.

@@ -11,9 +11,9 @@ use std::time::Duration;
 use candle_core::{DType, Tensor};
 
 use super::calls::{Call, Calls};
-use super::communicator::{Communicator, Pending, check_count, check_rank, own};
+use super::communicator::{Communicator, Pending, check_count, check_rank};
 use super::engine::{Engine, Failure, Transport};
-use super::message::{Body, Parcel, tensor_of};
+use super::message::{Body, Parcel, own, tensor_of};
 use super::sum;
 use crate::error::{AttentionError, Error, Result};
 

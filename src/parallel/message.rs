@@ -181,6 +181,15 @@ impl TensorHead {
     }
 }
 
+/// A rank's own tensor as its result: without a gradient. A variable is copied, since it may be set later.
+pub(super) fn own(tensor: &Tensor) -> Result<Tensor> {
+    if !tensor.is_variable() {
+        return Ok(tensor.detach());
+    }
+    memory::ask_for("own tensor of a rank", 1, tensor, tensor.dtype())?;
+    Ok(tensor.detach().copy()?)
+}
+
 fn check(tensor: &Tensor) -> Result<()> {
     const TENSOR: &str = "tensor of a message";
     if !tensor.device().is_cpu() {

@@ -11,8 +11,8 @@ use candle_core::{CudaDevice, CudaStorage, DType, Storage, Tensor};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
-use super::super::communicator::{Communicator, own};
-use super::super::message::TensorHead;
+use super::super::communicator::Communicator;
+use super::super::message::{TensorHead, own};
 use super::super::share::share;
 use super::super::sum;
 use crate::error::{AttentionError, Result};
