@@ -64,7 +64,8 @@ pub struct HeadNumbers {
 impl HeadNumbers {
     pub(crate) fn check(self, shape: &ScoreShape) -> Result<(), Error> {
         if self.first.checked_add(shape.num_heads).is_some_and(|end| end <= self.count) {
-            return Ok(());
+            // The heads of all sequences can be counted.
+            return product("heads of the larger attention", &[shape.batch, self.count]).map(|_| ());
         }
         let expected = format!("at most {} heads from number {} on", self.count, self.first);
         let got = [shape.batch, shape.num_heads, shape.q_len, shape.kv_len];

@@ -217,6 +217,10 @@ fn more_heads_than_there_are_numbers_are_an_error() {
             "{first} of {count}"
         );
     }
+    // Nor can the heads of two sequences be counted.
+    let (data, heads) = ([0.0f32; 8], Some(HeadNumbers { first: 0, count: usize::MAX }));
+    let x = view(&data, [2, 2, 2, 1]);
+    assert!(Problem::new(x, x, x, ProblemOptions { heads, ..Default::default() }).is_err());
 }
 
 #[test]

@@ -190,7 +190,7 @@ impl Mlp {
             self.check_input(x)?;
             return self.forward_alone(x, branch, call);
         };
-        ranks.agree_on("MLP that ranks share", self.text(x, &branch), self.check_input(x).map_err(Into::into))?;
+        ranks.agree_on("MLP that ranks share", self.text(x, &branch, call), self.check_input(x).map_err(Into::into))?;
         // What stands around the MLP also stands around the sum.
         let normed = branch.norm.map_or(Ok(x.clone()), |norm| norm.forward(x))?;
         let inner = Branch { recompute: branch.recompute, ..Branch::default() };
@@ -244,7 +244,12 @@ impl Mlp {
         Ok(Self { shared: Some(shared), ..Self::of_parameters(&config, parameters)? })
     }
 
-    /// The whole MLP from its parts, on every rank; a copy of an MLP that is no part. All ranks call it.
+    /// Whether other ranks have the rest of this MLP.
+    pub(super) fn is_part(&self) -> bool {
+        self.shared.is_some()
+    }
+
+    /// The whole MLP from its parts, on every rank; a clone of an MLP that is no part. All ranks call it.
     ///
     /// # Errors
     ///
@@ -281,11 +286,11 @@ impl Mlp {
     }
 
     /// What has to be the same on every rank.
-    fn text(&self, x: &Tensor, branch: &Branch) -> String {
+    fn text(&self, x: &Tensor, branch: &Branch, call: &Call) -> String {
         let trained = self.parameters().iter().filter(|(_, parameter)| parameter.track_op()).count();
         let of_x = if x.track_op() { "with" } else { "without" };
         format!(
-            "input {:?} {:?} {of_x} gradient, {trained} trained parameters, dropout {:?}",
+            "input {:?} {:?} {of_x} gradient, {trained} trained parameters, dropout {:?}, {call:?}",
             x.dims(),
             x.dtype(),
             branch.dropout

@@ -67,13 +67,16 @@ impl TransformerBlock {
         self.with_parts(attention, mlp, |x| ranks.same("parameter of a norm", x))
     }
 
-    /// The whole block from its parts, on every rank; a copy of a block that is no part. All ranks call it. Files and layouts hold whole
+    /// The whole block from its parts, on every rank; a clone of a block that is no part. All ranks call it. Files and layouts hold whole
     /// blocks: gather a part before it is saved.
     ///
     /// # Errors
     ///
     /// A rank that is gone; too little memory.
     pub fn gather(&self) -> Result<Self> {
+        if !self.mlp().is_part() {
+            return Ok(self.clone());
+        }
         self.with_parts(self.attention().gather()?, self.mlp().gather()?, TensorParallel::copy)
     }
 }

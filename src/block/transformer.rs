@@ -242,7 +242,7 @@ impl TransformerBlock {
         recompute: bool,
         attention: impl FnOnce(&Tensor, Branch) -> Result<ForwardOutput>,
     ) -> Result<ForwardOutput> {
-        let [first, second] = self.dropout(x, call)?;
+        let [first, second] = self.dropout(x, call);
         let attended = attention(x, self.branch(0, first, recompute))?;
         let x = self.after(0, x, attended.output, first)?;
         let output = self.mlp.forward_in_branch(&x, self.branch(1, second, recompute), call)?;
@@ -277,11 +277,13 @@ impl TransformerBlock {
     }
 
     /// The dropout of both parts in one call, whose branches have the shape of x.
-    fn dropout(&self, x: &Tensor, call: &Call) -> Result<[Option<Dropout>; 2]> {
+    fn dropout(&self, x: &Tensor, call: &Call) -> [Option<Dropout>; 2] {
         let p = self.config.dropout_p;
         let seed = call.seed.filter(|_| p > 0.0);
-        let first = call.first_number(x.dim(D::Minus2)?, x.dim(D::Minus1)?);
-        Ok([0, 1].map(|part| seed.map(|seed| Dropout { p, seed: philox::nth_seed(seed, part), first })))
+        // What x should be is checked later.
+        let [len, dim] = [D::Minus2, D::Minus1].map(|axis| x.dim(axis).unwrap_or(1));
+        let first = call.first_number(len, dim);
+        [0, 1].map(|part| seed.map(|seed| Dropout { p, seed: philox::nth_seed(seed, part), first }))
     }
 
     /// The tensors of the block in a layout.

@@ -1,5 +1,6 @@
 //! Attention over keys and values that were computed earlier: those of earlier tokens, or those of a memory.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use attention_kernels::{collected, filled};
@@ -57,6 +58,19 @@ impl ProjectedMemory {
         let adapter = self.adapter.clone();
         Ok(Self { key: select(&self.key)?, value: select(&self.value)?, has_batch: true, adapter })
     }
+
+    /// Checks that x has a batch axis if this memory has one, and a batch that fits.
+    fn check_batch(&self, x: &Tensor) -> Result<(), AttentionError> {
+        let batch = self.key.dims()[0];
+        if (x.rank() == 3) == self.has_batch && (!self.has_batch || batches_fit(x.dims()[0], batch)) {
+            return Ok(());
+        }
+        let expected = match self.has_batch {
+            true => format!("(batch, len, dim) with batch 1 or {batch}, that of the memory"),
+            false => "(len, dim), since the memory has no batch axis".to_string(),
+        };
+        Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() })
+    }
 }
 
 impl Core {
@@ -75,20 +89,10 @@ impl Core {
         cache: &mut KvCache,
         options: &ForwardOptions,
     ) -> Result<ForwardOutput> {
-        let checked = check_options(options, cache);
-        let checked = self.check_input("input", x, self.config.embed_dim).and(checked);
-        let tokens = || format!(", after {:?} and with {added:?} tokens", cache.lengths());
-        self.agree_on(&[x], options, &tokens, checked)?;
         let has_batch = x.rank() == 3;
-        let x = if has_batch { x.clone() } else { x.unsqueeze(0)? };
-        let (batch, len, _) = x.dims3()?;
-        let weight = self.k_proj.weight();
-        cache.check(&self.config, weight.dtype(), weight.device(), batch)?;
-        let all = filled("lengths of the sequences", cache.batch(), len)?;
-        let added = added.unwrap_or(&all);
-        cache.check_added(added, len)?;
-
-        let positions = options.positions(&x, cache.lengths())?;
+        let prepared = self.prepared_for_cache(x, added, cache, options);
+        let tokens = || format!(", after {:?} and with {added:?} tokens", cache.lengths());
+        let (x, added, positions) = self.agree_on(&[x], options, &tokens, prepared)?;
         let call = self.call(options);
         let query = self.queries(&x, &positions, &call)?;
         let (key, value) = self.keys_and_values([&x, &x], &positions, &call)?;
@@ -100,8 +104,31 @@ impl Core {
             check_bias(bias, &query, &scores)?;
         }
         let output = self.attend_heads(&query.detach(), key, value, cached_options(options, &staged)?, &call)?;
-        cache.commit(staged, added);
+        cache.commit(staged, &added);
         output.map(|tensor| if has_batch { Ok(tensor.detach()) } else { tensor.detach().squeeze(0) })
+    }
+
+    /// The input with a batch axis, the tokens of each sequence that are added, and the positions, if the call is right.
+    fn prepared_for_cache<'a>(
+        &self,
+        x: &Tensor,
+        added: Option<&'a [usize]>,
+        cache: &KvCache,
+        options: &ForwardOptions,
+    ) -> Result<(Tensor, Cow<'a, [usize]>, Positions)> {
+        self.check_input("input", x, self.config.embed_dim)?;
+        check_options(options, cache)?;
+        let x = if x.rank() == 3 { x.clone() } else { x.unsqueeze(0)? };
+        let (batch, len, _) = x.dims3()?;
+        let weight = self.k_proj.weight();
+        cache.check(&self.config, weight.dtype(), weight.device(), batch)?;
+        let added = match added {
+            Some(added) => Cow::Borrowed(added),
+            None => Cow::Owned(filled("lengths of the sequences", cache.batch(), len)?),
+        };
+        cache.check_added(&added, len)?;
+        let positions = options.positions(&x, cache.lengths())?;
+        Ok((x, added, positions))
     }
 
     /// Projects keys from one memory (batch, kv_len, kv_dim) and values from another (batch, kv_len, value_input_dim).
@@ -130,16 +157,10 @@ impl Core {
         let checked = options
             .check_alone("cross-attention")
             .and_then(|()| self.check_input("input", x, self.config.embed_dim))
-            .and_then(|()| self.check_projected(memory, &options.adapter));
+            .and_then(|()| self.check_projected(memory, &options.adapter))
+            .and_then(|()| memory.check_batch(x));
         self.agree_on(&[x, &memory.key, &memory.value], options, &String::new, checked)?;
         let x_3 = if memory.has_batch { x.clone() } else { x.unsqueeze(0)? };
-        if (x.rank() == 3) != memory.has_batch || !batches_fit(x_3.dim(0)?, memory.key.dim(0)?) {
-            let expected = match memory.has_batch {
-                true => format!("(batch, len, dim) with batch 1 or {}, that of the memory", memory.key.dim(0)?),
-                false => "(len, dim), since the memory has no batch axis".to_string(),
-            };
-            return Err(AttentionError::Shape { tensor: "input", expected, shape: x.dims().to_vec() }.into());
-        }
         let call = self.call(options);
         let query = self.queries(&self.entering(&x_3)?, &options.positions(&x_3, &[0])?, &call)?;
         let options = self.attention_options(options, &score_shape(&query, &memory.key)?, &call)?;

@@ -22,7 +22,7 @@ use crate::projection::{Adapted, Call, Projection, Projections, project};
 use crate::rotary::{Positions, RotaryEmbedding};
 use crate::sdpa::broadcast::{InputAxes, align_bias, align_mask, common_batch};
 use crate::sdpa::head_layout::HeadLayout;
-use crate::sdpa::{AttentionOptions, AttentionOutput, attention};
+use crate::sdpa::{AttentionOptions, AttentionOutput, Backend, attention};
 
 /// The parameters of a layer, and the computation with them.
 #[derive(Clone, Debug)]
@@ -102,8 +102,10 @@ impl Core {
             let (expected, got) = (format!("one for head_dim {head_dim}"), format!("one for {}", rotary.head_dim()));
             return Err(AttentionError::Config { field: "rotary", expected, got }.into());
         }
-        let config = SelfAttentionConfig { rotary: rotary.config().cloned(), ..self.config };
-        Ok(Self { rotary: Some(rotary), config, ..self })
+        let described = |config| SelfAttentionConfig { rotary: rotary.config().cloned(), ..config };
+        let config = described(self.config);
+        let shared = self.shared.map(|shared| SharedHeads { whole: described(shared.whole), ..shared });
+        Ok(Self { rotary: Some(rotary), config, shared, ..self })
     }
 
     /// The description of the layer in a file.
@@ -167,7 +169,9 @@ impl Core {
         if x.rank() == 3 {
             return self.attend(x, [key, value], options);
         }
-        let (key, value) = (key.unsqueeze(0)?, value.unsqueeze(0)?);
+        let is_one = key.id() == value.id();
+        let key = key.unsqueeze(0)?;
+        let value = if is_one { key.clone() } else { value.unsqueeze(0)? };
         self.attend(&x.unsqueeze(0)?, [&key, &value], options)?.map(|tensor| tensor.squeeze(0))
     }
 
@@ -242,7 +246,14 @@ impl Core {
     ) -> Result<ForwardOutput> {
         let (key, value, options) = self.bias_kv_call()?.append(query, key, value, options)?;
         let heads = self.head_numbers();
-        let attended = attention([query, &key, &value], HeadLayout::Blhd, InputAxes::Tokens, &options, heads)?;
+        let attended = attention([query, &key, &value], HeadLayout::Blhd, InputAxes::Tokens, &options, heads);
+        let attended = match &self.shared {
+            // The fused path refuses scores that overflow, which each rank knows of its own heads.
+            Some(shared) if options.backend == Backend::Fused => {
+                shared.ranks.agree_on("attention that ranks share", String::new(), attended)?
+            }
+            _ => attended?,
+        };
         let (batch, q_len, _, _) = attended.context.dims4()?;
         let output = [batch, q_len, self.config.output_dim()];
         let output = match &self.o_proj {

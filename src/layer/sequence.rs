@@ -222,9 +222,14 @@ impl Core {
             angles,
             parallel: options.parallel.clone(),
         };
-        match layer.forward(&input)? {
-            Some(output) if self.shared.is_some() => Ok(Some(branch.finish(x, self.summed(output)?)?)),
-            output => Ok(output),
+        let output = layer.forward(&input)?;
+        let Some(shared) = &self.shared else { return Ok(output) };
+        // Scores of some heads may overflow, which one operation doesn't serve. All ranks go the same way, since the order of the operations
+        // is that of the sums in the backward pass.
+        let overflows = shared.ranks.any(output.is_none())?;
+        match output.filter(|_| !overflows) {
+            Some(output) => Ok(Some(branch.finish(x, self.summed(output)?)?)),
+            None => Ok(None),
         }
     }
 }

@@ -71,7 +71,7 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// A layer with weights in blocks, or with adapters that aren't merged; too little memory on the device.
+            /// A [part](Self::shard) of a layer, one with weights in blocks, or with adapters that aren't merged; too little memory on the device.
             pub fn trainable(&self) -> Result<Self> {
                 Ok(Self(self.0.trainable()?))
             }
@@ -95,7 +95,7 @@ macro_rules! shared_methods {
                 Ok(Self(self.0.shard(communicator)?))
             }
 
-            /// The whole layer from its parts, on every rank; a copy of a layer that is no part. All ranks call it. Files and layouts hold whole
+            /// The whole layer from its parts, on every rank; a clone of a layer that is no part. All ranks call it. Files and layouts hold whole
             /// layers: gather a part before it is saved.
             ///
             /// # Errors
@@ -161,8 +161,8 @@ macro_rules! shared_methods {
             /// # Errors
             ///
             /// A folder that can't be written to, or a full disk; parameters that are NaN or infinite, since no layer
-            /// could load them; a rotary embedding from tables, weights in blocks, or adapters that aren't merged, which a file doesn't
-            /// hold. An earlier file is then unchanged.
+            /// could load them; a part of a layer, a rotary embedding from tables, weights in blocks, or adapters that aren't merged,
+            /// which a file doesn't hold. An earlier file is then unchanged.
             pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
                 Ok(attention_files::write(path.as_ref(), &self.to_bytes()?)?)
             }
@@ -171,8 +171,8 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// Parameters that can't be copied from their device, or that are NaN or infinite; a rotary embedding from
-            /// tables, weights in blocks, or adapters that aren't merged, which a file doesn't hold.
+            /// Parameters that can't be copied from their device, or that are NaN or infinite; a part of a layer, a rotary
+            /// embedding from tables, weights in blocks, or adapters that aren't merged, which a file doesn't hold.
             pub fn to_bytes(&self) -> Result<Vec<u8>> {
                 checkpoint::to_bytes(&self.0.header()?, self.0.parameters())
             }
@@ -182,7 +182,7 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// A layer with weights in blocks or adapters that aren't merged, or with parameters that the layout has no name for.
+            /// A part of a layer, one with weights in blocks or adapters that aren't merged, or parameters that the layout has no name for.
             pub fn to_layout(&self, layout: Layout) -> Result<Vec<(String, Tensor)>> {
                 self.0.check_plain()?;
                 checkpoint::to_tensors(&checkpoint::Plan::of_attention(layout, &self.0.config)?, &self.0.parameters())

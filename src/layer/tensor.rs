@@ -10,10 +10,10 @@ use std::sync::atomic::Ordering;
 
 use attention_kernels::HeadNumbers;
 use attention_kernels::mask::ScoreShape;
-use candle_core::{DType, Result as CandleResult, Tensor};
+use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use candle_nn::Linear;
 
-use crate::error::{AttentionError, Result};
+use crate::error::{AttentionError, Error, Result};
 use crate::layer::bias_kv::BiasKv;
 use crate::layer::config::SelfAttentionConfig;
 use crate::layer::core::Core;
@@ -82,15 +82,16 @@ impl Core {
         inputs: &[&Tensor],
         options: &ForwardOptions,
         more: &dyn Fn() -> String,
-        ours: Result<T, AttentionError>,
+        ours: Result<T, impl Into<Error>>,
     ) -> Result<T> {
-        let Some(shared) = &self.shared else { return Ok(ours?) };
+        let ours = ours.map_err(Into::into);
+        let Some(shared) = &self.shared else { return ours };
         let ours = ours.and_then(|ours| match options.parallel {
             None => Ok(ours),
             Some(_) => {
                 let (expected, got) =
                     ("a layer that ranks don't share, for ranks that share a sequence", "one they do");
-                Err(AttentionError::Backend { expected, got })
+                Err(AttentionError::Backend { expected, got }.into())
             }
         });
         let of_input = |x: &&Tensor| {
@@ -100,11 +101,17 @@ impl Core {
         let inputs: String = inputs.iter().map(of_input).collect();
         let trained = self.parameters().iter().filter(|(_, parameter)| parameter.track_op()).count();
         let dropout = options.train.then(|| (self.dropout_seed, self.dropout_calls.load(Ordering::Relaxed)));
-        let ids = options.position_ids.as_ref().and_then(|ids| ids.to_dtype(DType::F64).ok());
+        let of_bias = options.attn_bias.as_ref().map(|bias| if bias.track_op() { "trained" } else { "constant" });
+        let ids = options
+            .position_ids
+            .as_ref()
+            .and_then(|ids| ids.to_dtype(DType::F64).and_then(|ids| ids.to_device(&Device::Cpu)).ok());
         let ids = ids.map(|ids| format!(", position ids {:?} {:016x}", ids.dims(), hash(&ids))).unwrap_or_default();
         let (options, more) = (self.text_of_options(options, None), more());
-        let text = format!("{inputs}{options}, {trained} trained parameters, dropout {dropout:?}{ids}{more}");
-        shared.ranks.agree_on("attention that ranks share", text, ours.map_err(Into::into))
+        let text = format!(
+            "{inputs}{options}, {trained} trained parameters, bias {of_bias:?}, dropout {dropout:?}{ids}{more}"
+        );
+        shared.ranks.agree_on("attention that ranks share", text, ours)
     }
 
     /// x, from which W_Q, W_K and W_V of all ranks make their heads.

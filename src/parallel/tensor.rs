@@ -10,9 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, Layout, MetalStorage, Result as CandleResult, Shape, Storage, Tensor, Var, bail,
+    CpuStorage, CudaStorage, CustomOp1, Device, Layout, MetalStorage, Result as CandleResult, Shape, Storage, Tensor,
+    Var, bail,
 };
 
+use crate::empty::readable;
 use crate::error::{AttentionError, Result};
 use crate::gradient::to_be_added;
 use crate::memory;
@@ -71,6 +73,11 @@ impl TensorParallel {
         agree_on(&*self.0, what, text, ours)
     }
 
+    /// Whether it is so on any rank.
+    pub(crate) fn any(&self, ours: bool) -> Result<bool> {
+        Ok(self.0.all_gather_bytes(&[u8::from(ours)])?.iter().any(|theirs| theirs[..] == [1]))
+    }
+
     /// x, from which each rank goes on with its part of a layer: the gradient is the sum of the ranks'.
     pub(crate) fn entering(&self, x: &Tensor) -> CandleResult<Tensor> {
         self.with_sum_of_gradients(x, None)
@@ -82,7 +89,7 @@ impl TensorParallel {
             return Ok(x.clone());
         }
         memory::ask_for("input of a layer that ranks share", 1, x, x.dtype())?;
-        x.apply_op1(SumOfGradients { communicator: self.0.clone(), slice })
+        readable(x)?.apply_op1(SumOfGradients { communicator: self.0.clone(), slice })
     }
 
     /// The sum of the ranks' tensors. Each one gets the gradient of the sum.
@@ -95,7 +102,7 @@ impl TensorParallel {
             return Ok(sum);
         }
         memory::ask_for("sum over the ranks", 1, x, x.dtype())?;
-        Ok(x.apply_op1(Sum(Mutex::new(Some(sum))))?)
+        Ok(readable(x)?.apply_op1(Sum(Mutex::new(Some(sum))))?)
     }
 
     /// This rank's part of every parameter, each a variable if the whole is one. `slice_of` gives the part by the parameter's name, `None`
@@ -137,7 +144,7 @@ impl TensorParallel {
     }
 
     fn check_same(&self, name: &str, parameter: &Tensor) -> Result<()> {
-        let (dims, dtype, hash) = (parameter.dims(), parameter.dtype(), hash(parameter));
+        let (dims, dtype, hash) = (parameter.dims(), parameter.dtype(), hash(&parameter.to_device(&Device::Cpu)?));
         let kind = if parameter.is_variable() { "variable" } else { "constant" };
         let text = format!("{name} {dims:?} {dtype:?}, a {kind}, numbers {hash:016x}");
         self.0.agree("parameter of a layer to share", &text)

@@ -119,6 +119,8 @@ laws!(tensor_laws:
     cross_attention_is_that_of_one_process,
     runs_of_layers_have_the_same_bits,
     gathered_layer_is_the_whole,
+    gathered_layer_has_the_rotary_embedding_of_its_parts,
+    scores_of_one_rank_may_overflow,
     parts_are_copies,
     initial_parameters_are_those_of_one_process,
     memory_of_parameters_is_shared,

@@ -1,6 +1,6 @@
 //! Layers that ranks can't share, ranks that disagree, and ranks that are gone.
 
-use candle_attention::adapter::{Adapt, LoraConfig};
+use candle_attention::adapter::{Adapt, AdapterChoice, LoraConfig};
 use candle_attention::block::{Mlp, MlpConfig, NormConfig, TransformerBlock, TransformerBlockConfig};
 use candle_attention::parallel::{ContextParallel, Order, Scheme, Split, threads};
 use candle_attention::{
@@ -120,6 +120,8 @@ pub fn other_inputs_or_options(ranks: Ranks) -> Result<()> {
     assert_says(ranks, part.forward(&wrong), &["[1, 5, 25]", "[1, 5, 24]", "error: input"])?;
     assert_says(ranks, block.forward(&wrong), &["[1, 5, 25]", "[1, 5, 24]", "error: input"])?;
     assert_says(ranks, block.forward_cached(&wrong, &mut block.kv_cache(1)?), &["[1, 5, 25]", "error: input"])?;
+    let wrong = last(ranks, x.flatten_all()?, x.clone());
+    assert_says(ranks, block.forward(&wrong), &["[120]", "[1, 5, 24]", "error: input"])?;
     let wrong = last(ranks, x.to_dtype(DType::F64)?, x.clone());
     assert_says(ranks, part.forward(&wrong), &["F32", "F64"])?;
     let tracked = last(ranks, Var::from_tensor(&x)?.into_inner(), x.clone());
@@ -140,6 +142,14 @@ pub fn other_inputs_or_options(ranks: Ranks) -> Result<()> {
     part.forward_cached(&x, &mut cache)?;
     let mut cache = last(ranks, part.kv_cache(1)?, cache);
     assert_says(ranks, part.forward_cached(&x, &mut cache), &["after [0]", "after [5]"])?;
+    let mut cache = part.kv_cache(last(ranks, 2, 1))?;
+    assert_says(ranks, part.forward_cached(&x, &mut cache), &["after [0]", "sequences"])?;
+    let bias = Var::from_tensor(&Tensor::zeros((5, 5), DType::F32, &Device::Cpu)?)?;
+    let bias = last(ranks, bias.as_tensor().clone(), bias.as_detached_tensor());
+    let options = ForwardOptions { attn_bias: Some(bias), ..Default::default() };
+    assert_says(ranks, part.forward_with(&x, &options), &["trained", "constant"])?;
+    let adapter = last(ranks, AdapterChoice::Base, AdapterChoice::Active);
+    assert_says(ranks, block.mlp().forward_with(&x, &adapter, None), &["Base", "Active"])?;
     // After all that, the layers work.
     part.set_dropout_calls(0);
     block.set_dropout_calls([0, 0]);

@@ -1,6 +1,6 @@
 //! Attention whose heads ranks share.
 
-use candle_attention::rotary::RotaryConfig;
+use candle_attention::rotary::{RotaryConfig, RotaryEmbedding};
 use candle_attention::{Backend, CrossAttention, ForwardOptions, Mask, Result, SelfAttention, SelfAttentionConfig};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -238,6 +238,53 @@ pub fn gathered_layer_is_the_whole(ranks: Ranks) -> Result<()> {
         assert_same_bits(&got.output, &expected.output, name);
     }
     Ok(())
+}
+
+pub fn gathered_layer_has_the_rotary_embedding_of_its_parts(ranks: Ranks) -> Result<()> {
+    let config = with_kv(HEADS);
+    if !fits(ranks, &config) {
+        return Ok(());
+    }
+    let rotary = RotaryConfig { base: 500.0, ..Default::default() };
+    let part = self_attention(&config, DType::F32)?.shard(ranks)?;
+    let part = part.with_rotary(RotaryEmbedding::new(&rotary, config.head_dim())?)?;
+    assert_eq!(part.config().rotary, Some(rotary.clone()));
+    let (x, gathered) = (input(&config, DType::F32)?, part.gather()?);
+    assert_close(&gathered.forward(&x)?, &part.forward(&x)?, 1e-5, "output");
+    assert_eq!(SelfAttention::from_bytes(&gathered.to_bytes()?, &Device::Cpu)?.config().rotary, Some(rotary));
+    Ok(())
+}
+
+/// Scores of the first head overflow, which one operation doesn't serve. The ranks with the other heads have to go the same way, or their
+/// sums of the gradients of the shared key head would come in another order.
+pub fn scores_of_one_rank_may_overflow(ranks: Ranks) -> Result<()> {
+    let config = with_kv(1);
+    if !fits(ranks, &config) {
+        return Ok(());
+    }
+    let layer = self_attention(&config, DType::F32)?;
+    for (name, var) in layer.parameters().into_iter().map(|(name, _)| name).zip(layer.vars()) {
+        match name {
+            "q_proj.weight" => {
+                let factors: Vec<f32> = (0..2 * HEADS).map(|row| if row < 2 { 1e29 } else { 1.0 }).collect();
+                var.set(&var.broadcast_mul(&Tensor::from_vec(factors, (2 * HEADS, 1), &Device::Cpu)?)?)?;
+            }
+            "k_proj.weight" => var.set(&(var.as_tensor() * 1e10)?)?,
+            _ => {}
+        }
+    }
+    let x = input(&config, DType::F32)?;
+    let (mut got, mut expected) = (train(&layer.shard(ranks)?, &x, &training())?, train(&layer, &x, &training())?);
+    // The gradients of query and key are rounding: one weight of each row is 1.
+    for step in [&mut got, &mut expected] {
+        step.gradients.retain(|(name, _)| name.starts_with("v_proj") || name.starts_with("o_proj"));
+        assert_eq!(step.gradients.len(), 4);
+    }
+    assert_part("overflow", &got, &expected, |name, whole| own(ranks, &config, name, whole));
+    // The fused path refuses them, on every rank.
+    let options = ForwardOptions { backend: Backend::Fused, ..Default::default() };
+    assert!(layer.shard(ranks)?.forward_with(&x, &options).is_err());
+    ranks.agree("what comes next", "the same")
 }
 
 /// Parts of constants are constants, and parts hold copies.
