@@ -71,7 +71,7 @@ macro_rules! shared_methods {
             ///
             /// # Errors
             ///
-            /// A [part](Self::shard) of a layer, one with weights in blocks, or with adapters that aren't merged; too little memory on the device.
+            /// A layer with weights in blocks, or with adapters that aren't merged; too little memory on the device.
             pub fn trainable(&self) -> Result<Self> {
                 Ok(Self(self.0.trainable()?))
             }

@@ -29,8 +29,7 @@ impl Layer for AddBias {
     fn forward<E: Dtype>(&self, y: &[E], dims: &[usize]) -> Result<(Vec<E>, Shape)> {
         let reading = Reading::new(&self.0);
         let bias = reading.numbers::<E>()?;
-        let add = |row: &[E]| row.iter().zip(bias).map(|(y, b)| y.widen() + b.widen()).collect::<Vec<_>>();
-        let sums = y.chunks(bias.len()).flat_map(add).collect();
+        let sums = y.iter().zip(bias.iter().cycle()).map(|(y, b)| y.widen() + b.widen()).collect();
         Ok((checked(E::from_floats("sum with a bias", sums))?, Shape::from(dims)))
     }
 
