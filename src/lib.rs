@@ -51,7 +51,7 @@
 //! | 8 | `block/mlp` | the MLP of a block |
 //! | 8 | `block/loss` | cross-entropy of logits, and of a linear layer without all logits at once |
 //! | 8 | `layer/core` | projections, heads, attention, output |
-//! | 15 | `quantised` | weights in 8 and 4 bits, and GGUF files |
+//! | 15 | `quantised` | weights in 8 to 4 bits, and GGUF files |
 //! | 15 | `adapter` | fine-tuning by LoRA, on any projection |
 //! | 15 | `adapter/peft` | adapters in the files that PEFT writes |
 //! | 15 | `parallel` | work over several ranks |

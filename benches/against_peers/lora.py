@@ -130,4 +130,4 @@ class OfQuantised(Memory):
 def cases():
     for dtype in ("f32", "bf16"):
         yield from (Lora(*shape, False, True, dtype=dtype) for shape in LAYERS)
-    yield from (OfQuantised(format) for format in ("q8_0", "q4_0", "q4_k", "nf4"))
+    yield from (OfQuantised(format) for format in ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_0", "nf4"))

@@ -21,8 +21,17 @@ pub(crate) struct Quantised {
 const WHAT: &str = "quantised weight";
 
 /// The formats that candle has, too.
-const OF_CANDLE: [(Format, GgmlDType); 3] =
-    [(Format::Q8_0, GgmlDType::Q8_0), (Format::Q4_0, GgmlDType::Q4_0), (Format::Q4K, GgmlDType::Q4K)];
+const OF_CANDLE: [(Format, GgmlDType); 6] = [
+    (Format::Q8_0, GgmlDType::Q8_0),
+    (Format::Q4_0, GgmlDType::Q4_0),
+    (Format::Q5_0, GgmlDType::Q5_0),
+    (Format::Q4K, GgmlDType::Q4K),
+    (Format::Q5K, GgmlDType::Q5K),
+    (Format::Q6K, GgmlDType::Q6K),
+];
+
+/// The largest number of candle's formats: that of Q6_K, a scale in f16 times a factor and a code.
+const LARGEST_OF_CANDLE: f64 = 65504.0 * 128.0 * 32.0;
 
 impl Quantised {
     /// The blocks of a weight's numbers. `name` is the weight's.
@@ -33,12 +42,11 @@ impl Quantised {
             return Err(refused(name, expected, format!("rows of {inputs}")));
         }
         let weight = memory::contiguous(WHAT, &weight.detach().to_device(&Device::Cpu)?)?;
-        with_dtype!(weight.dtype(), E => check_finite::<E>(name, &weight))?;
-        let bytes = match OF_CANDLE.iter().find(|(other, _)| *other == format) {
-            Some((_, dtype)) => {
-                let wide = memory::cast(WHAT, &weight, DType::F32)?;
-                QTensor::quantize(&wide, *dtype)?.data()?.into_owned()
-            }
+        let of_candle = OF_CANDLE.iter().find(|(other, _)| *other == format);
+        let largest = if of_candle.is_some() { LARGEST_OF_CANDLE } else { f64::from(f32::MAX) };
+        with_dtype!(weight.dtype(), E => check_size::<E>(name, &weight, largest))?;
+        let bytes = match of_candle {
+            Some((_, dtype)) => blocks_by_candle(&weight, *dtype)?,
             None => {
                 let (storage, layout) = weight.storage_and_layout();
                 with_dtype!(weight.dtype(), E => Ok(quantise_nf4(WHAT, numbers::<E>(&storage, layout)?)))?
@@ -53,7 +61,7 @@ impl Quantised {
         let matrix = QuantisedMatrix::new(WHAT, format, &bytes, dims);
         let matrix = matrix.map_err(|error| refused(name, "whole blocks".into(), error.to_string()))?;
         if !matrix.scales_are_finite() {
-            return Err(refused(name, "finite numbers".into(), "NaN, infinity or larger ones than blocks hold".into()));
+            return Err(not_finite(name));
         }
         Ok(Self { format, bytes, dims })
     }
@@ -93,14 +101,44 @@ impl Quantised {
     }
 }
 
-/// Refuses NaN and infinity, which candle's quantisers pass over.
-fn check_finite<E: Dtype>(name: &str, weight: &Tensor) -> candle_core::Result<()> {
+/// Refuses NaN and numbers beyond `largest`. candle's quantisers may make zeros of them, without an error.
+fn check_size<E: Dtype>(name: &str, weight: &Tensor, largest: f64) -> candle_core::Result<()> {
     let (storage, layout) = weight.storage_and_layout();
-    let is_finite = |x: &E| SimdFloat::is_finite(x.widen());
-    match numbers::<E>(&storage, layout)?.iter().all(is_finite) {
-        true => Ok(()),
-        false => Err(refused(name, "finite numbers".into(), "NaN or infinity".into()).into()),
+    let fits = |x: &E| SimdFloat::to_f64(x.widen()).abs() <= largest;
+    if numbers::<E>(&storage, layout)?.iter().all(fits) { Ok(()) } else { Err(not_finite(name).into()) }
+}
+
+fn not_finite(name: &str) -> crate::Error {
+    refused(name, "finite numbers".into(), "NaN, infinity or larger ones than blocks hold".into())
+}
+
+/// The blocks of a contiguous weight on the CPU, whose numbers have been checked.
+fn blocks_by_candle(weight: &Tensor, dtype: GgmlDType) -> Result<Vec<u8>> {
+    let mut wide = memory::cast(WHAT, weight, DType::F32)?;
+    if matches!(dtype, GgmlDType::Q4K | GgmlDType::Q5K) {
+        wide = without_equal_groups(wide)?;
     }
+    let blocks = weight.elem_count() / dtype.block_size();
+    memory::ask(WHAT, &Device::Cpu, blocks.saturating_mul(2 * dtype.type_size()))?;
+    Ok(QTensor::quantize(&wide, dtype)?.data()?.into_owned())
+}
+
+/// A weight in f32 for candle's quantisers of Q4_K and Q5_K, which give zeros for 32 equal numbers: the first of these is changed by
+/// its last bit.
+fn without_equal_groups(weight: Tensor) -> Result<Tensor> {
+    let are_equal = |group: &[f32]| group[0] != 0.0 && group.iter().all(|x| *x == group[0]);
+    let mut changed = {
+        let (storage, layout) = weight.storage_and_layout();
+        let numbers = numbers::<f32>(&storage, layout)?;
+        if !numbers.chunks(32).any(are_equal) {
+            return Ok(weight.clone());
+        }
+        let mut copy = reserve(WHAT, numbers.len()).map_err(AttentionError::from)?;
+        copy.extend_from_slice(numbers);
+        copy
+    };
+    changed.chunks_mut(32).filter(|group| are_equal(group)).for_each(|group| group[0] *= 1.0 - f32::EPSILON);
+    Ok(Tensor::from_vec(changed, weight.shape(), &Device::Cpu)?)
 }
 
 /// What stands in a linear layer for a weight in blocks: NaN of its shape, dtype and device, which takes no memory.

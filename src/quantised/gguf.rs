@@ -152,7 +152,9 @@ impl Gguf {
                 let blocks = self.read(name)?.data()?.into_owned();
                 Ok(Stored::Blocks(Quantised::new(name, format, blocks, [outputs, inputs])?))
             }
-            (got, _, _) => Err(format!("expected Q8_0, Q4_0, Q4_K, f32, f16 or bf16, got {got:?}").into()),
+            (got, _, _) => {
+                Err(format!("expected Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, f32, f16 or bf16, got {got:?}").into())
+            }
         }
     }
 
@@ -179,7 +181,8 @@ fn reader(path: &Path) -> Result<BufReader<File>, FileError> {
 
 impl TransformerBlock {
     /// A block from a GGUF file, whose `prefix` is the name of the block, such as `blk.0`. Weights of a quantised type stay in their
-    /// blocks; those of f32, f16 and bf16 become numbers, as biases and norms do, which get `dtype`.
+    /// blocks; those of f32, f16 and bf16 become numbers, as biases and norms do, which get `dtype`. Each weight may have a type of its own,
+    /// as in files of llama.cpp's types Q4_K_M and Q5_K_M, which have some weights in Q6_K.
     ///
     /// The names are those of Llama's family (Llama, Mistral, Qwen, Gemma 2), where queries, keys and values are three matrices. The config is
     /// that of the same model on Hugging Face. Files of Llama and Mistral have the rows of queries and keys in the order of rotary embedding by
@@ -189,8 +192,8 @@ impl TransformerBlock {
     ///
     /// # Errors
     ///
-    /// An invalid config; tensors that the file lacks, holds in another shape or in another type than Q8_0, Q4_0, Q4_K, f32, f16 and bf16,
-    /// or that aren't finite; a truncated file. One error names all of them, and nothing is loaded.
+    /// An invalid config; tensors that the file lacks, holds in another shape or in another type than Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K,
+    /// f32, f16 and bf16, or that aren't finite; a truncated file. One error names all of them, and nothing is loaded.
     pub fn from_gguf(
         config: &TransformerBlockConfig,
         file: &Gguf,

@@ -1,4 +1,4 @@
-//! Weights in 8 and 4 bits: for inference in less memory, and as the base of adapters (QLoRA).
+//! Weights in 8 to 4 bits: for inference in less memory, and as the base of adapters (QLoRA).
 //!
 //! [`Quantise::quantise`] replaces the weights of a layer's projections by blocks of a [`Format`], and [`Gguf`] reads them from a GGUF file.
 //! On the CPU a product decodes a part of a weight at a time, forward and backward, and never the whole matrix. The numbers that it multiplies

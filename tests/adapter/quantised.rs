@@ -15,7 +15,8 @@ use crate::common::{assert_close, assert_same_bits, gradients, max_abs_differenc
 use crate::layers::assert_error_says;
 use crate::{adapted, blocks_common, config, matrices};
 
-const FORMATS: [Format; 4] = [Format::Q8_0, Format::Q4_0, Format::Q4K, Format::Nf4];
+const FORMATS: [Format; 7] =
+    [Format::Q8_0, Format::Q4_0, Format::Q5_0, Format::Q4K, Format::Q5K, Format::Q6K, Format::Nf4];
 
 /// A block whose weights have rows of whole blocks of every format.
 fn large() -> TransformerBlockConfig {
@@ -31,6 +32,21 @@ fn large() -> TransformerBlockConfig {
     TransformerBlockConfig::new(attention, MlpConfig::swiglu(256, 512), NormConfig::rms(1e-5))
 }
 
+/// A block with its weights in each format, and in the formats of a file of llama.cpp's type Q4_K_M.
+fn in_all_formats(block: &TransformerBlock, dtype: DType) -> Result<Vec<(String, TransformerBlock)>> {
+    let of_format = |format: Format| Ok((format!("{format:?}"), block.quantise(format)?));
+    let mut blocks = FORMATS.into_iter().map(of_format).collect::<Result<Vec<_>>>()?;
+    let file = written(&gguf(block, q4_k_m)?);
+    let mixed = TransformerBlock::from_gguf(&large(), &Gguf::open(file.path())?, "blk.3", dtype, &Device::Cpu)?;
+    blocks.push(("Q4_K_M".into(), mixed));
+    Ok(blocks)
+}
+
+/// The type of a matrix in a file of llama.cpp's type Q4_K_M.
+fn q4_k_m(name: &str) -> GgmlDType {
+    if ["attn_v.weight", "ffn_down.weight"].contains(&name) { GgmlDType::Q6K } else { GgmlDType::Q4K }
+}
+
 /// The output, and the gradients of x and of an adapter.
 fn run(block: &TransformerBlock, x: &Var, options: &ForwardOptions) -> Result<Vec<Tensor>> {
     let y = block.forward_with(x, options)?.output;
@@ -44,8 +60,7 @@ fn run(block: &TransformerBlock, x: &Var, options: &ForwardOptions) -> Result<Ve
 fn quantised_block_is_the_block_with_the_numbers_of_its_blocks() -> Result<()> {
     for (dtype, tolerance) in [(DType::F64, 1e-11), (DType::F32, 1e-4)] {
         let block = blocks_common::block(&large(), dtype)?;
-        for format in FORMATS {
-            let quantised = block.quantise(format)?;
+        for (format, quantised) in in_all_formats(&block, dtype)? {
             assert_eq!(quantised.formats().len(), 7);
             let dense = quantised.dequantise()?;
             assert!(max_abs_difference(dense.mlp().up().weight(), block.mlp().up().weight())? > 0.0);
@@ -57,7 +72,7 @@ fn quantised_block_is_the_block_with_the_numbers_of_its_blocks() -> Result<()> {
                     let options = ForwardOptions { backend, ..Default::default() };
                     let [blocks, numbers] = [run(&adapters[0], &x, &options)?, run(&adapters[1], &x, &options)?];
                     for (i, (blocks, numbers)) in blocks.iter().zip(&numbers).enumerate() {
-                        let what = format!("{format:?}, {dtype:?}, {tokens} tokens, {backend:?}, {i}");
+                        let what = format!("{format}, {dtype:?}, {tokens} tokens, {backend:?}, {i}");
                         let largest = numbers.abs()?.to_dtype(DType::F64)?.max_all()?.to_scalar::<f64>()?.max(1.0);
                         let difference = max_abs_difference(blocks, numbers)? / largest;
                         assert!(difference < tolerance, "{what}: {difference}");
@@ -81,8 +96,7 @@ fn mean_error(x: &Tensor, exact: &Tensor) -> Result<f64> {
 /// same numbers in bf16 do. (Of two tokens, there are few numbers to take a mean of.)
 #[test]
 fn quantised_block_in_bf16_errs_as_the_numbers_of_its_blocks_do() -> Result<()> {
-    for format in FORMATS {
-        let quantised = blocks_common::block(&large(), DType::BF16)?.quantise(format)?;
+    for (format, quantised) in in_all_formats(&blocks_common::block(&large(), DType::BF16)?, DType::BF16)? {
         let (dense, exact) = (quantised.dequantise()?, blocks_common::block(&large(), DType::F64)?);
         for ((_, rounded), var) in dense.parameters().iter().zip(exact.vars()) {
             var.set(&rounded.to_dtype(DType::F64)?)?;
@@ -101,7 +115,7 @@ fn quantised_block_in_bf16_errs_as_the_numbers_of_its_blocks_do() -> Result<()> 
                 let [blocks, numbers] = [run(&quantised, &x, &options)?, run(&dense, &x, &options)?];
                 for (i, ((blocks, numbers), exact)) in blocks.iter().zip(&numbers).zip(&exact).enumerate() {
                     let (blocks, numbers) = (mean_error(blocks, exact)?, mean_error(numbers, exact)?);
-                    let what = format!("{format:?}, {tokens} tokens, {backend:?}, {i}");
+                    let what = format!("{format}, {tokens} tokens, {backend:?}, {i}");
                     assert!(blocks < most * numbers + 2f64.powi(-9), "{what}: {blocks}, {numbers} as numbers");
                     assert!(numbers < 0.15, "{what}: {numbers}");
                 }
@@ -111,11 +125,11 @@ fn quantised_block_in_bf16_errs_as_the_numbers_of_its_blocks_do() -> Result<()> 
     Ok(())
 }
 
-/// The formats lose as much as they should: 8 bits little, 4 bits more.
+/// The formats lose as much as they should: 8 bits little, each bit less twice as much.
 #[test]
 fn blocks_are_close_to_the_weights() -> Result<()> {
     let weight = randn(1, (64, 512), DType::F32)?;
-    for (format, bound) in [(Format::Q8_0, 0.008), (Format::Q4_0, 0.12), (Format::Q4K, 0.1), (Format::Nf4, 0.11)] {
+    for (format, bound) in FORMATS.into_iter().zip([0.008, 0.12, 0.06, 0.1, 0.05, 0.025, 0.11]) {
         let linear = LoraLinear::new(Linear::new(weight.clone(), None)).quantise(format)?;
         let error = (linear.dequantise()?.linear().weight() - &weight)?.sqr()?.mean_all()?.to_scalar::<f32>()?.sqrt();
         assert!(error < bound && error > bound / 4.0, "{format:?}: {error}");
@@ -125,7 +139,8 @@ fn blocks_are_close_to_the_weights() -> Result<()> {
 
 #[test]
 fn training_leaves_the_blocks_as_they_are() -> Result<()> {
-    let base = blocks_common::block(&large(), DType::F32)?.quantise(Format::Q4K)?;
+    let file = written(&gguf(&blocks_common::block(&large(), DType::F32)?, q4_k_m)?);
+    let base = TransformerBlock::from_gguf(&large(), &Gguf::open(file.path())?, "blk.3", DType::F32, &Device::Cpu)?;
     let block = adapted(&base, "default", &LoraConfig { dropout_p: 0.1, ..config() }, 3)?;
     let before = base.dequantise()?;
     let parameters: Vec<(String, Var)> = matrices(&block, "default")?;
@@ -175,13 +190,46 @@ fn quantised_layer_has_no_weights_as_parameters_and_no_file() -> Result<()> {
         blocks_common::block(&blocks_common::bert(), DType::F32)?.quantise(Format::Q4_0),
         &["attention.q_proj.weight", "blocks of 32", "rows of 6"],
     );
-    let huge = Linear::new(Tensor::full(1e38f32, (1, 32), &Device::Cpu)?, None);
-    assert_error_says(LoraLinear::new(huge).quantise(Format::Q8_0), &["linear.weight", "finite"]);
     for format in FORMATS {
         let mut numbers = vec![1f32; 256];
         numbers[77] = f32::NAN;
         let nan = Linear::new(Tensor::from_vec(numbers, (1, 256), &Device::Cpu)?, None);
         assert_error_says(LoraLinear::new(nan).quantise(format), &["linear.weight", "finite", "NaN"]);
+    }
+    Ok(())
+}
+
+/// The formats of ggml have scales in f16, NF4 has one in f32. candle's quantisers make zeros of some larger numbers.
+#[test]
+fn numbers_that_are_too_large_for_blocks_are_an_error() -> Result<()> {
+    for format in FORMATS {
+        for large in [4e5, 1e9, -1e13, 1e17, -1e20, 1e30, 3e38f32] {
+            for count in [1, 20, 256] {
+                let numbers =
+                    Tensor::from_iter((0..256).map(|i| if i < count { large } else { 0.01 * i as f32 }), &Device::Cpu)?;
+                let layer = LoraLinear::new(Linear::new(numbers.reshape((1, 256))?, None));
+                if format != Format::Nf4 && large.abs() > 4e5 {
+                    assert_error_says(layer.quantise(format), &["linear.weight", "finite", "larger"]);
+                } else {
+                    let first =
+                        layer.quantise(format)?.dequantise()?.linear().weight().get(0)?.get(0)?.to_scalar::<f32>()?;
+                    assert!((first / large - 1.0).abs() < 0.01, "{format:?} {large} {count} {first}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// candle's quantisers of Q4_K and Q5_K make zeros of 32 equal numbers.
+#[test]
+fn equal_numbers_stay_what_they_are() -> Result<()> {
+    for format in FORMATS {
+        for numbers in [0.0f32, 0.75, -0.75] {
+            let weight = Tensor::full(numbers, (2, 256), &Device::Cpu)?;
+            let layer = LoraLinear::new(Linear::new(weight.clone(), None)).quantise(format)?;
+            assert_close(layer.dequantise()?.linear().weight(), &weight, 0.01, &format!("{format:?}"));
+        }
     }
     Ok(())
 }
@@ -225,9 +273,8 @@ fn written(bytes: &[u8]) -> tempfile::NamedTempFile {
 fn gguf_files_give_the_blocks_that_they_hold() -> Result<()> {
     let block = blocks_common::block(&large(), DType::F32)?;
     let x = randn(1, (1, 7, 256), DType::F32)?;
-    for (dtype, format) in
-        [(GgmlDType::Q8_0, Format::Q8_0), (GgmlDType::Q4_0, Format::Q4_0), (GgmlDType::Q4K, Format::Q4K)]
-    {
+    let types = [GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::Q5_0, GgmlDType::Q4K, GgmlDType::Q5K, GgmlDType::Q6K];
+    for (dtype, format) in types.into_iter().zip(FORMATS) {
         let file = written(&gguf(&block, |name| if name == "ffn_down.weight" { GgmlDType::F16 } else { dtype })?);
         let file = Gguf::open(file.path())?;
         assert_eq!(file.tensor_names().len(), 9);
@@ -239,11 +286,36 @@ fn gguf_files_give_the_blocks_that_they_hold() -> Result<()> {
         for ((name, expected), (_, got)) in expected.parameters().into_iter().zip(loaded.dequantise()?.parameters()) {
             if name != "mlp.down.weight" {
                 assert_same_bits(got, expected, &name);
+                assert_same_bits(got, &as_candle_reads(&file, &name)?, &name);
             }
         }
         let down = file.tensor("blk.3.ffn_down.weight", DType::F32, &Device::Cpu)?;
         assert_close(&down, block.mlp().down().weight(), 1e-3, "f16");
         assert_close(&loaded.forward(&x)?, &loaded.dequantise()?.forward(&x)?, 1e-4, "forward");
+    }
+    Ok(())
+}
+
+/// A parameter of this crate's name, whose numbers candle decodes.
+fn as_candle_reads(file: &Gguf, own: &str) -> Result<Tensor> {
+    let (_, name) = NAMES.iter().find(|(other, _)| *other == own).expect("a parameter");
+    file.tensor(&format!("blk.3.{name}"), DType::F32, &Device::Cpu)
+}
+
+#[test]
+fn matrices_of_a_file_have_types_of_their_own() -> Result<()> {
+    let block = blocks_common::block(&large(), DType::F32)?;
+    let file = written(&gguf(&block, q4_k_m)?);
+    let file = Gguf::open(file.path())?;
+    let loaded = TransformerBlock::from_gguf(&large(), &file, "blk.3", DType::F32, &Device::Cpu)?;
+    let formats = loaded.formats();
+    assert_eq!(formats.len(), 7);
+    for (name, format) in formats {
+        let is_six = ["attention.v_proj.weight", "mlp.down.weight"].contains(&&*name);
+        assert_eq!(format, if is_six { Format::Q6K } else { Format::Q4K }, "{name}");
+    }
+    for (name, numbers) in loaded.dequantise()?.parameters() {
+        assert_same_bits(numbers, &as_candle_reads(&file, &name)?, &name);
     }
     Ok(())
 }
@@ -293,29 +365,33 @@ fn files_of_llama_are_brought_into_the_order_of_the_config() -> Result<()> {
 #[test]
 fn files_that_do_not_fit_are_one_clear_error() -> Result<()> {
     let block = blocks_common::block(&large(), DType::F32)?;
-    let whole = gguf(&block, |_| GgmlDType::Q8_0)?;
+    let whole = gguf(&block, q4_k_m)?;
     let load = |bytes: &[u8], config: &TransformerBlockConfig, prefix: &str| {
         let file = written(bytes);
         TransformerBlock::from_gguf(config, &Gguf::open(file.path())?, prefix, DType::F32, &Device::Cpu)
     };
     load(&whole, &large(), "blk.3")?;
     assert_error_says(load(&whole, &large(), "blk.4"), &["blk.4.attn_q.weight", "is missing", "blk.4.ffn_norm.weight"]);
-    let q6 = gguf(&block, |name| if name == "attn_v.weight" { GgmlDType::Q6K } else { GgmlDType::Q8_0 })?;
-    assert_error_says(load(&q6, &large(), "blk.3"), &["blk.3.attn_v.weight", "expected Q8_0", "Q6K"]);
+    let q3 = gguf(&block, |name| if name == "attn_v.weight" { GgmlDType::Q3K } else { GgmlDType::Q8_0 })?;
+    assert_error_says(load(&q3, &large(), "blk.3"), &["blk.3.attn_v.weight", "expected Q8_0", "Q6_K", "got Q3K"]);
     let mut other = large();
     other.mlp.hidden_dim = 768;
     assert_error_says(load(&whole, &other, "blk.3"), &["blk.3.ffn_up.weight", "[768, 256]", "[512, 256]"]);
-    for cut in [0, 3, 20, 200, whole.len() / 2, whole.len() - 40] {
+    let file = written(&whole);
+    let content = gguf_file::Content::read(&mut std::fs::File::open(file.path()).expect("a file"))?;
+    let start = |name: &str| (content.tensor_data_offset + content.tensor_infos[name].offset) as usize;
+    // In the header, and after the first byte of each tensor.
+    let in_tensors = NAMES.map(|(_, name)| start(&format!("blk.3.{name}")) + 1);
+    for cut in [0, 3, 20, 200, whole.len() / 2, whole.len() - 40].into_iter().chain(in_tensors) {
         let error = load(&whole[..cut], &large(), "blk.3").err().unwrap_or_else(|| panic!("{cut} bytes are no file"));
         assert!(error.to_string().contains("checkpoint"), "{cut}: {error}");
     }
-    // NaN as the scale of a block.
-    let file = written(&whole);
-    let offset = gguf_file::Content::read(&mut std::fs::File::open(file.path()).expect("a file"))?;
-    let start = offset.tensor_data_offset + offset.tensor_infos["blk.3.ffn_up.weight"].offset;
-    let mut nan = whole.clone();
-    nan[start as usize..][..2].copy_from_slice(&[0xFF, 0x7F]);
-    assert_error_says(load(&nan, &large(), "blk.3"), &["blk.3.ffn_up.weight", "finite"]);
+    // NaN as the scale of a block: in Q4_K its first bytes, in Q6_K its last ones.
+    for (name, at) in [("blk.3.ffn_up.weight", 0), ("blk.3.ffn_down.weight", 208)] {
+        let mut nan = whole.clone();
+        nan[start(name) + at..][..2].copy_from_slice(&[0xFF, 0x7F]);
+        assert_error_says(load(&nan, &large(), "blk.3"), &[name, "finite"]);
+    }
     let zero = gguf_file::Value::U32(0);
     let mut file = Cursor::new(Vec::new());
     gguf_file::write(&mut file, &[("general.alignment", &zero)], &[])?;

@@ -69,8 +69,11 @@ fn named_format(name: &str) -> Result<Format> {
     match name {
         "q8_0" => Ok(Format::Q8_0),
         "q4_0" => Ok(Format::Q4_0),
+        "q5_0" => Ok(Format::Q5_0),
         "q4_k" => Ok(Format::Q4K),
+        "q5_k" => Ok(Format::Q5K),
+        "q6_k" => Ok(Format::Q6K),
         "nf4" => Ok(Format::Nf4),
-        _ => candle_core::bail!("expected q8_0, q4_0, q4_k or nf4, got {name}"),
+        _ => candle_core::bail!("expected q8_0, q4_0, q5_0, q4_k, q5_k, q6_k or nf4, got {name}"),
     }
 }

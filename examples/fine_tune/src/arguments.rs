@@ -67,6 +67,8 @@ pub enum FormatName {
     Q8_0,
     #[value(name = "q4_0")]
     Q4_0,
+    #[value(name = "q5_0")]
+    Q5_0,
     Nf4,
 }
 
@@ -75,6 +77,7 @@ impl From<FormatName> for Format {
         match name {
             FormatName::Q8_0 => Format::Q8_0,
             FormatName::Q4_0 => Format::Q4_0,
+            FormatName::Q5_0 => Format::Q5_0,
             FormatName::Nf4 => Format::Nf4,
         }
     }

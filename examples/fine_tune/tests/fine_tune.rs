@@ -80,7 +80,7 @@ fn losses_are_those_of_peft() {
 #[test]
 fn quantised_encoder_learns() {
     let Some(model) = model() else { return };
-    for format in ["q8_0", "q4_0", "nf4"] {
+    for format in ["q8_0", "q4_0", "q5_0", "nf4"] {
         let flags = ["--model", &model, "--data", REVIEWS, "--quantise", format, "--seeds", "0"];
         let result =
             program::json(&fine_tune(&[&flags[..], &["--steps", "12", "--dropout", "0.1", "--json"]].concat()));

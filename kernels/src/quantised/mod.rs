@@ -27,7 +27,7 @@ use crate::alloc::{product, reserve};
 use crate::dtype::Number;
 use crate::error::Error;
 use crate::matrix::{MatrixMut, Shared};
-use crate::quantised::format::{Block, GROUP, Q4_0, Q4K, Q8_0};
+use crate::quantised::format::{Block, GROUP, Q4_0, Q4K, Q5_0, Q5K, Q6K, Q8_0};
 use crate::schedule::run_tasks;
 use crate::simd::{SimdFloat, instruction_set};
 
@@ -226,7 +226,10 @@ impl<E: Number> WithSimd for Decode<'_, E> {
         match self.matrix.format {
             Format::Q8_0 => self.rows::<34, Q8_0>(),
             Format::Q4_0 => self.rows::<18, Q4_0>(),
+            Format::Q5_0 => self.rows::<22, Q5_0>(),
             Format::Q4K => self.rows::<144, Q4K>(),
+            Format::Q5K => self.rows::<176, Q5K>(),
+            Format::Q6K => self.rows::<210, Q6K>(),
             Format::Nf4 => self.rows::<{ nf4::BYTES }, nf4::Nf4>(),
         }
     }

@@ -5,7 +5,17 @@ use half::{bf16, f16};
 use super::*;
 use crate::simd::with_every_simd;
 
-pub(crate) const FORMATS: [Format; 4] = [Format::Q8_0, Format::Q4_0, Format::Q4K, Format::Nf4];
+pub(crate) const FORMATS: [Format; 7] =
+    [Format::Q8_0, Format::Q4_0, Format::Q5_0, Format::Q4K, Format::Q5K, Format::Q6K, Format::Nf4];
+
+/// Where the scales of a block lie, which are in f16 but for NF4.
+fn scales(format: Format) -> &'static [usize] {
+    match format {
+        Format::Q4K | Format::Q5K => &[0, 2],
+        Format::Q6K => &[208],
+        _ => &[0],
+    }
+}
 
 /// Blocks of any codes, with scales of both signs and of many sizes.
 pub(crate) fn blocks(format: Format, seed: u32, [rows, columns]: [usize; 2]) -> Vec<u8> {
@@ -19,12 +29,11 @@ pub(crate) fn blocks(format: Format, seed: u32, [rows, columns]: [usize; 2]) -> 
     for block in bytes.chunks_exact_mut(format.block_bytes()) {
         // 2^-7 to 2^-3.
         let mut scale = || (1.0 + f32::from(next()) / 65536.0) * [0.01, -0.02, 0.04, 0.06][usize::from(next() % 4)];
-        match format {
-            Format::Nf4 => block[..4].copy_from_slice(&scale().to_le_bytes()),
-            _ => block[..2].copy_from_slice(&f16::from_f32(scale()).to_le_bytes()),
-        }
-        if format == Format::Q4K {
-            block[2..4].copy_from_slice(&f16::from_f32(scale()).to_le_bytes());
+        for &at in scales(format) {
+            match format {
+                Format::Nf4 => block[at..at + 4].copy_from_slice(&scale().to_le_bytes()),
+                _ => block[at..at + 2].copy_from_slice(&f16::from_f32(scale()).to_le_bytes()),
+            }
         }
     }
     bytes
@@ -48,7 +57,11 @@ fn number(format: Format, block: &[u8], i: usize) -> f32 {
     match format {
         Format::Q8_0 => half(block, 0) * f32::from(block[2 + i] as i8),
         Format::Q4_0 => half(block, 0) * (f32::from(nibble(&block[2..], i)) - 8.0),
-        Format::Q4K => {
+        Format::Q5_0 => {
+            let high = block[2 + i / 8] >> (i % 8) & 1;
+            half(block, 0) * (f32::from(nibble(&block[6..], i) + 16 * high) - 16.0)
+        }
+        Format::Q4K | Format::Q5K => {
             // As bits of one number, least significant first: 6 bits of each of the first four scales and mins, then 2 bits more.
             let part = |byte: usize, from: usize, bits: usize| usize::from(block[4 + byte]) >> from & ((1 << bits) - 1);
             let (scale, min) = match i / 32 {
@@ -57,8 +70,16 @@ fn number(format: Format, block: &[u8], i: usize) -> f32 {
                     (part(group + 4, 0, 4) + 16 * part(group - 4, 6, 2), part(group + 4, 4, 4) + 16 * part(group, 6, 2))
                 }
             };
-            let code = nibble(&block[16 + i / 64 * 32..][..32], i % 64);
+            let code = match format {
+                Format::Q4K => nibble(&block[16 + i / 64 * 32..][..32], i % 64),
+                _ => nibble(&block[48 + i / 64 * 32..][..32], i % 64) + 16 * (block[16 + i % 32] >> (i / 32) & 1),
+            };
             half(block, 0) * scale as f32 * f32::from(code) - half(block, 2) * min as f32
+        }
+        Format::Q6K => {
+            let high = block[128 + i / 128 * 32 + i % 32] >> (2 * (i / 32 % 4)) & 3;
+            let code = nibble(&block[i / 128 * 64..][..64], i % 128) + 16 * high;
+            half(block, 208) * f32::from(block[192 + i / 16] as i8) * (f32::from(code) - 32.0)
         }
         Format::Nf4 => {
             let byte = block[4 + i / 2];
@@ -99,15 +120,15 @@ fn every_format_decodes_to_its_definition_in_every_type() {
 /// All bytes and all factors: every code in every place, and scales of all exponents.
 #[test]
 fn all_scales_of_f16_decode_to_the_definition() {
-    for format in [Format::Q8_0, Format::Q4_0, Format::Q4K] {
-        let scales = (0..u16::MAX).step_by(if cfg!(miri) { 997 } else { 7 }).filter(|x| f16::from_bits(*x).is_finite());
+    for format in FORMATS.into_iter().filter(|format| *format != Format::Nf4) {
+        let all_scales =
+            (0..u16::MAX).step_by(if cfg!(miri) { 997 } else { 7 }).filter(|x| f16::from_bits(*x).is_finite());
         let mut bytes = Vec::new();
-        for scale in scales {
+        for scale in all_scales {
             let first = bytes.len();
             bytes.extend((0..format.block_bytes()).map(|i| (usize::from(scale) / 7 * 31 + i * 97) as u8));
-            bytes[first..first + 2].copy_from_slice(&scale.to_le_bytes());
-            if format == Format::Q4K {
-                bytes[first + 2..first + 4].copy_from_slice(&f16::from_f32(0.25).to_le_bytes());
+            for (&at, scale) in scales(format).iter().zip([scale, f16::from_f32(0.25).to_bits()]) {
+                bytes[first + at..][..2].copy_from_slice(&scale.to_le_bytes());
             }
         }
         let dims = [1, bytes.len() / format.block_bytes() * format.block_len()];
@@ -165,9 +186,8 @@ fn scale_that_is_not_finite_is_found_in_any_block() {
         let bytes = blocks(format, 4, dims);
         let is_finite = |bytes: &[u8]| QuantisedMatrix::new("weight", format, bytes, dims).unwrap().scales_are_finite();
         assert!(is_finite(&bytes));
-        let scales: &[usize] = if format == Format::Q4K { &[0, 2] } else { &[0] };
         for first in (0..bytes.len()).step_by(format.block_bytes()) {
-            for at in scales.iter().map(|scale| first + scale) {
+            for at in scales(format).iter().map(|scale| first + scale) {
                 for (half, single) in [(f16::NAN, f32::NAN), (f16::INFINITY, f32::NEG_INFINITY)] {
                     let mut bytes = bytes.clone();
                     match format {
