@@ -37,6 +37,7 @@
 //! | 7 | `train/adamw/moments`, `train/adamw/config` | what AdamW keeps of each parameter; its settings |
 //! | 7 | `train/gradients` | the gradients of named parameters, checked |
 //! | 6 | `train/in_place`, `train/schedule` | writes to several tensors at once; the learning rate of each step |
+//! | 6 | `train/backward` | the backward pass of a loss |
 //! | 11 | `layer` | the layers, with their configs, options and caches |
 //! | 10 | `layer/self_attention`, `layer/cross_attention` | the two layers |
 //! | 10 | `block/layouts` | how other programs name and arrange the parameters of whole blocks |
@@ -111,7 +112,7 @@
 //! | 3 | `rotary` | rotary position embedding |
 //! | 2 | `simplified` | attention without trainable weights |
 //! | 1 | `check` | checks that several files share |
-//! | 2 | `gradient` | gradients as candle adds them fastest |
+//! | 2 | `gradient` | gradients on their way from operations to candle, or past it |
 //! | 1 | `memory` | memory, asked for before candle allocates it |
 //! | 1 | `unique_map` | JSON objects in which no name stands twice |
 //! | 0 | `empty` | tensors without entries: gradients through them, and views that candle can't read |

@@ -25,7 +25,7 @@ use attention_examples::device::DeviceName;
 use attention_examples::exit;
 use attention_examples::parameters::initialise;
 use candle_attention::block::{CrossEntropyOptions, cross_entropy};
-use candle_attention::train::{AdamW, AdamWConfig, named_variables};
+use candle_attention::train::{AdamW, AdamWConfig, backward, named_variables};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use clap::Parser;
@@ -130,7 +130,7 @@ fn train(model: &Transformer, varmap: &VarMap, data: &mut Data, flags: &Flags, d
     let progress = ProgressBar::new(flags.steps as u64).with_style(style);
     for _ in 0..flags.steps {
         let loss = loss(model, &data.batch(device)?)?;
-        optimizer.step(&loss.backward()?)?;
+        optimizer.step(&backward(&loss)?)?;
         progress.set_message(format!("loss {:.4}", finite(&loss)?));
         progress.inc(1);
     }

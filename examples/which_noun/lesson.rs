@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use attention_examples::random::Seeded;
 use candle_attention::block::{CrossEntropyOptions, cross_entropy};
-use candle_attention::train::{AdamW, AdamWConfig};
+use candle_attention::train::{AdamW, AdamWConfig, backward};
 use candle_core::{D, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -40,7 +40,7 @@ pub fn teach(model: &Model, reader: &Reader, sentences: &[Sentence], steps: usiz
         let labels = lesson.iter().map(|sentence| sentence.label).collect::<Vec<_>>();
         let labels = Tensor::new(labels, &reader.device)?;
         let loss = cross_entropy(&model.forward(&reader.read(&lesson)?)?, &labels, &CrossEntropyOptions::default())?;
-        optimizer.step(&loss.backward()?)?;
+        optimizer.step(&backward(&loss)?)?;
         let loss = loss.to_scalar::<f32>()?;
         ensure!(loss.is_finite(), "the loss is {loss}");
         bar.set_message(format!("loss {loss:.4}"));

@@ -11,7 +11,7 @@ use candle_core::{
 use half::{bf16, f16};
 
 use crate::error::AttentionError;
-use crate::gradient::to_be_added;
+use crate::gradient::{Depth, give, give_incoming};
 use crate::memory;
 
 /// A type of number that both candle and the kernels know.
@@ -106,7 +106,10 @@ pub(crate) trait Function<const N: usize>: Send + Sync + 'static {
 }
 
 /// The function as an operation of candle.
-pub(crate) struct Op<F>(F);
+pub(crate) struct Op<F> {
+    function: F,
+    depth: Depth,
+}
 
 /// An operation on `N` tensors.
 pub(crate) trait Arity<const N: usize> {
@@ -119,7 +122,7 @@ pub(crate) fn apply<const N: usize, F: Function<N>>(function: F, inputs: [&Tenso
 where
     Op<F>: Arity<N>,
 {
-    Op(function).apply(inputs)
+    Op { function, depth: Depth::now() }.apply(inputs)
 }
 
 fn contiguous(x: &Tensor) -> Result<Tensor> {
@@ -137,7 +140,7 @@ impl<F> Op<F> {
             for (input, (storage, layout)) in inputs.iter_mut().zip(storages.iter().zip(layouts)) {
                 *input = slice(storage, layout)?;
             }
-            Ok((E::to_cpu_storage_owned(self.0.forward(inputs, dims)?), self.0.shape(dims)))
+            Ok((E::to_cpu_storage_owned(self.function.forward(inputs, dims)?), self.function.shape(dims)))
         })
     }
 
@@ -153,14 +156,14 @@ impl<F> Op<F> {
             for (input, (storage, layout)) in inputs.iter_mut().zip(&guards) {
                 *input = numbers(storage, layout)?;
             }
-            let gradients = self.0.backward::<E>(inputs, dims, numbers(&grad_guard.0, grad_guard.1)?, wanted)?;
+            let gradients = self.function.backward::<E>(inputs, dims, numbers(&grad_guard.0, grad_guard.1)?, wanted)?;
             let mut results = [const { None }; N];
             for (((result, gradient), arg), wanted) in results.iter_mut().zip(gradients).zip(args).zip(wanted) {
                 *result = match gradient.filter(|_| wanted) {
                     Some(Gradient::Numbers(numbers)) => {
-                        Some(to_be_added(Tensor::from_vec(numbers, arg.shape(), arg.device())?)?)
+                        give(arg, Tensor::from_vec(numbers, arg.shape(), arg.device())?, self.depth)?
                     }
-                    Some(Gradient::Incoming) => Some(to_be_added(grad.clone())?),
+                    Some(Gradient::Incoming) => give_incoming(arg, &grad, self.depth)?,
                     None => None,
                 };
             }

@@ -14,7 +14,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Resul
 
 use crate::block::op::{Dtype, slice, with_dtype};
 use crate::block::operand::{LayerGradients, Reading, tensor};
-use crate::gradient::to_be_added;
+use crate::gradient::{Depth, give};
 use crate::memory;
 
 /// Gradients on their way from an operation to its parameters, by the thread of the backward pass: several threads may go through
@@ -28,11 +28,11 @@ impl Gradients {
         self.lock().insert(thread::current().id(), gradients);
     }
 
-    fn take(&self, parameter: usize) -> Result<Tensor> {
-        let gradient = self.lock().get_mut(&thread::current().id()).and_then(|all| all.get_mut(parameter)?.take());
+    fn take(&self, number: usize, parameter: &Tensor, depth: Depth) -> Result<Option<Tensor>> {
+        let gradient = self.lock().get_mut(&thread::current().id()).and_then(|all| all.get_mut(number)?.take());
         match gradient {
-            Some(gradient) => to_be_added(gradient),
-            None => bail!("relay: expected a gradient of parameter {parameter}, got none"),
+            Some(gradient) => give(parameter, gradient, depth),
+            None => bail!("relay: expected a gradient of parameter {number}, got none"),
         }
     }
 
@@ -48,7 +48,7 @@ fn relay(parameters: &[Tensor]) -> Result<(Tensor, Gradients)> {
     let mut relay = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
     let wanted: Vec<_> = parameters.iter().enumerate().filter(|(_, parameter)| parameter.track_op()).collect();
     for pair in wanted.chunks(2) {
-        let link = |numbers| Link { numbers, gradients: gradients.clone() };
+        let link = |numbers| Link { numbers, gradients: gradients.clone(), depth: Depth::now() };
         relay = match *pair {
             [(i, a), (j, b)] => a.apply_op3(b, &relay, link([i, j]))?,
             [(i, a)] => a.apply_op2(&relay, link([i, i]))?,
@@ -74,12 +74,13 @@ pub(crate) trait Layer: Send + Sync + 'static {
 pub(crate) fn apply<L: Layer>(layer: L, x: &Tensor, parameters: &[Tensor]) -> Result<Tensor> {
     let x = memory::contiguous("input of a layer", x)?;
     let (relay, gradients) = relay(parameters)?;
-    x.apply_op2(&relay, Relayed { layer, gradients })
+    x.apply_op2(&relay, Relayed { layer, gradients, depth: Depth::now() })
 }
 
 struct Relayed<L> {
     layer: L,
     gradients: Gradients,
+    depth: Depth,
 }
 
 impl<L: Layer> CustomOp2 for Relayed<L> {
@@ -104,7 +105,8 @@ impl<L: Layer> CustomOp2 for Relayed<L> {
             self.gradients.leave(gradients);
             of_x.filter(|_| wants_x).map(|of_x| tensor(of_x, x.shape())).transpose()
         })?;
-        Ok((of_x.map(to_be_added).transpose()?, of_relay(relay)?))
+        let of_x = of_x.map(|of_x| give(x, of_x, self.depth)).transpose()?.flatten();
+        Ok((of_x, of_relay(relay)?))
     }
 }
 
@@ -113,6 +115,7 @@ struct Link {
     /// The numbers of its parameters.
     numbers: [usize; 2],
     gradients: Gradients,
+    depth: Depth,
 }
 
 const NAME: &str = "relay";
@@ -135,8 +138,8 @@ impl CustomOp2 for Link {
         one_number()
     }
 
-    fn bwd(&self, _: &Tensor, before: &Tensor, _: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(self.gradients.take(self.numbers[0])?), of_relay(before)?))
+    fn bwd(&self, a: &Tensor, before: &Tensor, _: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((self.gradients.take(self.numbers[0], a, self.depth)?, of_relay(before)?))
     }
 }
 
@@ -159,14 +162,16 @@ impl CustomOp3 for Link {
 
     fn bwd(
         &self,
-        _: &Tensor,
-        _: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
         before: &Tensor,
         _: &Tensor,
         _: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [first, second] = self.numbers;
-        Ok((Some(self.gradients.take(first)?), Some(self.gradients.take(second)?), of_relay(before)?))
+        let [a, b] =
+            [(first, a), (second, b)].map(|(number, parameter)| self.gradients.take(number, parameter, self.depth));
+        Ok((a?, b?, of_relay(before)?))
     }
 }
 

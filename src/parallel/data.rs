@@ -10,6 +10,7 @@ use super::communicator::{Communicator, Pending, first_difference};
 use super::share::share;
 use crate::check::{check_dtype, check_number, compute_dtype};
 use crate::error::{AttentionError, Result};
+use crate::gradient::collecting_backward;
 use crate::memory;
 use crate::train::gradients::{error, of};
 
@@ -287,7 +288,7 @@ impl Averaging<'_> {
 /// ```
 pub fn backward_from(output: &Tensor, gradient: &Tensor) -> Result<GradStore> {
     memory::ask_for("output times its gradient", 2, output, output.dtype())?;
-    Ok((output * gradient.detach())?.sum_all()?.backward()?)
+    Ok(collecting_backward(&(output * gradient.detach())?.sum_all()?)?)
 }
 
 fn weighted(gradient: &Tensor, weight: f64) -> candle_core::Result<Tensor> {

@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use crate::check::compute_dtype;
 use crate::empty::connected;
 use crate::error::AttentionError;
-use crate::gradient::to_be_added;
+use crate::gradient::{Depth, give};
 use crate::mask::Mask;
 use crate::memory;
 use crate::parallel::context::{self, Call, ContextParallel};
@@ -57,6 +57,7 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
         parallel: options.parallel.clone(),
         heads: checked.heads,
         logsumexp: Arc::default(),
+        depth: Depth::now(),
     };
     let logsumexp = op.logsumexp.clone();
     let result = match trained_bias {
@@ -235,6 +236,7 @@ struct FusedAttention {
     /// The numbers of the heads that dropout counts.
     heads: Option<HeadNumbers>,
     logsumexp: Arc<OnceLock<LogSumExp>>,
+    depth: Depth,
 }
 
 /// The three inputs of the operation.
@@ -346,18 +348,19 @@ impl FusedAttention {
                 kernels::Incoming { context: context("gradient of the context", grad)?, logsumexp: grad_logsumexp };
             Ok(call.backward(self.parallel.as_ref(), saved, incoming, self.packed.is_some())?)
         })?;
-        let q = args[0];
-        let grad_q = to_be_added(Tensor::from_vec(grads.q, q.shape(), q.device())?)?;
+        let given = |argument: &Tensor, numbers: Vec<E>| {
+            give(argument, Tensor::from_vec(numbers, argument.shape(), argument.device())?, self.depth)
+        };
+        let [q, k, v] = args;
         if self.packed.is_none() {
-            let grad_k = to_be_added(Tensor::from_vec(grads.k, args[1].shape(), q.device())?)?;
-            let grad_v = to_be_added(Tensor::from_vec(grads.v, args[2].shape(), q.device())?)?;
-            return Ok([Some(grad_q), Some(grad_k), Some(grad_v)]);
+            return Ok([given(q, grads.q)?, given(k, grads.k)?, given(v, grads.v)?]);
         }
         let mut kv = grads.k;
         memory::append("gradients of key and value", &mut kv, grads.v.into_iter())?;
-        let grad_kv = to_be_added(Tensor::from_vec(kv, args[1].shape(), q.device())?)?;
-        let grad_bias = grads.bias.map(|bias| Tensor::from_vec(bias, args[2].shape(), q.device())).transpose()?;
-        Ok([Some(grad_q), Some(grad_kv), grad_bias])
+        let bias = v;
+        let of_bias = grads.bias.map(|numbers| Tensor::from_vec(numbers, bias.shape(), bias.device())).transpose()?;
+        let of_bias = of_bias.map(|gradient| give(bias, gradient, self.depth)).transpose()?.flatten();
+        Ok([given(q, grads.q)?, given(k, kv)?, of_bias])
     }
 }
 

@@ -1,7 +1,7 @@
-//! Training: AdamW whose state can be saved, clipping of gradients, learning rates, gradients of several batches, and half types.
+//! Training: the backward pass, AdamW whose state can be saved, clipping of gradients, learning rates, gradients of several batches, and half types.
 //!
 //! ```
-//! use candle_attention::train::{AdamW, AdamWConfig, Schedule, clip_grad_norm, named_variables};
+//! use candle_attention::train::{AdamW, AdamWConfig, Schedule, backward, clip_grad_norm, named_variables};
 //! use candle_core::{DType, Device, Tensor};
 //! use candle_nn::{VarBuilder, VarMap};
 //!
@@ -16,7 +16,7 @@
 //! let (x, y) = (Tensor::new(&[[1f32, 0.0], [0.0, 1.0]], &Device::Cpu)?, Tensor::new(&[[2f32], [-1.0]], &Device::Cpu)?);
 //! for step in 0..200 {
 //!     let loss = (x.matmul(&weight.t()?)? - &y)?.sqr()?.mean_all()?;
-//!     let mut gradients = loss.backward()?;
+//!     let mut gradients = backward(&loss)?;
 //!     clip_grad_norm(&mut gradients, &parameters, 1.0)?;
 //!     optimizer.set_learning_rate(schedule.learning_rate(step))?;
 //!     optimizer.step(&gradients)?;
@@ -32,6 +32,7 @@
 
 mod accumulation;
 mod adamw;
+mod backward;
 mod clipping;
 mod grad_scaler;
 pub(crate) mod gradients;
@@ -41,6 +42,7 @@ mod schedule;
 pub use accumulation::GradientAccumulator;
 pub use adamw::{AdamW, AdamWConfig, MissingGradients};
 pub use attention_kernels::keep_freed_memory;
+pub use backward::backward;
 pub use clipping::clip_grad_norm;
 pub use grad_scaler::{GradScaler, GradScalerConfig};
 pub use gradients::named_variables;

@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use candle_attention::train::backward;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
 /// A small seeded generator (SplitMix64: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
@@ -142,8 +143,12 @@ pub fn numeric_gradient(var: &Var, loss: impl Fn() -> Result<Tensor>) -> Result<
 /// |a - b| / (1 + |b|).
 #[track_caller]
 pub fn check_gradients(vars: &[(&str, &Var)], loss: impl Fn() -> Result<Tensor>, tolerance: f64, what: &str) {
-    let by_graph = gradients(&loss().unwrap(), &vars.iter().map(|(_, var)| *var).collect::<Vec<_>>()).unwrap();
+    let at_vars = loss().unwrap();
+    let by_graph = gradients(&at_vars, &vars.iter().map(|(_, var)| *var).collect::<Vec<_>>()).unwrap();
+    let collected = backward(&at_vars).unwrap();
     for ((name, var), gradient) in vars.iter().zip(by_graph) {
+        let collected = collected.get(var).expect("a gradient for every variable");
+        assert_close(collected, &gradient, 1e-13, &format!("{what}: collected gradient of {name}"));
         let expected = numeric_gradient(var, &loss).unwrap();
         assert_close(&gradient, &expected, tolerance, &format!("{what}: gradient of {name}"));
     }

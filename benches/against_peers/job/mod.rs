@@ -9,7 +9,9 @@ mod optimizer;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use candle_attention::train::backward;
 use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
@@ -28,6 +30,16 @@ pub enum Contender {
     Candle,
     /// candle's fused attention, which has no gradient.
     CandleFlash,
+}
+
+impl Contender {
+    /// The backward pass of a contender: this crate has its own.
+    fn backward(self, output: &Tensor) -> Result<GradStore> {
+        match self {
+            Self::Ours | Self::OursFused => Ok(backward(output)?),
+            Self::Candle | Self::CandleFlash => output.backward(),
+        }
+    }
 }
 
 /// What a job computes from the tensors in its file.
@@ -161,7 +173,7 @@ impl Job {
     pub fn run(&self, contender: Contender) -> Result<()> {
         match &self.work {
             Work::Output { forward, trained, .. } if trained.is_empty() => forward(contender).map(drop),
-            Work::Output { forward, .. } => forward(contender)?.backward().map(drop),
+            Work::Output { forward, .. } => contender.backward(&forward(contender)?).map(drop),
             Work::Steps(steps) => steps.step(contender),
         }
     }
@@ -176,7 +188,7 @@ impl Job {
         let mut all = Vec::new();
         if !trained.is_empty() {
             let Some(grad) = grad_output else { candle_core::bail!("expected a tensor `grad_output`") };
-            let grads = output.apply_op1(GradOutput(grad.clone()))?.backward()?;
+            let grads = contender.backward(&output.apply_op1(GradOutput(grad.clone()))?)?;
             for (name, var) in trained {
                 let grad = grads.get(var).ok_or_else(|| candle_core::Error::msg(format!("no gradient of `{name}`")))?;
                 all.push((format!("grad_{name}"), grad.clone()));

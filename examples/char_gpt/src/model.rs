@@ -10,6 +10,7 @@ use candle_attention::block::{
 };
 use candle_attention::parallel::backward_from;
 use candle_attention::rotary::RotaryConfig;
+use candle_attention::train::backward;
 use candle_attention::{AttentionError, ForwardOptions, KvCache, Result, SelfAttentionConfig};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
@@ -101,7 +102,7 @@ pub struct Segments {
 impl Segments {
     /// `take` gets the gradients of the head and of each block, from the last to the first, before those of the blocks below are computed.
     pub fn backward(self, take: &mut impl FnMut(&GradStore) -> Result<()>) -> Result<()> {
-        let mut gradients = self.loss.backward()?;
+        let mut gradients = backward(&self.loss)?;
         take(&gradients)?;
         for (layer, (output, copy)) in self.blocks.into_iter().enumerate().rev() {
             let missing = || AttentionError::Gradient {

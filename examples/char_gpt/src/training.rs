@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use candle_attention::parallel::DataParallel;
-use candle_attention::train::Schedule;
+use candle_attention::train::{Schedule, backward};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -96,7 +96,7 @@ fn take_step(state: &mut State, corpus: &Corpus, device: &Device, data_parallel:
     let (gradients, value) = match data_parallel {
         None => {
             let loss = state.model.loss(&batch, Some(place))?;
-            (loss.backward()?, value_of(&loss)?)
+            (backward(&loss)?, value_of(&loss)?)
         }
         Some(ranks) => {
             let segments = state.model.loss_in_segments(&batch, place)?;

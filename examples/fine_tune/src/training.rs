@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use attention_examples::random::Random;
 use candle_attention::block::{CrossEntropyOptions, cross_entropy};
-use candle_attention::train::{AdamW, AdamWConfig, Schedule};
+use candle_attention::train::{AdamW, AdamWConfig, Schedule, backward};
 use candle_core::{D, DType, Device, Tensor, Var};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -104,7 +104,7 @@ impl Steps {
         let value = loss.to_scalar::<f32>()?;
         ensure!(value.is_finite(), "the loss of step {step} is {value}: try a smaller --lr");
         self.optimizer.set_learning_rate(self.schedule.learning_rate(step))?;
-        self.optimizer.step(&loss.backward()?)?;
+        self.optimizer.step(&backward(&loss)?)?;
         Ok(value)
     }
 }
