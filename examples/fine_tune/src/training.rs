@@ -104,7 +104,7 @@ impl Steps {
         let value = loss.to_scalar::<f32>()?;
         ensure!(value.is_finite(), "the loss of step {step} is {value}: try a smaller --lr");
         self.optimizer.set_learning_rate(self.schedule.learning_rate(step))?;
-        self.optimizer.step(&backward(&loss)?)?;
+        self.optimizer.step(&backward(loss)?)?;
         Ok(value)
     }
 }
