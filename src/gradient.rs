@@ -5,7 +5,7 @@
 //! depends on it. A *collecting* pass keeps such gradients here, and hands candle none.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, D, DType, Device, Result, Storage, Tensor, TensorId};
@@ -13,12 +13,22 @@ use half::bf16;
 
 use crate::memory;
 
-/// Variables, each with its gradient so far.
-type Collected = HashMap<TensorId, Tensor>;
+/// Fewer numbers than this are added in no time, however that is done.
+const FEW: usize = 1 << 10;
+
+/// A collecting pass.
+#[derive(Default)]
+struct Pass {
+    /// The nodes of its graph. An operation may run a backward pass of its own inside this one, through another graph and by candle.
+    /// The result of that pass must have all gradients, so none of them is collected here.
+    nodes: HashSet<TensorId>,
+    /// The gradients of variables so far.
+    gradients: HashMap<TensorId, Tensor>,
+}
 
 thread_local! {
-    /// What the collecting passes of this thread have collected; the innermost pass is the last.
-    static PASSES: RefCell<Vec<Collected>> = const { RefCell::new(Vec::new()) };
+    /// The passes that run on this thread; the innermost one is the last.
+    static PASSES: RefCell<Vec<Pass>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The gradients of everything that `root` depends on, as candle gives them.
@@ -26,11 +36,11 @@ thread_local! {
 /// A gradient that several operations contribute to is the sum of those of this crate's operations, in the order of the pass, and then
 /// of candle's sum of all others.
 pub(crate) fn collecting_backward(root: &Tensor) -> Result<GradStore> {
-    let pass = Pass::start();
+    let running = Running::start(root);
     let mut gradients = root.backward()?;
-    for (id, gradient) in pass.collected() {
+    for (id, gradient) in running.collected() {
         let sum = match gradients.get_id(id) {
-            Some(of_candle) => gradient.add(of_candle)?.detach(),
+            Some(of_candle) => sum(of_candle, gradient)?,
             None => gradient,
         };
         gradients.insert_id(id, sum);
@@ -38,64 +48,61 @@ pub(crate) fn collecting_backward(root: &Tensor) -> Result<GradStore> {
     Ok(gradients)
 }
 
-/// A collecting pass. It ends when this is dropped, after an error or a panic too.
-struct Pass;
+/// The innermost pass. It ends when this is dropped, after an error or a panic too.
+struct Running;
 
-impl Pass {
-    fn start() -> Self {
-        PASSES.with_borrow_mut(|passes| passes.push(Collected::new()));
+impl Running {
+    fn start(root: &Tensor) -> Self {
+        let nodes = root.sorted_nodes().into_iter().map(Tensor::id).collect();
+        PASSES.with_borrow_mut(|passes| passes.push(Pass { nodes, ..Pass::default() }));
         Self
     }
 
-    fn collected(self) -> Collected {
-        PASSES.with_borrow_mut(|passes| passes.last_mut().map(std::mem::take)).unwrap_or_default()
+    fn collected(self) -> HashMap<TensorId, Tensor> {
+        PASSES
+            .with_borrow_mut(|passes| passes.last_mut().map(|pass| std::mem::take(&mut pass.gradients)))
+            .unwrap_or_default()
     }
 }
 
-impl Drop for Pass {
+impl Drop for Running {
     fn drop(&mut self) {
         PASSES.with_borrow_mut(Vec::pop);
     }
 }
 
-/// How many collecting passes ran on this thread when an operation was applied.
-///
-/// An operation's gradient may compute a part of the model again, with a backward pass of its own. If candle runs that pass, candle's
-/// result must have all gradients, so what is applied during a pass is collected only by a pass inside it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Depth(usize);
-
-impl Depth {
-    pub(crate) fn now() -> Self {
-        Self(PASSES.with_borrow(Vec::len))
-    }
+fn sum(sum: &Tensor, gradient: Tensor) -> Result<Tensor> {
+    memory::ask_for("sum of gradients", 1, sum, sum.dtype())?;
+    Ok(sum.add(&to_be_added(gradient)?)?.detach())
 }
 
-/// Hands over the gradient of an argument of an operation that was applied at `depth`: to the pass that collects it, and otherwise
-/// to candle, by the result.
-pub(crate) fn give(argument: &Tensor, gradient: Tensor, depth: Depth) -> Result<Option<Tensor>> {
-    if !argument.is_variable() || Depth::now().0 <= depth.0 {
+/// Whether a pass collects the gradient of an operation's argument.
+fn is_collected(argument: &Tensor, result: &Tensor) -> bool {
+    let is_node = |pass: &Pass| pass.nodes.contains(&result.id());
+    argument.is_variable() && PASSES.with_borrow(|passes| passes.last().is_some_and(is_node))
+}
+
+/// Hands over the gradient of an argument of the operation that made `result`: to the pass that collects it, and otherwise to candle, by
+/// this function's result. The gradient shares no memory with another tensor, and is contiguous.
+pub(crate) fn give(argument: &Tensor, result: &Tensor, gradient: Tensor) -> Result<Option<Tensor>> {
+    if !is_collected(argument, result) {
         return to_be_added(gradient).map(Some);
     }
-    let gradient = gradient.detach();
-    PASSES.with_borrow_mut(|passes| {
-        let Some(collected) = passes.last_mut() else { return Ok(Some(gradient)) };
-        let sum = match collected.get(&argument.id()) {
-            Some(sum) => sum.add(&gradient)?.detach(),
-            None => gradient,
-        };
-        collected.insert(argument.id(), sum);
-        Ok(None)
-    })
+    let gradient = match PASSES.with_borrow_mut(|passes| passes.last_mut()?.gradients.remove(&argument.id())) {
+        Some(before) => sum(&before, gradient)?,
+        None => gradient.detach(),
+    };
+    PASSES.with_borrow_mut(|passes| passes.last_mut().map(|pass| pass.gradients.insert(argument.id(), gradient)));
+    Ok(None)
 }
 
-/// Fewer numbers than this are added in no time, however that is done.
-const FEW: usize = 1 << 10;
-
-/// As [`give`], for an argument whose gradient is that of the result. A variable gets a copy, so that no two of them share memory.
-pub(crate) fn give_incoming(argument: &Tensor, gradient: &Tensor, depth: Depth) -> Result<Option<Tensor>> {
-    let gradient = if argument.is_variable() { gradient.copy()? } else { gradient.clone() };
-    give(argument, gradient, depth)
+/// As [`give`], for an argument whose gradient is that of the result.
+pub(crate) fn give_incoming(argument: &Tensor, result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+    if !is_collected(argument, result) {
+        return to_be_added(gradient.clone()).map(Some);
+    }
+    memory::ask_for("gradient", 1, gradient, gradient.dtype())?;
+    give(argument, result, gradient.copy()?)
 }
 
 /// A gradient that an operation gives to candle, which adds it to a tensor of zeros.

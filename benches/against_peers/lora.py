@@ -127,7 +127,33 @@ class OfQuantised(Memory):
         return {f"{name}_peak_bytes": bytes for name, bytes in peaks.items()} | ratios | {f"{name}_ms": ms for name, ms in times.items()}
 
 
+class OfTraining(Memory):
+    """A training step of adapters, over one of all parameters less the gradients of the weights and biases. The optimiser's moments are in
+    neither."""
+
+    name, backward = "LoRA memory", True
+
+    def __init__(self, *shape, count):
+        self.case = Lora(*shape, False, True, count=count)
+
+    def words(self):
+        return super().words() | {"lora"}
+
+    def measure(self, bench, path):
+        from safetensors.torch import save_file
+
+        every = Blocks(*self.case.shape, False, True, count=self.case.count)
+        held = peak(bench, path, self.case, "ours")
+        inputs = every.inputs()
+        save_file(inputs, path)
+        gradients = sum(4 * x.numel() for name, x in inputs.items() if name.startswith("blocks."))
+        of_every = peak(bench, path, every, "ours") - gradients
+        return {"peak_bytes": held, "every_peak_bytes": of_every, "memory_ratio": held / of_every}
+
+
 def cases():
     for dtype in ("f32", "bf16"):
         yield from (Lora(*shape, False, True, dtype=dtype) for shape in LAYERS)
+    yield OfTraining(1, 64, 768, 12, count=12)
+    yield OfTraining(*LAYERS[1], count=2)
     yield from (OfQuantised(format) for format in ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_0", "nf4"))

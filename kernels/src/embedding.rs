@@ -17,7 +17,7 @@ use crate::simd::{SimdFloat, instruction_set, prefetch};
 const TASK: usize = 32 * 1024;
 /// Columns of a task. A token that stands everywhere has one row, and tasks for its parts.
 const COLUMNS: usize = 256;
-/// How many rows ahead memory is asked for. The rows lie anywhere in the table, so the processor can't foresee them: 2,048 rows of 4 KB
+/// Rows ahead that are prefetched. They lie anywhere in the table, so the processor can't foresee them: 2,048 rows of 4 KB
 /// take 0.75 of the time (Zen 3).
 const ROWS_AHEAD: usize = 2;
 /// Bytes of a cache line.

@@ -80,6 +80,16 @@ impl Op {
         };
         Ok(Kept { normed, hidden, activated, reduced, down_reduced })
     }
+
+    /// The gradient of what the activation reads. That of its result is large, and goes here.
+    fn gradient_of_hidden<E: Dtype>(&self, rows: usize, hidden: &[E], mut of_activated: Vec<E>) -> Result<Vec<E>> {
+        let FusedMlp { activation, is_gated, hidden_dim, .. } = &self.mlp;
+        if *is_gated {
+            return checked(activation.gated_rows_backward(rows, *hidden_dim, hidden, &of_activated));
+        }
+        checked(activation.backward_in_place(hidden, &mut of_activated))?;
+        Ok(of_activated)
+    }
 }
 
 impl Layer for Op {
@@ -106,16 +116,12 @@ impl Layer for Op {
                 &again
             }
         };
-        let FusedMlp { activation, inner, is_gated, down, embed_dim, hidden_dim, branch } = &self.mlp;
+        let FusedMlp { inner, is_gated, down, embed_dim, hidden_dim, branch, .. } = &self.mlp;
         let of_output = branch.gradient_of_output(grad)?;
         let grads = [Columns::all(&of_output, *embed_dim)];
         let (of_activated, of_down) = down.backward(&kept.activated, &kept.down_reduced, &grads, true)?;
-        let of_activated = of_activated.unwrap_or_default();
         let rows = of_output.len() / embed_dim;
-        let of_hidden = checked(match is_gated {
-            false => activation.backward(&kept.hidden, &of_activated),
-            true => activation.gated_rows_backward(rows, *hidden_dim, &kept.hidden, &of_activated),
-        })?;
+        let of_hidden = self.gradient_of_hidden(rows, &kept.hidden, of_activated.unwrap_or_default())?;
         let parts = 1 + usize::from(*is_gated);
         let grads: Vec<_> = (0..parts).map(|n| Columns::part(&of_hidden, *hidden_dim, parts, n)).collect();
         let wants_input = wants_x || branch.wants_input();

@@ -11,7 +11,7 @@ use candle_core::{
 use half::{bf16, f16};
 
 use crate::error::AttentionError;
-use crate::gradient::{Depth, give, give_incoming};
+use crate::gradient::{give, give_incoming};
 use crate::memory;
 
 /// A type of number that both candle and the kernels know.
@@ -106,10 +106,7 @@ pub(crate) trait Function<const N: usize>: Send + Sync + 'static {
 }
 
 /// The function as an operation of candle.
-pub(crate) struct Op<F> {
-    function: F,
-    depth: Depth,
-}
+pub(crate) struct Op<F>(F);
 
 /// An operation on `N` tensors.
 pub(crate) trait Arity<const N: usize> {
@@ -122,7 +119,7 @@ pub(crate) fn apply<const N: usize, F: Function<N>>(function: F, inputs: [&Tenso
 where
     Op<F>: Arity<N>,
 {
-    Op { function, depth: Depth::now() }.apply(inputs)
+    Op(function).apply(inputs)
 }
 
 fn contiguous(x: &Tensor) -> Result<Tensor> {
@@ -140,11 +137,16 @@ impl<F> Op<F> {
             for (input, (storage, layout)) in inputs.iter_mut().zip(storages.iter().zip(layouts)) {
                 *input = slice(storage, layout)?;
             }
-            Ok((E::to_cpu_storage_owned(self.function.forward(inputs, dims)?), self.function.shape(dims)))
+            Ok((E::to_cpu_storage_owned(self.0.forward(inputs, dims)?), self.0.shape(dims)))
         })
     }
 
-    fn backward<const N: usize>(&self, args: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>
+    fn backward<const N: usize>(
+        &self,
+        args: [&Tensor; N],
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]>
     where
         F: Function<N>,
     {
@@ -156,18 +158,18 @@ impl<F> Op<F> {
             for (input, (storage, layout)) in inputs.iter_mut().zip(&guards) {
                 *input = numbers(storage, layout)?;
             }
-            let gradients = self.function.backward::<E>(inputs, dims, numbers(&grad_guard.0, grad_guard.1)?, wanted)?;
-            let mut results = [const { None }; N];
-            for (((result, gradient), arg), wanted) in results.iter_mut().zip(gradients).zip(args).zip(wanted) {
-                *result = match gradient.filter(|_| wanted) {
+            let gradients = self.0.backward::<E>(inputs, dims, numbers(&grad_guard.0, grad_guard.1)?, wanted)?;
+            let mut given = [const { None }; N];
+            for (((given, gradient), arg), wanted) in given.iter_mut().zip(gradients).zip(args).zip(wanted) {
+                *given = match gradient.filter(|_| wanted) {
                     Some(Gradient::Numbers(numbers)) => {
-                        give(arg, Tensor::from_vec(numbers, arg.shape(), arg.device())?, self.depth)?
+                        give(arg, result, Tensor::from_vec(numbers, arg.shape(), arg.device())?)?
                     }
-                    Some(Gradient::Incoming) => give_incoming(arg, &grad, self.depth)?,
+                    Some(Gradient::Incoming) => give_incoming(arg, result, &grad)?,
                     None => None,
                 };
             }
-            Ok(results)
+            Ok(given)
         })
     }
 }
@@ -199,8 +201,8 @@ impl<F: Function<1>> CustomOp1 for Op<F> {
         self.forward([s1], [l1])
     }
 
-    fn bwd(&self, arg: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let [x] = self.backward([arg], grad)?;
+    fn bwd(&self, arg: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [x] = self.backward([arg], result, grad)?;
         Ok(x)
     }
 }
@@ -214,8 +216,8 @@ impl<F: Function<2>> CustomOp2 for Op<F> {
         self.forward([s1, s2], [l1, l2])
     }
 
-    fn bwd(&self, a: &Tensor, b: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [a, b] = self.backward([a, b], grad)?;
+    fn bwd(&self, a: &Tensor, b: &Tensor, result: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [a, b] = self.backward([a, b], result, grad)?;
         Ok((a, b))
     }
 }
@@ -242,10 +244,10 @@ impl<F: Function<3>> CustomOp3 for Op<F> {
         a: &Tensor,
         b: &Tensor,
         c: &Tensor,
-        _: &Tensor,
+        result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [a, b, c] = self.backward([a, b, c], grad)?;
+        let [a, b, c] = self.backward([a, b, c], result, grad)?;
         Ok((a, b, c))
     }
 }

@@ -14,7 +14,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Resul
 
 use crate::block::op::{Dtype, slice, with_dtype};
 use crate::block::operand::{LayerGradients, Reading, tensor};
-use crate::gradient::{Depth, give};
+use crate::gradient::give;
 use crate::memory;
 
 /// Gradients on their way from an operation to its parameters, by the thread of the backward pass: several threads may go through
@@ -28,10 +28,10 @@ impl Gradients {
         self.lock().insert(thread::current().id(), gradients);
     }
 
-    fn take(&self, number: usize, parameter: &Tensor, depth: Depth) -> Result<Option<Tensor>> {
+    fn take(&self, number: usize, parameter: &Tensor, relay: &Tensor) -> Result<Option<Tensor>> {
         let gradient = self.lock().get_mut(&thread::current().id()).and_then(|all| all.get_mut(number)?.take());
         match gradient {
-            Some(gradient) => give(parameter, gradient, depth),
+            Some(gradient) => give(parameter, relay, gradient),
             None => bail!("relay: expected a gradient of parameter {number}, got none"),
         }
     }
@@ -48,7 +48,7 @@ fn relay(parameters: &[Tensor]) -> Result<(Tensor, Gradients)> {
     let mut relay = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
     let wanted: Vec<_> = parameters.iter().enumerate().filter(|(_, parameter)| parameter.track_op()).collect();
     for pair in wanted.chunks(2) {
-        let link = |numbers| Link { numbers, gradients: gradients.clone(), depth: Depth::now() };
+        let link = |numbers| Link { numbers, gradients: gradients.clone() };
         relay = match *pair {
             [(i, a), (j, b)] => a.apply_op3(b, &relay, link([i, j]))?,
             [(i, a)] => a.apply_op2(&relay, link([i, i]))?,
@@ -74,13 +74,12 @@ pub(crate) trait Layer: Send + Sync + 'static {
 pub(crate) fn apply<L: Layer>(layer: L, x: &Tensor, parameters: &[Tensor]) -> Result<Tensor> {
     let x = memory::contiguous("input of a layer", x)?;
     let (relay, gradients) = relay(parameters)?;
-    x.apply_op2(&relay, Relayed { layer, gradients, depth: Depth::now() })
+    x.apply_op2(&relay, Relayed { layer, gradients })
 }
 
 struct Relayed<L> {
     layer: L,
     gradients: Gradients,
-    depth: Depth,
 }
 
 impl<L: Layer> CustomOp2 for Relayed<L> {
@@ -95,7 +94,13 @@ impl<L: Layer> CustomOp2 for Relayed<L> {
         })
     }
 
-    fn bwd(&self, x: &Tensor, relay: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        relay: &Tensor,
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = memory::contiguous("gradient of a layer", &grad.detach())?;
         let (detached, wants_x) = (x.detach(), x.track_op());
         let (x_read, grad_read) = (Reading::new(&detached), Reading::new(&grad));
@@ -105,7 +110,7 @@ impl<L: Layer> CustomOp2 for Relayed<L> {
             self.gradients.leave(gradients);
             of_x.filter(|_| wants_x).map(|of_x| tensor(of_x, x.shape())).transpose()
         })?;
-        let of_x = of_x.map(|of_x| give(x, of_x, self.depth)).transpose()?.flatten();
+        let of_x = of_x.map(|of_x| give(x, result, of_x)).transpose()?.flatten();
         Ok((of_x, of_relay(relay)?))
     }
 }
@@ -115,7 +120,6 @@ struct Link {
     /// The numbers of its parameters.
     numbers: [usize; 2],
     gradients: Gradients,
-    depth: Depth,
 }
 
 const NAME: &str = "relay";
@@ -138,8 +142,8 @@ impl CustomOp2 for Link {
         one_number()
     }
 
-    fn bwd(&self, a: &Tensor, before: &Tensor, _: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((self.gradients.take(self.numbers[0], a, self.depth)?, of_relay(before)?))
+    fn bwd(&self, a: &Tensor, before: &Tensor, relay: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((self.gradients.take(self.numbers[0], a, relay)?, of_relay(before)?))
     }
 }
 
@@ -165,12 +169,11 @@ impl CustomOp3 for Link {
         a: &Tensor,
         b: &Tensor,
         before: &Tensor,
-        _: &Tensor,
+        relay: &Tensor,
         _: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [first, second] = self.numbers;
-        let [a, b] =
-            [(first, a), (second, b)].map(|(number, parameter)| self.gradients.take(number, parameter, self.depth));
+        let [a, b] = [(first, a), (second, b)].map(|(number, parameter)| self.gradients.take(number, parameter, relay));
         Ok((a?, b?, of_relay(before)?))
     }
 }

@@ -250,7 +250,8 @@ impl Averaging<'_> {
     }
 }
 
-/// The gradients of a segment of a model, from the gradient of its output: those of Σ output · gradient.
+/// The gradients of a segment of a model, from the gradient of its output: those of Σ output · gradient, as [`backward`](crate::train::backward)
+/// gives them.
 ///
 /// A model in segments lets the ranks sum the gradients of its end while those of its start are computed. The input of each segment
 /// is a variable that holds the output of the segment before, and whose gradient goes on from there.
@@ -263,6 +264,7 @@ impl Averaging<'_> {
 ///
 /// ```
 /// use candle_attention::parallel::{DataParallel, backward_from, threads};
+/// use candle_attention::train::backward;
 /// use candle_core::{Device, Var};
 ///
 /// threads(2, |communicator| {
@@ -276,7 +278,7 @@ impl Averaging<'_> {
 ///     let loss = (cut.as_tensor() * second.as_tensor())?;
 ///
 ///     let mut averaging = data_parallel.start(1.0)?;
-///     let gradients = loss.backward()?;
+///     let gradients = backward(&loss)?;
 ///     averaging.add(&gradients)?; // The sum of the second gradient starts here.
 ///     averaging.add(&backward_from(&middle, gradients.get(&cut).unwrap())?)?;
 ///     let means = averaging.finish()?;

@@ -16,7 +16,7 @@ use candle_core::{
 
 use crate::empty::readable;
 use crate::error::{AttentionError, Result};
-use crate::gradient::{Depth, give, give_incoming};
+use crate::gradient::{give, give_incoming};
 use crate::memory;
 use crate::parallel::communicator::Communicator;
 use crate::parallel::context::agree_on;
@@ -89,7 +89,7 @@ impl TensorParallel {
             return Ok(x.clone());
         }
         memory::ask_for("input of a layer that ranks share", 1, x, x.dtype())?;
-        readable(x)?.apply_op1(SumOfGradients { communicator: self.0.clone(), slice, depth: Depth::now() })
+        readable(x)?.apply_op1(SumOfGradients { communicator: self.0.clone(), slice })
     }
 
     /// The sum of the ranks' tensors. Each one gets the gradient of the sum.
@@ -102,7 +102,7 @@ impl TensorParallel {
             return Ok(sum);
         }
         memory::ask_for("sum over the ranks", 1, x, x.dtype())?;
-        Ok(readable(x)?.apply_op1(Sum { sum: Mutex::new(Some(sum)), depth: Depth::now() })?)
+        Ok(readable(x)?.apply_op1(Sum(Mutex::new(Some(sum))))?)
     }
 
     /// This rank's part of every parameter, each a variable if the whole is one. `slice_of` gives the part by the parameter's name, `None`
@@ -200,7 +200,6 @@ impl Slice {
 struct SumOfGradients {
     communicator: Arc<dyn Communicator>,
     slice: Option<Slice>,
-    depth: Depth,
 }
 
 fn copy<S>(storage: &S, layout: &Layout) -> CandleResult<(S, Shape)>
@@ -231,26 +230,23 @@ impl CustomOp1 for SumOfGradients {
         copy(storage, layout)
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
+    fn bwd(&self, x: &Tensor, result: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
         let grad = grad.detach();
         let sum = match self.slice {
             None => self.communicator.all_reduce(&grad)?,
             // The ranks have no groups, so all of them sum all parts.
-            Some(slice) => slice.of(&self.communicator.all_reduce(&slice.with_zeros(&grad)?)?)?.contiguous()?,
+            Some(slice) => slice.of(&self.communicator.all_reduce(&slice.with_zeros(&grad)?)?)?.force_contiguous()?,
         };
-        give(x, sum, self.depth)
+        give(x, result, sum)
     }
 }
 
 /// The sum of the ranks' tensors, which the forward pass takes.
-struct Sum {
-    sum: Mutex<Option<Tensor>>,
-    depth: Depth,
-}
+struct Sum(Mutex<Option<Tensor>>);
 
 impl Sum {
     fn take(&self) -> CandleResult<Tensor> {
-        let sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let sum = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         sum.ok_or_else(|| candle_core::Error::msg("sum over ranks: expected one forward pass, got a second one"))
     }
 }
@@ -278,7 +274,7 @@ impl CustomOp1 for Sum {
     forward!(cuda_fwd, CudaStorage, Cuda);
     forward!(metal_fwd, MetalStorage, Metal);
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
-        give_incoming(x, &grad.detach(), self.depth)
+    fn bwd(&self, x: &Tensor, result: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
+        give_incoming(x, result, &grad.detach())
     }
 }

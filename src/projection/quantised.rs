@@ -123,10 +123,17 @@ fn blocks_by_candle(weight: &Tensor, dtype: GgmlDType) -> Result<Vec<u8>> {
     Ok(QTensor::quantize(&wide, dtype)?.data()?.into_owned())
 }
 
-/// A weight in f32 for candle's quantisers of Q4_K and Q5_K, which give zeros for 32 equal numbers: the first of these is changed by
-/// its last bit.
+/// A weight in f32 for candle's quantisers of Q4_K and Q5_K. They give zeros for 32 numbers that are equal, or so close that rounding hides
+/// the difference. The first number of such a group is changed by less than a hundredth of a step of the formats.
 fn without_equal_groups(weight: Tensor) -> Result<Tensor> {
-    let are_equal = |group: &[f32]| group[0] != 0.0 && group.iter().all(|x| *x == group[0]);
+    const CLOSE: f32 = 1.0 / 65536.0;
+    const CHANGE: f32 = 1.0 / 4096.0;
+    let are_equal = |group: &[f32]| {
+        let (least, most) = group.iter().fold((f32::MAX, f32::MIN), |(least, most), x| (least.min(*x), most.max(*x)));
+        let largest = most.abs().max(least.abs());
+        // Halves, since the difference may overflow.
+        largest > 0.0 && most / 2.0 - least / 2.0 < CLOSE / 2.0 * largest
+    };
     let mut changed = {
         let (storage, layout) = weight.storage_and_layout();
         let numbers = numbers::<f32>(&storage, layout)?;
@@ -137,7 +144,7 @@ fn without_equal_groups(weight: Tensor) -> Result<Tensor> {
         copy.extend_from_slice(numbers);
         copy
     };
-    changed.chunks_mut(32).filter(|group| are_equal(group)).for_each(|group| group[0] *= 1.0 - f32::EPSILON);
+    changed.chunks_mut(32).filter(|group| are_equal(group)).for_each(|group| group[0] *= 1.0 - CHANGE);
     Ok(Tensor::from_vec(changed, weight.shape(), &Device::Cpu)?)
 }
 

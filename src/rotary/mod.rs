@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::check::{check_dtype, check_held, check_number, compute_dtype};
 use crate::error::{AttentionError, Result};
-use crate::gradient::Depth;
 use crate::memory;
 pub(crate) use op::KernelAngles;
 use op::Rotate;
@@ -279,7 +278,7 @@ impl RotaryEmbedding {
         memory::ask_for("rotated heads", 2, x, x.dtype())?;
         let Angles { cos, sin, .. } = self.angles(x.dim(2)?, compute_dtype(x.dtype()), x.device(), positions)?;
         let angles = KernelAngles { pairing: self.pairing.of_kernels(), dim: self.dim, len: x.dim(2)?, cos, sin };
-        let op = |tokens_first| Rotate { angles, tokens_first, inverse: false, depth: Depth::now() };
+        let op = |tokens_first| Rotate { angles, tokens_first, inverse: false };
         let by_tokens = x.transpose(1, 2)?;
         if by_tokens.is_contiguous() {
             return Ok(by_tokens.apply_op1(op(true))?.transpose(1, 2)?);

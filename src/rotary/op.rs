@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor,
 use half::{bf16, f16};
 
 use crate::error::AttentionError;
-use crate::gradient::{Depth, give};
+use crate::gradient::give;
 use crate::memory;
 
 /// The angles of the tokens of one call, as the kernels take them.
@@ -50,7 +50,6 @@ pub(super) struct Rotate {
     pub(super) tokens_first: bool,
     /// Whether it rotates back.
     pub(super) inverse: bool,
-    pub(super) depth: Depth,
 }
 
 impl Rotate {
@@ -89,8 +88,8 @@ impl CustomOp1 for Rotate {
         Ok((rotated, layout.shape().clone()))
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+    fn bwd(&self, x: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = memory::contiguous("gradient of rotated heads", &grad.detach())?;
-        give(x, grad.apply_op1_no_bwd(&Self { inverse: !self.inverse, ..self.clone() })?, self.depth)
+        give(x, result, grad.apply_op1_no_bwd(&Self { inverse: !self.inverse, ..self.clone() })?)
     }
 }

@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use crate::check::compute_dtype;
 use crate::empty::connected;
 use crate::error::AttentionError;
-use crate::gradient::{Depth, give};
+use crate::gradient::give;
 use crate::mask::Mask;
 use crate::memory;
 use crate::parallel::context::{self, Call, ContextParallel};
@@ -57,7 +57,6 @@ pub(crate) fn attention(checked: &Checked) -> candle_core::Result<Result<Attenti
         parallel: options.parallel.clone(),
         heads: checked.heads,
         logsumexp: Arc::default(),
-        depth: Depth::now(),
     };
     let logsumexp = op.logsumexp.clone();
     let result = match trained_bias {
@@ -236,7 +235,6 @@ struct FusedAttention {
     /// The numbers of the heads that dropout counts.
     heads: Option<HeadNumbers>,
     logsumexp: Arc<OnceLock<LogSumExp>>,
-    depth: Depth,
 }
 
 /// The three inputs of the operation.
@@ -334,8 +332,8 @@ impl FusedAttention {
             let dims = call.context_dims();
             let strides = self.layout.in_memory().strides(dims);
             // Both hold the context, followed by the two numbers of the log-sum-exp if it is packed.
-            let (result, grad) = (result.detach(), memory::contiguous("gradient of the context", &grad.detach())?);
-            let (result_guard, grad_guard) = (result.storage_and_layout(), grad.storage_and_layout());
+            let (kept, grad) = (result.detach(), memory::contiguous("gradient of the context", &grad.detach())?);
+            let (result_guard, grad_guard) = (kept.storage_and_layout(), grad.storage_and_layout());
             let (result, grad) =
                 (numbers::<E>(&result_guard.0, result_guard.1)?, numbers::<E>(&grad_guard.0, grad_guard.1)?);
             let context = |what, data| View::new(what, data, strides, dims).map_err(AttentionError::from);
@@ -349,7 +347,7 @@ impl FusedAttention {
             Ok(call.backward(self.parallel.as_ref(), saved, incoming, self.packed.is_some())?)
         })?;
         let given = |argument: &Tensor, numbers: Vec<E>| {
-            give(argument, Tensor::from_vec(numbers, argument.shape(), argument.device())?, self.depth)
+            give(argument, result, Tensor::from_vec(numbers, argument.shape(), argument.device())?)
         };
         let [q, k, v] = args;
         if self.packed.is_none() {
@@ -359,7 +357,7 @@ impl FusedAttention {
         memory::append("gradients of key and value", &mut kv, grads.v.into_iter())?;
         let bias = v;
         let of_bias = grads.bias.map(|numbers| Tensor::from_vec(numbers, bias.shape(), bias.device())).transpose()?;
-        let of_bias = of_bias.map(|gradient| give(bias, gradient, self.depth)).transpose()?.flatten();
+        let of_bias = of_bias.map(|gradient| give(bias, result, gradient)).transpose()?.flatten();
         Ok([given(q, grads.q)?, given(k, kv)?, of_bias])
     }
 }

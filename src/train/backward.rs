@@ -10,10 +10,10 @@ use crate::gradient::collecting_backward;
 ///
 /// candle makes a tensor of zeros for each gradient and adds the gradient to it, on one thread. Here the gradients that this crate's
 /// operations compute for variables go into the result as they are, on the CPU. A variable that candle's operations use too gets the
-/// sum of both, which may differ from candle's by rounding. All other gradients have the same bits, but that a zero may be negative.
+/// sum of both, which may differ from candle's by rounding. All other gradients have the same bits, except that a zero may be negative.
 ///
-/// An operation of your own may run a backward pass in its `bwd`, for example to recompute a part of a model, with this function or
-/// with candle's.
+/// An operation of your own may run a backward pass in its `bwd`, through a graph of its own, with this function or with candle's. That
+/// graph must not contain tensors of the graph around it that have a gradient: detach them.
 ///
 /// # Errors
 ///

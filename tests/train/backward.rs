@@ -1,6 +1,7 @@
 //! The backward pass that collects gradients: candle's gradients, whatever the graph.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 
 use candle_attention::block::{
     CrossEntropyOptions, Embedding, TransformerBlock, add_dropped, cross_entropy, layer_norm, linear,
@@ -60,6 +61,7 @@ fn operations_on_variables_have_candles_gradients() -> Result<()> {
         ("add_dropped", add_dropped(&x, &y, 0.3, 7)?),
         // The gradient that comes in is that of both.
         ("sum", add_dropped(&x, &y, 0.0, 7)?),
+        ("sum of one variable", add_dropped(&x, &x, 0.3, 7)?),
         ("embedding", Embedding::new(weight.as_tensor().clone())?.forward(&labels)?),
         ("cross_entropy", cross_entropy(&x, &labels, &options)?),
         ("linear_cross_entropy", linear_cross_entropy(&x, &weight, None, &labels, &options)?),
@@ -78,6 +80,8 @@ fn operations_on_variables_have_candles_gradients() -> Result<()> {
     let (q, k, v, bias) = (q?, k?, v?, var(4, (5, 5), dtype)?);
     let plain = scaled_dot_product_attention(&q, &k, &v, &AttentionOptions::default())?.context;
     assert_candles_gradients(&[q.clone(), k.clone(), v.clone()], &plain.sqr()?.sum_all()?, "attention");
+    let of_one = scaled_dot_product_attention(&q, &q, &q, &AttentionOptions::default())?.context;
+    assert_candles_gradients(std::slice::from_ref(&q), &of_one.sqr()?.sum_all()?, "attention of one variable");
     let options = AttentionOptions { attn_bias: Some(bias.as_tensor().clone()), ..Default::default() };
     let biased = scaled_dot_product_attention(&q, &k, &v, &options)?.context;
     assert_candles_gradients(&[q.clone(), k, v, bias], &biased.sqr()?.sum_all()?, "attention with a bias");
@@ -104,21 +108,20 @@ fn a_gradient_is_not_added_to_zeros() -> Result<()> {
 /// One weight as an embedding, a head, and in an operation of candle.
 #[test]
 fn gradients_of_a_variable_that_is_used_several_times_are_summed() -> Result<()> {
-    for dtype in [DType::F32, DType::F64] {
+    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F64, 1e-14), (DType::BF16, 0.02)] {
         let weight = var(1, (6, 4), dtype)?;
         let ids = Tensor::new(&[0u32, 3, 3, 5], &Device::Cpu)?;
         let x = Embedding::new(weight.as_tensor().clone())?.forward(&ids)?;
         let x = linear(&linear(&x, &weight, None)?, &weight.t()?.contiguous()?, None)?;
         let loss = (linear_cross_entropy(&x, &weight, None, &ids, &Default::default())? + weight.sqr()?.mean_all()?)?;
         let (ours, candles) = (backward(&loss)?, loss.backward()?);
-        let tolerance = if dtype == DType::F64 { 1e-14 } else { 1e-6 };
         assert_close(ours.get(&weight).unwrap(), candles.get(&weight).unwrap(), tolerance, "a weight used four times");
     }
     Ok(())
 }
 
-/// How an operation goes back through the part of the model that it computes again.
-#[derive(Clone, Copy)]
+/// How an operation goes back through a graph of its own.
+#[derive(Clone, Copy, Debug)]
 enum Inner {
     Candle,
     Collecting,
@@ -126,37 +129,71 @@ enum Inner {
     Panics,
 }
 
-/// y = squared_relu(x · weightᵀ), computed again in the backward pass.
-struct Recomputed {
-    weight: Var,
-    inner: Inner,
-    /// Hands on half of the gradient.
-    halved: bool,
+/// When an operation makes its graph.
+#[derive(Clone, Copy, Debug)]
+enum Made {
+    InForward,
+    InBackward,
+    OnAnotherThread,
 }
 
-impl CustomOp1 for Recomputed {
+/// The input, the weight and the result of an operation.
+type Graph = (Var, Var, Tensor);
+
+/// y = squared_relu(x · weightᵀ), which candle sees as one operation.
+struct OwnGraph {
+    weight: Var,
+    inner: Inner,
+    made: Made,
+    kept: Mutex<Option<Graph>>,
+}
+
+impl OwnGraph {
+    fn new(weight: &Var, inner: Inner, made: Made) -> Self {
+        Self { weight: weight.clone(), inner, made, kept: Mutex::new(None) }
+    }
+
+    fn graph(&self, x: &Tensor) -> Result<Graph> {
+        let (x, weight) = (Var::from_tensor(&x.detach())?, Var::from_tensor(&self.weight)?);
+        let y = squared_relu(&linear(&x, &weight, None)?)?;
+        Ok((x, weight, y))
+    }
+}
+
+impl CustomOp1 for OwnGraph {
     fn name(&self) -> &'static str {
-        "recomputed"
+        "own-graph"
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let x = Tensor::from_slice(storage.as_slice::<f64>()?, layout.shape(), &Device::Cpu)?;
-        let y = squared_relu(&linear(&x, &self.weight.as_detached_tensor(), None)?)?;
-        Ok((CpuStorage::F64(y.flatten_all()?.to_vec1()?), y.shape().clone()))
+        let graph = self.graph(&x).map_err(candle_core::Error::wrap)?;
+        let (numbers, shape) = (graph.2.flatten_all()?.to_vec1()?, graph.2.shape().clone());
+        *self.kept.lock().unwrap() = Some(graph);
+        Ok((CpuStorage::F64(numbers), shape))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let (cut, weight) = (Var::from_tensor(&x.detach())?, Var::from_tensor(&self.weight)?);
-        let loss = (squared_relu(&linear(&cut, &weight, None)?)? * grad)?.sum_all()?;
-        let grads = match self.inner {
-            Inner::Candle => loss.backward()?,
-            Inner::Collecting => backward(&loss)?,
+        let (x, weight, y) = match self.made {
+            Made::InForward => self.kept.lock().unwrap().clone().expect("a forward pass"),
+            Made::InBackward => self.graph(x).map_err(candle_core::Error::wrap)?,
+            Made::OnAnotherThread => {
+                let graph = std::thread::scope(|scope| scope.spawn(|| self.graph(x)).join().unwrap());
+                graph.map_err(candle_core::Error::wrap)?
+            }
+        };
+        let loss = (y * grad)?.sum_all()?;
+        let pass = || match self.inner {
+            Inner::Candle => loss.backward(),
+            Inner::Collecting => backward(&loss).map_err(candle_core::Error::wrap),
             Inner::Fails => candle_core::bail!("no gradient today"),
             Inner::Panics => panic!("an operation that panics"),
         };
-        assert!(grads.get(&weight).is_some(), "the pass inside has the gradient of its own variable");
-        let of_x = grads.get(&cut).expect("and of its input").clone();
-        Ok(Some(if self.halved { (of_x * 0.5)? } else { of_x }))
+        // Twice, as an iterative operation goes through its graph again and again.
+        let passes = [pass()?, pass()?];
+        assert!(passes.iter().all(|grads| grads.get(&weight).is_some()), "the gradient of its own variable");
+        let [once, again] = passes.map(|grads| grads.get(&x).expect("the gradient of its input").clone());
+        Ok(Some((once + again)?))
     }
 }
 
@@ -164,12 +201,21 @@ impl CustomOp1 for Recomputed {
 fn a_pass_inside_an_operation_has_its_own_gradients() -> Result<()> {
     let (weight, x, before) = (var(1, (3, 4), DType::F64)?, var(2, (5, 4), DType::F64)?, var(3, (4, 4), DType::F64)?);
     for inner in [Inner::Candle, Inner::Collecting] {
-        for halved in [false, true] {
-            let op = Recomputed { weight: weight.clone(), inner, halved };
+        for made in [Made::InForward, Made::InBackward, Made::OnAnotherThread] {
+            let op = OwnGraph::new(&weight, inner, made);
             let loss = linear(&x, &before, None)?.apply_op1(op)?.sqr()?.sum_all()?;
-            assert_candles_gradients(&[x.clone(), before.clone()], &loss, "an operation that recomputes");
+            assert_candles_gradients(&[x.clone(), before.clone()], &loss, &format!("{inner:?}, {made:?}"));
         }
     }
+    Ok(())
+}
+
+/// A root that no operation has made.
+#[test]
+fn a_variable_has_a_gradient_of_ones() -> Result<()> {
+    let x = var(1, (2, 3), DType::F32)?;
+    assert_candles_gradients(std::slice::from_ref(&x), &x, "a variable");
+    assert!(backward(&x.detach())?.get(&x).is_none());
     Ok(())
 }
 
@@ -178,7 +224,7 @@ fn a_pass_that_fails_leaves_no_trace() -> Result<()> {
     let (weight, x) = (var(1, (4, 4), DType::F64)?, var(2, (5, 4), DType::F64)?);
     let after = linear(&x, &weight, None)?.sqr()?.sum_all()?;
     for inner in [Inner::Fails, Inner::Panics] {
-        let op = Recomputed { weight: weight.clone(), inner, halved: false };
+        let op = OwnGraph::new(&weight, inner, Made::InBackward);
         let loss = linear(&x, &weight, None)?.apply_op1(op)?.sum_all()?;
         let result = catch_unwind(AssertUnwindSafe(|| backward(&loss)));
         assert!(!matches!(result, Ok(Ok(_))));

@@ -1,5 +1,5 @@
-//! Training: AdamW against PyTorch, its state in files, clipping, learning rates, gradients of several batches, and half
-//! types.
+//! Training: the backward pass against candle's, AdamW against PyTorch, its state in files, clipping, learning rates, gradients of several
+//! batches, and half types.
 
 #[path = "../common/blocks.rs"]
 mod blocks;

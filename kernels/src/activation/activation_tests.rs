@@ -214,11 +214,30 @@ fn slices_in_place_are_those_of_tensors() {
 }
 
 #[test]
+fn gradients_in_place_are_those_of_tensors() {
+    fn check<E: Number + PartialEq + std::fmt::Debug>() {
+        for count in LENGTHS {
+            let (x, grad): (Vec<E>, Vec<E>) = (numbers(1, count), numbers(2, count));
+            for activation in ALL {
+                let mut found = grad.clone();
+                activation.backward_in_place(&x, &mut found).unwrap();
+                assert_eq!(found, activation.backward(&x, &grad).unwrap(), "{activation:?} of {count} numbers");
+            }
+        }
+    }
+    check::<f32>();
+    check::<f64>();
+    check::<bf16>();
+    check::<f16>();
+}
+
+#[test]
 fn slices_of_two_lengths_are_an_error() {
     let (x, long) = ([1f32; 4], [1f32; 5]);
     let activation = Activation::Silu;
     for error in [
         activation.backward(&x, &long).unwrap_err(),
+        activation.backward_in_place(&x, &mut long.clone()).unwrap_err(),
         activation.gated_forward(&x, &long).unwrap_err(),
         activation.gated_backward(&x, &long, &x).unwrap_err(),
         activation.gated_backward(&x, &x, &long).unwrap_err(),

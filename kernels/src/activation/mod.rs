@@ -7,8 +7,9 @@ use pulp::{Simd, WithSimd};
 
 use crate::dtype::Number;
 use crate::error::Error;
-use crate::matrix::Matrix;
-use crate::pointwise::{apart, beside, lines};
+use crate::matrix::{Matrix, Shared};
+use crate::pointwise::{NUMBERS_PER_TASK, WORK_PER_NUMBER, apart, beside, lines};
+use crate::schedule::run_tasks;
 use crate::simd::{SimdFloat, as_vectors, as_vectors_mut, instruction_set, load_up_to, store_up_to};
 
 mod functions;
@@ -92,6 +93,36 @@ impl Activation {
         check_len("gradient of activations", x.len(), grad.len())?;
         let [x] = apart(GRADIENT, [line(x), line(grad)], Gradient(self))?;
         Ok(x)
+    }
+
+    /// As [`backward`](Self::backward), with the result in the place of `grad`, so that one such tensor is in memory and not two.
+    ///
+    /// # Errors
+    ///
+    /// As [`backward`](Self::backward).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use attention_kernels::activation::Activation;
+    ///
+    /// let mut grad = [5f32, 5.0];
+    /// Activation::SquaredRelu.backward_in_place(&[-1.0, 3.0], &mut grad)?;
+    /// assert_eq!(grad, [0.0, 30.0]);
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    pub fn backward_in_place<E: Number>(self, x: &[E], grad: &mut [E]) -> Result<(), Error> {
+        check_len("gradient of activations", x.len(), grad.len())?;
+        let shared = Shared::new(grad);
+        run_tasks(WORK_PER_NUMBER * x.len(), x.len().div_ceil(NUMBERS_PER_TASK), |task| {
+            let start = task * NUMBERS_PER_TASK;
+            let x = &x[start..x.len().min(start + NUMBERS_PER_TASK)];
+            // SAFETY: no two tasks have a number in common.
+            let mut grad = unsafe { shared.rows(start, 1, x.len(), x.len()) };
+            let of_x = self.backward(x, grad.row(0))?;
+            grad.row(0).copy_from_slice(&of_x);
+            Ok(())
+        })
     }
 
     /// f(gate) · up of each pair of numbers.
