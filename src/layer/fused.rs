@@ -244,7 +244,6 @@ impl Layer for Op {
         let of_output = branch.gradient_of_output(grad)?;
         let (of_context, of_out) = self.gradients_of_out(&of_output, kept, sequences)?;
         let [q, k, v] = self.gradients_of_qkv(kept, &of_context, sequences)?;
-        drop(of_context);
         let [q_width, k_width, v_width] = self.widths();
         let grads = [Columns::all(&q, q_width), Columns::all(&k, k_width), Columns::all(&v, v_width)];
         let wants_input = wants_x || branch.wants_input();
