@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::matrix::Shared;
 use crate::schedule::run_tasks;
 use crate::scratch::{Scratch, pieces};
-use crate::simd::{SimdFloat, instruction_set, prefetch};
+use crate::simd::{CACHE_LINE, SimdFloat, instruction_set, prefetch};
 
 /// Numbers of a task: some 10 µs of copies.
 const TASK: usize = 32 * 1024;
@@ -20,8 +20,6 @@ const COLUMNS: usize = 256;
 /// Rows ahead that are prefetched. They lie anywhere in the table, so the processor can't foresee them: 2,048 rows of 4 KB
 /// take 0.75 of the time (Zen 3).
 const ROWS_AHEAD: usize = 2;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Checks that each of `ids` is a row of a table.
 fn check_ids(ids: &[u32], limit: usize) -> Result<(), Error> {
@@ -68,7 +66,7 @@ pub fn embedding<E: Number>(table: &[E], [vocabulary, dim]: [usize; 2], ids: &[u
         let row_of = |id: u32| &table[id as usize * dim..][..dim];
         for (row, &id) in ids.iter().enumerate() {
             if let Some(&ahead) = ids.get(row + ROWS_AHEAD) {
-                row_of(ahead).chunks(LINE / size_of::<E>()).for_each(|line| prefetch(line.as_ptr()));
+                row_of(ahead).chunks(CACHE_LINE / size_of::<E>()).for_each(|line| prefetch(line.as_ptr()));
             }
             copy(row_of(id), to.row(row));
         }

@@ -263,6 +263,9 @@ pub(crate) fn store_up_to<R: SimdFloat, S: Simd>(numbers: &mut [R], x: R::Vector
     numbers.copy_from_slice(&all[..count]);
 }
 
+/// Bytes of a cache line.
+pub(crate) const CACHE_LINE: usize = 64;
+
 /// Asks for the memory at an address, which need not be anybody's.
 #[inline(always)]
 pub(crate) fn prefetch<R>(address: *const R) {

@@ -250,8 +250,8 @@ impl Averaging<'_> {
     }
 }
 
-/// The gradients of a segment of a model, from the gradient of its output: those of Σ output · gradient, as [`backward`](crate::train::backward)
-/// gives them.
+/// The gradients of a segment of a model, from the gradient of its output: those of Σ output · gradient. The pass is
+/// that of [`backward`](crate::train::backward).
 ///
 /// A model in segments lets the ranks sum the gradients of its end while those of its start are computed. The input of each segment
 /// is a variable that holds the output of the segment before, and whose gradient goes on from there.

@@ -2,8 +2,8 @@
 //!
 //! [`Quantise::quantise`] replaces the weights of a layer's projections by blocks of a [`Format`], and [`Gguf`] reads them from a GGUF file.
 //! On the CPU a product decodes a part of a weight at a time, forward and backward, and never the whole matrix. The numbers that it multiplies
-//! are those of the blocks (rounded to bf16 for inputs of bf16, on processors with AMX): inputs aren't quantised. The weights themselves get no gradient; the input and
-//! [adapters](crate::adapter) do.
+//! are those of the blocks (rounded to bf16 for inputs of bf16, on processors with AMX): inputs aren't quantised. The
+//! weights themselves get no gradient; the input and [adapters](crate::adapter) do.
 //!
 //! ```
 //! use candle_attention::adapter::{Adapt, LoraConfig};
@@ -45,10 +45,13 @@ pub trait Quantise: Projections + Clone {
     /// This layer with the weights of its projections in blocks. Biases, norms and adapters stay as they are, but for an adapter that is
     /// merged: it is a part of the weights for good. Weights that are in blocks of this format already stay so.
     ///
+    /// The scales of ggml's formats are in f16, which has few digits for small numbers: in Q4_K, Q5_K and Q6_K, blocks whose largest number is
+    /// below about 10⁻⁴ may become zeros.
+    ///
     /// # Errors
     ///
-    /// A weight whose rows aren't whole blocks ([`Format::block_len`] numbers), whose numbers aren't finite or too large for blocks; too
-    /// little memory; weights in blocks of another format.
+    /// A weight whose rows aren't whole blocks ([`Format::block_len`] numbers), whose numbers aren't finite or are too large for
+    /// blocks; too little memory; weights in blocks of another format.
     fn quantise(&self, format: Format) -> Result<Self> {
         self.map_projections(&mut |name, projection| projection.quantise(&format!("{name}.weight"), format))
     }

@@ -1,4 +1,5 @@
-//! Training: the backward pass, AdamW whose state can be saved, clipping of gradients, learning rates, gradients of several batches, and half types.
+//! Training: the backward pass, AdamW whose state can be saved, clipping of gradients, learning rates, gradients of several batches, and half
+//! types.
 //!
 //! ```
 //! use candle_attention::train::{AdamW, AdamWConfig, Schedule, backward, clip_grad_norm, named_variables};

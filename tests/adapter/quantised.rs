@@ -125,7 +125,7 @@ fn quantised_block_in_bf16_errs_as_the_numbers_of_its_blocks_do() -> Result<()> 
     Ok(())
 }
 
-/// The formats lose as much as they should: 8 bits little, each bit less twice as much.
+/// The formats lose as much as they should: 8 bits little, and with each bit less the error doubles.
 #[test]
 fn blocks_are_close_to_the_weights() -> Result<()> {
     let weight = randn(1, (64, 512), DType::F32)?;

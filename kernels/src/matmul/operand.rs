@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::dtype::Number;
 use crate::error::Error;
 use crate::quantised::QuantisedMatrix;
-use crate::simd::prefetch_to_second_level;
+use crate::simd::{CACHE_LINE, prefetch_to_second_level};
 
 /// A matrix, checked once. It is in a slice, where element (r, c) is `data[r · row_stride + c · column_stride]`, or in quantised
 /// blocks.
@@ -203,13 +203,11 @@ impl Lines {
     /// The addresses of the cache lines of part `part` of `parts`, which may be empty.
     #[inline(always)]
     pub(super) fn for_each_line(&self, part: usize, parts: usize, mut line: impl FnMut(*const u8)) {
-        /// Bytes of a cache line.
-        const LINE: usize = 64;
         if self.count == 0 {
             return;
         }
         for i in self.count * part / parts..self.count * (part + 1) / parts {
-            for offset in (0..self.len).step_by(LINE) {
+            for offset in (0..self.len).step_by(CACHE_LINE) {
                 line(self.start.wrapping_add(i * self.stride + offset));
             }
         }

@@ -36,7 +36,7 @@ pub enum Format {
     /// halves. The number is (d · s) · q - (e · m).
     Q4K,
     /// Q5_K: 256 numbers in 176 bytes. The scales and factors of [`Format::Q4K`], and for each number 5 bits q: the highest bits in
-    /// 32 bytes, whose bit g is that of a number of the g-th 32, then the other 4 bits as in Q4_K. The number is
+    /// 32 bytes, where bit g of byte i is that of number 32 · g + i, then the other 4 bits as in Q4_K. The number is
     /// (d · s) · q - (e · m).
     Q5K,
     /// Q6_K: 256 numbers in 210 bytes. For each number 6 bits q: the low 4 bits in 128 bytes, then the high 2 bits in 64; for each
