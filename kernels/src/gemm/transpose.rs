@@ -8,8 +8,9 @@ use pulp::Simd;
 use crate::matrix::{Matrix, MatrixMut, Raw};
 use crate::simd::SimdFloat;
 
-/// Rows and columns of the block that registers transpose.
-const BLOCK: [usize; 2] = [4, 8];
+/// Columns of the blocks that registers transpose. A block has 4 rows, or 2 where fewer than 4 are left: 6 rows, as products with AVX2
+/// pack them, are one of each.
+const COLUMNS: usize = 8;
 
 /// to\[c\]\[r\] = factor · from\[r\]\[c\]. With a factor of 1 the bits stay what they are, whether they are a number or not.
 #[inline(always)]
@@ -38,7 +39,7 @@ fn has_blocks<R: SimdFloat, S: Simd>() -> bool {
     let can = is_x86_feature_detected!("avx");
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let can = false;
-    can && R::lanes::<S>() >= BLOCK[1] && TypeId::of::<R>() == TypeId::of::<f32>()
+    can && R::lanes::<S>() >= COLUMNS && TypeId::of::<R>() == TypeId::of::<f32>()
 }
 
 /// # Safety
@@ -54,21 +55,28 @@ unsafe fn transpose_raw<R: SimdFloat, S: Simd, const ADD: bool>(
     from: Raw<*const R>,
     to: Raw<*mut R>,
 ) {
-    let block = if has_blocks::<R, S>() { BLOCK } else { [1, 1] };
-    let (whole_rows, whole_columns) = (rows / block[0] * block[0], columns / block[1] * block[1]);
-    // SAFETY: the parts lie inside `rows` rows of `columns`; R is f32 and the processor has AVX where there are blocks.
-    unsafe {
-        if block == [1, 1] {
-            return one_by_one::<R, ADD>(rows, columns, factor, from, to);
-        }
-        #[cfg(target_arch = "x86_64")]
-        for r in (0..whole_rows).step_by(BLOCK[0]) {
-            for c in (0..whole_columns).step_by(BLOCK[1]) {
-                let from = Raw { start: from.at(r, c).cast::<f32>(), stride: from.stride };
-                let to = Raw { start: to.at(c, r).cast::<f32>(), stride: to.stride };
-                transpose_block::<ADD>(factor.to_f64() as f32, from, to);
+    let (mut whole_rows, mut whole_columns) = (0, 0);
+    #[cfg(target_arch = "x86_64")]
+    if has_blocks::<R, S>() {
+        (whole_rows, whole_columns) = (rows / 2 * 2, columns / COLUMNS * COLUMNS);
+        let factor = factor.to_f64() as f32;
+        for r in (0..whole_rows).step_by(4) {
+            for c in (0..whole_columns).step_by(COLUMNS) {
+                // SAFETY: the block lies inside `rows` rows of `columns`; R is f32, and the processor has AVX.
+                unsafe {
+                    let from = Raw { start: from.at(r, c).cast::<f32>(), stride: from.stride };
+                    let to = Raw { start: to.at(c, r).cast::<f32>(), stride: to.stride };
+                    if r + 4 <= whole_rows {
+                        transpose_four::<ADD>(factor, from, to);
+                    } else {
+                        transpose_two::<ADD>(factor, from, to);
+                    }
+                }
             }
         }
+    }
+    // SAFETY: the parts lie inside `rows` rows of `columns`.
+    unsafe {
         let (right, below) = (from.from(0, whole_columns), to.from(whole_columns, 0));
         one_by_one::<R, ADD>(whole_rows, columns - whole_columns, factor, right, below);
         let (below, right) = (from.from(whole_rows, 0), to.from(0, whole_rows));
@@ -105,7 +113,7 @@ unsafe fn one_by_one<R: SimdFloat, const ADD: bool>(
 /// As [`transpose_raw`] for 4 rows of 8, on a processor with AVX.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx")]
-unsafe fn transpose_block<const ADD: bool>(factor: f32, from: Raw<*const f32>, to: Raw<*mut f32>) {
+unsafe fn transpose_four<const ADD: bool>(factor: f32, from: Raw<*const f32>, to: Raw<*mut f32>) {
     use std::arch::x86_64::*;
     let mut x = [_mm256_setzero_ps(); 4];
     for (r, x) in x.iter_mut().enumerate() {
@@ -132,6 +140,38 @@ unsafe fn transpose_block<const ADD: bool>(factor: f32, from: Raw<*const f32>, t
                     x = _mm_add_ps(_mm_loadu_ps(to.at(row, 0)), x);
                 }
                 _mm_storeu_ps(to.at(row, 0), x);
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`transpose_raw`] for 2 rows of 8, on a processor with AVX.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx")]
+unsafe fn transpose_two<const ADD: bool>(factor: f32, from: Raw<*const f32>, to: Raw<*mut f32>) {
+    use std::arch::x86_64::*;
+    // SAFETY: rows 0 and 1 have 8 numbers.
+    let (first, second) = unsafe { (_mm256_loadu_ps(from.at(0, 0)), _mm256_loadu_ps(from.at(1, 0))) };
+    let is_one = factor == 1.0;
+    let factor = _mm256_set1_ps(factor);
+    // The columns 0, 1, 4 and 5, and the columns 2, 3, 6 and 7.
+    let columns = [_mm256_unpacklo_ps(first, second), _mm256_unpackhi_ps(first, second)];
+    for (i, four) in columns.into_iter().enumerate() {
+        let four = if is_one { four } else { _mm256_mul_ps(factor, four) };
+        for (row, pair) in [(2 * i, _mm256_castps256_ps128(four)), (2 * i + 4, _mm256_extractf128_ps::<1>(four))] {
+            // SAFETY: rows `row` and `row` + 1 of 8 have room for 2 numbers, and with `ADD` they are initialised.
+            unsafe {
+                let [low, high] = [row, row + 1].map(|row| to.at(row, 0).cast::<f64>());
+                let mut pair = pair;
+                if ADD {
+                    let before = _mm_set_pd(high.read_unaligned(), low.read_unaligned());
+                    pair = _mm_add_ps(_mm_castpd_ps(before), pair);
+                }
+                let pair = _mm_castps_pd(pair);
+                low.write_unaligned(_mm_cvtsd_f64(pair));
+                high.write_unaligned(_mm_cvtsd_f64(_mm_unpackhi_pd(pair, pair)));
             }
         }
     }
@@ -170,7 +210,20 @@ mod tests {
     #[test]
     fn every_size_is_transposed_and_nothing_else_is_written() {
         with_every_simd!(|simd| {
-            for (rows, columns) in [(1, 1), (4, 8), (7, 9), (8, 8), (8, 17), (12, 19), (16, 33), (19, 8), (32, 5)] {
+            for (rows, columns) in [
+                (1, 1),
+                (2, 8),
+                (4, 8),
+                (6, 16),
+                (7, 9),
+                (8, 8),
+                (8, 17),
+                (12, 19),
+                (15, 8),
+                (16, 33),
+                (19, 8),
+                (32, 5),
+            ] {
                 check::<f32, S>(simd, rows, columns);
                 check::<f64, S>(simd, rows, columns);
             }
