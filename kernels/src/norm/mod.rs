@@ -128,16 +128,12 @@ impl<E: Number> Norm<'_, E> {
         })?;
         // SAFETY: `reserve` has made room for these numbers, and the tasks have written every row.
         unsafe { result.set_len(x.len()) };
-        let sums = &sums;
         let total = |which: usize| {
-            let column = move |c: usize| {
-                let mut total = 0.0;
-                for task in 0..tasks {
-                    total += sums[(task * 2 + which) * n + c];
-                }
-                E::Float::from_f64(total)
-            };
-            collected("gradients of a norm's parameters", (0..n).map(column))
+            let mut total = filled("gradients of a norm's parameters", n, 0f64)?;
+            for of_task in sums.chunks_exact(2 * n.max(1)) {
+                total.iter_mut().zip(&of_task[which * n..]).for_each(|(total, x)| *total += x);
+            }
+            collected("gradients of a norm's parameters", total.into_iter().map(E::Float::from_f64))
         };
         Ok(NormGradients { x: result, weight: total(0)?, bias: bias.then(|| total(1)).transpose()? })
     }

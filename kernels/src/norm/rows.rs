@@ -7,7 +7,7 @@ use pulp::bytemuck::{cast_slice, cast_slice_mut};
 use pulp::{Scalar, Simd, WithSimd};
 
 use crate::matrix::{Matrix, MatrixMut};
-use crate::norm::statistics::{PIECE, Row, normalised};
+use crate::norm::statistics::{PIECE, Row, normalise_vector};
 use crate::pointwise::write;
 use crate::simd::{SimdFloat, as_vectors, as_vectors_mut, instruction_set};
 
@@ -100,12 +100,12 @@ fn normalise<R: SimdFloat, S: Simd, const CENTRED: bool>(
     if let Some(bias) = bias {
         let bias = &as_vectors::<R, S>(bias)[..x.len()];
         for (j, y) in y.chunks_exact_mut(lanes).enumerate() {
-            let normalised = normalised::<R, S, CENTRED>(simd, x[j], by);
+            let normalised = normalise_vector::<R, S, CENTRED>(simd, x[j], by);
             write::<R, S>(y, R::mul_add(simd, normalised, weight[j], bias[j]));
         }
     } else {
         for (j, y) in y.chunks_exact_mut(lanes).enumerate() {
-            write::<R, S>(y, R::vmul(simd, normalised::<R, S, CENTRED>(simd, x[j], by), weight[j]));
+            write::<R, S>(y, R::vmul(simd, normalise_vector::<R, S, CENTRED>(simd, x[j], by), weight[j]));
         }
     }
 }
@@ -246,90 +246,122 @@ impl<'a, R: SimdFloat> RowGradient<'a, R> {
         bias_grad: Option<&mut [R]>,
         x_grad: &mut [MaybeUninit<R>],
     ) {
-        let whole = self.row.x.len() / R::lanes::<S>() * R::lanes::<S>();
-        let [of_rest, products_of_rest] = self.from(whole).sums::<_, CENTRED>(Scalar, &mut weight_grad[whole..]);
-        let (mut sum, mut product) = (of_rest.to_f64(), products_of_rest.to_f64());
-        for first in (0..whole).step_by(PIECE) {
-            let piece = self.from(first).first(PIECE.min(whole - first));
-            let [of_piece, products_of_piece] = piece.sums::<S, CENTRED>(simd, &mut weight_grad[first..]);
-            sum += of_piece.to_f64();
-            product += products_of_piece.to_f64();
-        }
-        if let Some(bias_grad) = bias_grad {
-            add_to(simd, self.grad, bias_grad);
-            add_to(Scalar, &self.grad[whole..], &mut bias_grad[whole..]);
-        }
-        let count = self.row.x.len() as f64;
+        let [sum, product] = match bias_grad {
+            Some(bias_grad) => self.add_parameters::<S, CENTRED, true>(simd, weight_grad, bias_grad, x_grad),
+            None => self.add_parameters::<S, CENTRED, false>(simd, weight_grad, &mut [], x_grad),
+        };
+        let (count, whole) = (self.row.x.len() as f64, self.whole::<S>());
         let means = [R::from_f64(sum / count), R::from_f64(product / count)];
+        // SAFETY: `add_parameters` has written every number of the row.
+        let x_grad = unsafe { &mut *(std::ptr::from_mut(x_grad) as *mut [R]) };
         self.write_vectors::<S, CENTRED>(simd, means, x_grad);
         self.from(whole).write_vectors::<_, CENTRED>(Scalar, means, &mut x_grad[whole..]);
     }
 
-    /// The sums of g · w and g · w · x̂ over the whole vectors of a piece of a row. The first is wanted for centred rows alone.
+    /// The numbers of the row's whole vectors.
     #[inline(always)]
-    fn sums<S: Simd, const CENTRED: bool>(self, simd: S, weight_grad: &mut [R]) -> [R; 2] {
-        let x = as_vectors::<R, S>(self.row.x);
+    fn whole<S: Simd>(&self) -> usize {
+        self.row.x.len() / R::lanes::<S>() * R::lanes::<S>()
+    }
+
+    /// The sums of g · w and g · w · x̂ over the row, in f64. It adds the row's part to the gradients of weight and, if it is `BIASED`,
+    /// bias, and writes x̂.
+    #[inline(always)]
+    fn add_parameters<S: Simd, const CENTRED: bool, const BIASED: bool>(
+        self,
+        simd: S,
+        weight_grad: &mut [R],
+        bias_grad: &mut [R],
+        normalised: &mut [MaybeUninit<R>],
+    ) -> [f64; 2] {
+        let whole = self.whole::<S>();
+        let bias_from = |first: usize| if BIASED { first } else { 0 };
+        let [of_rest, products_of_rest] = self.from(whole).sums::<_, CENTRED, BIASED>(
+            Scalar,
+            &mut weight_grad[whole..],
+            &mut bias_grad[bias_from(whole)..],
+            &mut normalised[whole..],
+        );
+        let (mut sum, mut product) = (of_rest.to_f64(), products_of_rest.to_f64());
+        for first in (0..whole).step_by(PIECE) {
+            let piece = self.from(first).first(PIECE.min(whole - first));
+            let [of_piece, products_of_piece] = piece.sums::<S, CENTRED, BIASED>(
+                simd,
+                &mut weight_grad[first..],
+                &mut bias_grad[bias_from(first)..],
+                &mut normalised[first..],
+            );
+            sum += of_piece.to_f64();
+            product += products_of_piece.to_f64();
+        }
+        [sum, product]
+    }
+
+    /// As [`RowGradient::add_parameters`], for the whole vectors of a piece of a row. The first sum is wanted for centred rows alone.
+    #[inline(always)]
+    fn sums<S: Simd, const CENTRED: bool, const BIASED: bool>(
+        self,
+        simd: S,
+        weight_grad: &mut [R],
+        bias_grad: &mut [R],
+        normalised: &mut [MaybeUninit<R>],
+    ) -> [R; 2] {
+        let (x, lanes) = (as_vectors::<R, S>(self.row.x), R::lanes::<S>());
         let (grad, weight) = (&as_vectors::<R, S>(self.grad)[..x.len()], &as_vectors::<R, S>(self.weight)[..x.len()]);
         let weight_grad = &mut as_vectors_mut::<R, S>(weight_grad)[..x.len()];
+        let bias_grad = &mut as_vectors_mut::<R, S>(bias_grad)[..if BIASED { x.len() } else { 0 }];
+        let normalised = &mut normalised[..x.len() * lanes];
         let by = self.row.statistics.splats::<S>(simd);
         let zero = R::splat(simd, R::ZERO);
         // Two sums of each at a time, since each addition waits for the one before it.
         let (mut sums, mut products) = ([zero; 2], [zero; 2]);
-        let pairs = x.len() / 2 * 2;
-        for first in (0..pairs).step_by(2) {
-            for i in 0..2 {
-                let j = first + i;
-                let normalised = normalised::<R, S, CENTRED>(simd, x[j], by);
-                weight_grad[j] = R::mul_add(simd, grad[j], normalised, weight_grad[j]);
+        // (A macro and no closure: what isn't inlined is compiled without the vectors' instructions.)
+        macro_rules! add {
+            ($j:expr, $i:expr) => {{
+                let (j, i) = ($j, $i);
+                let of_x = normalise_vector::<R, S, CENTRED>(simd, x[j], by);
+                write::<R, S>(&mut normalised[j * lanes..(j + 1) * lanes], of_x);
+                weight_grad[j] = R::mul_add(simd, grad[j], of_x, weight_grad[j]);
+                if BIASED {
+                    bias_grad[j] = R::vadd(simd, bias_grad[j], grad[j]);
+                }
                 let weighted = R::vmul(simd, grad[j], weight[j]);
                 if CENTRED {
                     sums[i] = R::vadd(simd, sums[i], weighted);
                 }
-                products[i] = R::mul_add(simd, weighted, normalised, products[i]);
-            }
+                products[i] = R::mul_add(simd, weighted, of_x, products[i]);
+            }};
         }
-        for j in pairs..x.len() {
-            let normalised = normalised::<R, S, CENTRED>(simd, x[j], by);
-            weight_grad[j] = R::mul_add(simd, grad[j], normalised, weight_grad[j]);
-            let weighted = R::vmul(simd, grad[j], weight[j]);
-            if CENTRED {
-                sums[0] = R::vadd(simd, sums[0], weighted);
-            }
-            products[0] = R::mul_add(simd, weighted, normalised, products[0]);
+        for pair in 0..x.len() / 2 {
+            add!(2 * pair, 0);
+            add!(2 * pair + 1, 1);
+        }
+        if x.len() % 2 == 1 {
+            add!(x.len() - 1, 0);
         }
         let total = |[a, b]: [R::Vector<S>; 2]| R::reduce_add(simd, R::vadd(simd, a, b));
         [total(sums), total(products)]
     }
 
+    /// Writes the gradient of x over the normalised numbers.
     #[inline(always)]
-    fn write_vectors<S: Simd, const CENTRED: bool>(self, simd: S, means: [R; 2], x_grad: &mut [MaybeUninit<R>]) {
-        let (x, lanes) = (as_vectors::<R, S>(self.row.x), R::lanes::<S>());
-        let (grad, weight) = (&as_vectors::<R, S>(self.grad)[..x.len()], &as_vectors::<R, S>(self.weight)[..x.len()]);
-        let x_grad = &mut x_grad[..x.len() * lanes];
-        let by = self.row.statistics.splats::<S>(simd);
+    fn write_vectors<S: Simd, const CENTRED: bool>(self, simd: S, means: [R; 2], x_grad: &mut [R]) {
+        let x_grad = as_vectors_mut::<R, S>(x_grad);
+        let (grad, weight) =
+            (&as_vectors::<R, S>(self.grad)[..x_grad.len()], &as_vectors::<R, S>(self.weight)[..x_grad.len()]);
         let [mean, product] = [R::splat(simd, means[0]), R::splat(simd, -means[1])];
         let factor = R::splat(simd, self.row.statistics.inverse / self.row.divisor);
-        let add = self.add.map(|add| &as_vectors::<R, S>(add)[..x.len()]);
-        for (j, x_grad) in x_grad.chunks_exact_mut(lanes).enumerate() {
-            let normalised = normalised::<R, S, CENTRED>(simd, x[j], by);
+        let add = self.add.map(|add| &as_vectors::<R, S>(add)[..x_grad.len()]);
+        for (j, x_grad) in x_grad.iter_mut().enumerate() {
             let mut weighted = R::vmul(simd, grad[j], weight[j]);
             if CENTRED {
                 weighted = R::vsub(simd, weighted, mean);
             }
-            let difference = R::mul_add(simd, normalised, product, weighted);
-            let result = match add {
+            let difference = R::mul_add(simd, *x_grad, product, weighted);
+            *x_grad = match add {
                 Some(add) => R::mul_add(simd, difference, factor, add[j]),
                 None => R::vmul(simd, difference, factor),
             };
-            write::<R, S>(x_grad, result);
         }
-    }
-}
-
-/// Adds the whole vectors of `x` to those of `sum`.
-#[inline(always)]
-fn add_to<R: SimdFloat, S: Simd>(simd: S, x: &[R], sum: &mut [R]) {
-    for (sum, x) in as_vectors_mut::<R, S>(sum).iter_mut().zip(as_vectors::<R, S>(x)) {
-        *sum = R::vadd(simd, *sum, *x);
     }
 }

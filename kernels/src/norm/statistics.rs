@@ -151,7 +151,7 @@ fn moments<R: SimdFloat, S: Simd, const CENTRED: bool>(simd: S, x: &[R], mean: R
     [sum, square]
 }
 
-/// The normalised numbers of vectors, without weight and bias.
+/// [`Statistics`] in every lane.
 #[derive(Clone, Copy)]
 pub(super) struct Splats<V> {
     mean: V,
@@ -167,8 +167,9 @@ impl<R: SimdFloat> Statistics<R> {
     }
 }
 
+/// A normalised vector, without weight and bias.
 #[inline(always)]
-pub(super) fn normalised<R: SimdFloat, S: Simd, const CENTRED: bool>(
+pub(super) fn normalise_vector<R: SimdFloat, S: Simd, const CENTRED: bool>(
     simd: S,
     x: R::Vector<S>,
     by: Splats<R::Vector<S>>,
