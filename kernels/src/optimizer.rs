@@ -327,18 +327,46 @@ impl<E: Number> WithSimd for Squares<'_, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> f64 {
-        // As many sums for every instruction set, so that each gives the same bits.
-        const SUMS: usize = 16;
-        let (mut wide, mut sums) = ([E::Float::ZERO; BLOCK], [0f64; SUMS]);
-        for block in self.piece.chunks(BLOCK) {
-            E::widen_all(block, &mut wide);
-            for numbers in wide[..block.len()].chunks(SUMS) {
-                for (sum, x) in sums.iter_mut().zip(numbers) {
-                    *sum += x.to_f64() * x.to_f64();
-                }
-            }
+        if let Some(numbers) = E::as_floats(self.piece) {
+            return squares(numbers);
         }
-        sums.iter().sum()
+        let (mut wide, mut sum) = ([E::Float::ZERO; BLOCK], 0.0);
+        for block in self.piece.chunks(BLOCK) {
+            let wide = &mut wide[..block.len()];
+            E::widen_all(block, wide);
+            sum += squares(wide);
+        }
+        sum
+    }
+}
+
+/// The sum of the squares of some numbers, in an order that is the same for every instruction set.
+#[inline(always)]
+fn squares<R: SimdFloat>(numbers: &[R]) -> f64 {
+    // A core reads four streams from memory 1.6 times as fast as one: measured on two cores of a Zen 3 server.
+    const STREAMS: usize = 4;
+    const LINE: usize = 16;
+    let (lines, rest) = numbers.as_chunks::<LINE>();
+    let (streams, last) = lines.split_at(lines.len() / STREAMS * STREAMS);
+    let [a, b, c, d] = std::array::from_fn(|i| &streams[i * streams.len() / STREAMS..][..streams.len() / STREAMS]);
+    let mut sums = [0f64; LINE];
+    for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
+        add_squares(a, &mut sums);
+        add_squares(b, &mut sums);
+        add_squares(c, &mut sums);
+        add_squares(d, &mut sums);
+    }
+    for line in last {
+        add_squares(line, &mut sums);
+    }
+    sums.iter().sum::<f64>() + rest.iter().map(|x| x.to_f64() * x.to_f64()).sum::<f64>()
+}
+
+/// Adds the square of number i to sum i.
+#[inline(always)]
+fn add_squares<R: SimdFloat, const LINE: usize>(numbers: &[R; LINE], sums: &mut [f64; LINE]) {
+    for (sum, x) in sums.iter_mut().zip(numbers) {
+        *sum += x.to_f64() * x.to_f64();
     }
 }
 
