@@ -157,8 +157,8 @@ fn add_dots<R: SimdFloat, S: Simd>(simd: S, a: Matrix<R>, weights: Matrix<R>, mu
     assert!(weights.columns() == k && sums.rows() == rows && sums.columns() == columns, "sums of the operands' sizes");
     let (a, weights, sums) = (a.raw(), weights.raw(), sums.raw());
     // Each block of weights is multiplied with all rows while it is in the cache. Up to 24 sums and the vectors that they are
-    // products of fill 31 of AVX-512's 32 registers; AVX2 has 16. A single row takes more weights at a time, as memory gives
-    // more when more of its rows are asked for.
+    // products of fill 31 of AVX-512's 32 registers; 12 sums fill AVX2's 16. A single row takes more weights at a time, as memory
+    // gives more when more of its rows are asked for.
     macro_rules! blocks {
         ([$($columns:expr),*], $rows:tt) => {
             in_blocks!(columns, [$($columns),*], |column, COLUMNS| in_blocks!(rows, $rows, |row, ROWS| {
@@ -174,7 +174,7 @@ fn add_dots<R: SimdFloat, S: Simd>(simd: S, a: Matrix<R>, weights: Matrix<R>, mu
         } else if size_of::<R::Vector<S>>() == 64 {
             blocks!([4, 1], [6, 4, 3, 2, 1]);
         } else {
-            blocks!([4, 1], [2, 1]);
+            blocks!([4, 1], [3, 2, 1]);
         }
     }
 }
