@@ -55,32 +55,30 @@ unsafe fn transpose_raw<R: SimdFloat, S: Simd, const ADD: bool>(
     from: Raw<*const R>,
     to: Raw<*mut R>,
 ) {
-    let (mut whole_rows, mut whole_columns) = (0, 0);
-    #[cfg(target_arch = "x86_64")]
-    if has_blocks::<R, S>() {
-        (whole_rows, whole_columns) = (rows / 2 * 2, columns / COLUMNS * COLUMNS);
-        let factor = factor.to_f64() as f32;
+    let [whole_rows, whole_columns] =
+        if has_blocks::<R, S>() { [rows / 2 * 2, columns / COLUMNS * COLUMNS] } else { [0, 0] };
+    // SAFETY: the parts lie inside `rows` rows of `columns`; R is f32 and the processor has AVX where there are blocks.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
         for r in (0..whole_rows).step_by(4) {
             for c in (0..whole_columns).step_by(COLUMNS) {
-                // SAFETY: the block lies inside `rows` rows of `columns`; R is f32, and the processor has AVX.
-                unsafe {
-                    let from = Raw { start: from.at(r, c).cast::<f32>(), stride: from.stride };
-                    let to = Raw { start: to.at(c, r).cast::<f32>(), stride: to.stride };
-                    if r + 4 <= whole_rows {
-                        transpose_four::<ADD>(factor, from, to);
-                    } else {
-                        transpose_two::<ADD>(factor, from, to);
-                    }
+                let from = Raw { start: from.at(r, c).cast::<f32>(), stride: from.stride };
+                let to = Raw { start: to.at(c, r).cast::<f32>(), stride: to.stride };
+                if r + 4 <= whole_rows {
+                    transpose_four::<ADD>(factor.to_f64() as f32, from, to);
+                } else {
+                    transpose_two::<ADD>(factor.to_f64() as f32, from, to);
                 }
             }
         }
-    }
-    // SAFETY: the parts lie inside `rows` rows of `columns`.
-    unsafe {
-        let (right, below) = (from.from(0, whole_columns), to.from(whole_columns, 0));
-        one_by_one::<R, ADD>(whole_rows, columns - whole_columns, factor, right, below);
-        let (below, right) = (from.from(whole_rows, 0), to.from(0, whole_rows));
-        one_by_one::<R, ADD>(rows - whole_rows, columns, factor, below, right);
+        if whole_columns < columns {
+            let (right, below) = (from.from(0, whole_columns), to.from(whole_columns, 0));
+            one_by_one::<R, ADD>(whole_rows, columns - whole_columns, factor, right, below);
+        }
+        if whole_rows < rows {
+            let (below, right) = (from.from(whole_rows, 0), to.from(0, whole_rows));
+            one_by_one::<R, ADD>(rows - whole_rows, columns, factor, below, right);
+        }
     }
 }
 
@@ -210,22 +208,27 @@ mod tests {
     #[test]
     fn every_size_is_transposed_and_nothing_else_is_written() {
         with_every_simd!(|simd| {
-            for (rows, columns) in [
-                (1, 1),
-                (2, 8),
-                (4, 8),
-                (6, 16),
-                (7, 9),
-                (8, 8),
-                (8, 17),
-                (12, 19),
-                (15, 8),
-                (16, 33),
-                (19, 8),
-                (32, 5),
-            ] {
+            let small = [(1, 1), (2, 8), (3, 8), (4, 8), (5, 17), (6, 16), (7, 9)];
+            let large = [(8, 8), (8, 17), (12, 19), (15, 8), (16, 33), (19, 8), (32, 5)];
+            for (rows, columns) in small.into_iter().chain(large) {
                 check::<f32, S>(simd, rows, columns);
                 check::<f64, S>(simd, rows, columns);
+            }
+        });
+    }
+
+    #[test]
+    fn bits_of_signalling_nan_stay() {
+        with_every_simd!(|simd| {
+            for rows in [2, 4, 6] {
+                let from: Vec<f32> = (0..rows * 8).map(|i| f32::from_bits(0x7fa0_0000 + i as u32)).collect();
+                let mut to = vec![0f32; 8 * rows];
+                let target = MatrixMut::new(&mut to, 8, rows, rows);
+                // SAFETY: the transposed numbers are initialised.
+                transpose(simd, 1.0, Matrix::new(&from, rows, 8, 8), unsafe { target.into_uninit() });
+                for (i, x) in to.iter().enumerate() {
+                    assert_eq!(x.to_bits(), from[i % rows * 8 + i / rows].to_bits(), "{rows} rows");
+                }
             }
         });
     }

@@ -70,9 +70,9 @@ fn check_formula<E: Number>(rows: usize, n: usize, precision: f64) {
     }
 }
 
-/// Rows with and without a part of a vector at the end, of one and of several tasks.
+/// Rows with and without a part of a vector at the end, with an odd number of vectors, of one and of several pieces and tasks.
 fn shapes() -> Vec<(usize, usize)> {
-    let small = vec![(0, 4), (1, 1), (3, 5), (2, 16), (70, 37)];
+    let small = vec![(0, 4), (1, 1), (3, 5), (2, 16), (5, 24), (3, 56), (70, 37), (1, 1030)];
     let large = vec![(1, 40_000), (3000, 33), (300, 256)];
     if cfg!(miri) { small } else { [small, large].concat() }
 }
@@ -94,7 +94,9 @@ fn norm_without_bias_is_that_with_a_bias_of_zero() {
         let norm = Norm { kind, weight: &weight, bias: None, eps: 1e-5, unit_offset: false };
         let zeros = Norm { bias: Some(&[0.0; 21]), ..norm };
         assert_eq!(norm.forward(&x).unwrap(), zeros.forward(&x).unwrap());
-        assert!(norm.backward(&x, &x, None).unwrap().bias.is_none());
+        let [without, with] = [norm, zeros].map(|norm| norm.backward(&x, &x, None).unwrap());
+        assert_eq!((without.x, without.weight), (with.x, with.weight));
+        assert!(without.bias.is_none() && with.bias.is_some());
     }
 }
 

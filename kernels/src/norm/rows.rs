@@ -246,6 +246,7 @@ impl<'a, R: SimdFloat> RowGradient<'a, R> {
         bias_grad: Option<&mut [R]>,
         x_grad: &mut [MaybeUninit<R>],
     ) {
+        let x_grad = &mut x_grad[..self.row.x.len()];
         let [sum, product] = match bias_grad {
             Some(bias_grad) => self.add_parameters::<S, CENTRED, true>(simd, weight_grad, bias_grad, x_grad),
             None => self.add_parameters::<S, CENTRED, false>(simd, weight_grad, &mut [], x_grad),
@@ -297,7 +298,8 @@ impl<'a, R: SimdFloat> RowGradient<'a, R> {
         [sum, product]
     }
 
-    /// As [`RowGradient::add_parameters`], for the whole vectors of a piece of a row. The first sum is wanted for centred rows alone.
+    /// As [`RowGradient::add_parameters`], for the whole vectors of a piece of a row, and without f64. The first sum is wanted for
+    /// centred rows alone.
     #[inline(always)]
     fn sums<S: Simd, const CENTRED: bool, const BIASED: bool>(
         self,

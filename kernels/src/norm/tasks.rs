@@ -31,7 +31,7 @@ fn fill<E: Number>(
         return write(floats);
     }
     let (rows, columns) = (to.rows(), to.columns());
-    // SAFETY: `write` is a pass of `rows.rs`, which writes every number of its rows, whole vectors and then the rest.
+    // SAFETY: `write` is a pass of `rows.rs`, which writes every number of its rows, and reads none before.
     write(unsafe { MatrixMut::new(&mut *scratch, rows, columns, columns).into_uninit() });
     to.write(0, Matrix::new(scratch, rows, columns, columns));
 }
