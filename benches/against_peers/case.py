@@ -8,6 +8,12 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 TOLERANCE = {"f32": 2e-4, "bf16": 6e-2, "f16": 1e-2}
 
 
+def error(answer, expected):
+    """The largest difference, relative to the largest number."""
+    exact = expected.double()
+    return ((answer.double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
+
+
 class Case:
     """A row. Its kinds are in `attention`, `operations`, `blocks`, `models` and `memory`. Each has a `name`, and as its `shape` a
     list of numbers."""
@@ -58,6 +64,10 @@ class Case:
         """Those that must be read from memory, if this is most of the work."""
         return 0
 
+    def allowed(self, key, answers, expected):
+        """The largest error of an answer's tensor."""
+        return self.tolerance
+
     def expected(self, answers, inputs):
         return answers.get("torch", answers["ours"])
 
@@ -66,9 +76,8 @@ class Case:
         expected = self.expected(answers, inputs)
         for name in answers.keys() - {"torch"}:
             for key in expected.keys() & answers[name].keys():
-                exact = expected[key].double()
-                difference = ((answers[name][key].double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
-                if not difference <= self.tolerance:
+                difference = error(answers[name][key], expected[key])
+                if not difference <= self.allowed(key, answers, expected):
                     raise SystemExit(f"{self}: {key} of {name} is {difference:.2g} from what was expected")
 
 
