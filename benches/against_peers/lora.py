@@ -73,8 +73,9 @@ class Lora(Blocks):
         return replace(self, dtype="f32").on_peft({name: x.float() for name, x in inputs.items()}).answer()
 
     def allowed(self, key, answers, expected):
-        # In bf16, PyTorch's gradients of a query's and a key's matrices are 0.1 to 0.15 from those of f32.
-        return max(super().allowed(key, answers, expected), error(answers["torch"][key], expected[key]) if "torch" in answers else 0)
+        # At (8, 128, 384, 12) in bf16, PyTorch's gradients of the queries' and the keys' lora_B are 0.15 and 0.10 from those of f32.
+        allowed = super().allowed(key, answers, expected)
+        return max(allowed, error(answers["torch"][key], expected[key])) if "torch" in answers else allowed
 
     def on_peft(self, inputs):
         """A BertLayer with PEFT's modules."""

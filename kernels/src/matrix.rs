@@ -398,6 +398,17 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
+/// Numbers that have been written.
+///
+/// # Safety
+///
+/// All of them are initialised.
+#[inline(always)]
+pub(crate) unsafe fn initialised<T>(numbers: &mut [MaybeUninit<T>]) -> &mut [T] {
+    // SAFETY: this function's own condition; `MaybeUninit<T>` lies in memory as T does.
+    unsafe { &mut *(std::ptr::from_mut(numbers) as *mut [T]) }
+}
+
 #[cfg(test)]
 #[path = "matrix_tests.rs"]
 mod tests;

@@ -18,8 +18,7 @@ use crate::simd::{SimdFloat, instruction_set, load_up_to, prefetch, store_up_to}
 const MAX_ROWS: usize = 8;
 
 /// The most rows that are multiplied with a right operand that stands column by column, which has to be transposed to be packed.
-/// With 32 rows it takes about as long to transpose it as to sum across lanes; with 12 rows the sums are 1.6 times as fast. (That was
-/// measured with blocks of 2 rows on AVX2.)
+/// With 32 rows it takes about as long to transpose it as to sum across lanes; with 12 rows the sums are 1.6 times as fast.
 const MAX_ROWS_OF_DOTS: usize = 32;
 
 /// How far ahead memory is asked for, in numbers: as far as decoding does, which reads keys in the same way.

@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::matmul::microkernel::{Ahead, Base, BlockDims, Blocks, MAX_ROWS, MultiplyBlock, Right};
 use crate::matmul::pack::{DECODED_COLUMNS, PackLeft, PackLeftBlock, direct_right, pack_right, packs_all_rows};
 use crate::matmul::{Epilogue, Operand, few_rows};
-use crate::matrix::{Matrix, MatrixMut};
+use crate::matrix::{Matrix, MatrixMut, initialised};
 use crate::scratch::{Scratch, pieces};
 use crate::simd::{SimdFloat, instruction_set};
 
@@ -224,12 +224,4 @@ impl<E: Number> Tile<'_, E> {
         result.write(0, Matrix::new(sums, rows, columns, columns));
         Ok(())
     }
-}
-
-/// # Safety
-///
-/// All numbers are initialised.
-unsafe fn initialised<R>(numbers: &mut [MaybeUninit<R>]) -> &mut [R] {
-    // SAFETY: this function's own condition; `MaybeUninit<R>` lies in memory as R does.
-    unsafe { &mut *(std::ptr::from_mut(numbers) as *mut [R]) }
 }

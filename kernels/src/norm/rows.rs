@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use pulp::bytemuck::{cast_slice, cast_slice_mut};
 use pulp::{Scalar, Simd, WithSimd};
 
-use crate::matrix::{Matrix, MatrixMut};
+use crate::matrix::{Matrix, MatrixMut, initialised};
 use crate::norm::statistics::{PIECE, Row, normalise_vector};
 use crate::pointwise::write;
 use crate::simd::{SimdFloat, as_vectors, as_vectors_mut, instruction_set};
@@ -254,7 +254,7 @@ impl<'a, R: SimdFloat> RowGradient<'a, R> {
         let (count, whole) = (self.row.x.len() as f64, self.whole::<S>());
         let means = [R::from_f64(sum / count), R::from_f64(product / count)];
         // SAFETY: `add_parameters` has written every number of the row.
-        let x_grad = unsafe { &mut *(std::ptr::from_mut(x_grad) as *mut [R]) };
+        let x_grad = unsafe { initialised(x_grad) };
         self.write_vectors::<S, CENTRED>(simd, means, x_grad);
         self.from(whole).write_vectors::<_, CENTRED>(Scalar, means, &mut x_grad[whole..]);
     }
