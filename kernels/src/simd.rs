@@ -1,5 +1,7 @@
 //! What the kernels compute in, f32 or f64, as vectors of any instruction set.
 
+use std::any::TypeId;
+use std::mem::transmute_copy;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 use std::sync::OnceLock;
 
@@ -128,8 +130,45 @@ pub trait SimdFloat:
     fn add_to_exponent<S: Simd>(simd: S, x: Self::Vector<S>, n: Self::Vector<S>) -> Self::Vector<S>;
     /// The sum of a vector's numbers.
     fn reduce_add<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
+    /// The sum of each vector's numbers.
+    #[inline(always)]
+    fn reduce_add_four<S: Simd>(simd: S, vectors: [Self::Vector<S>; 4]) -> [Self; 4] {
+        // SAFETY: the types are the same, and the processor has AVX, as vectors of its size are used.
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        unsafe {
+            if TypeId::of::<Self>() == TypeId::of::<f32>() {
+                if size_of::<Self::Vector<S>>() == 32 {
+                    return transmute_copy(&x86::sums_of_eight(transmute_copy(&vectors)));
+                }
+                if size_of::<Self::Vector<S>>() == 64 {
+                    return transmute_copy(&x86::sums_of_sixteen(transmute_copy(&vectors)));
+                }
+            }
+        }
+        vectors.map(|vector| Self::reduce_add(simd, vector))
+    }
     /// The greatest of a vector's numbers, of which none is NaN.
     fn reduce_max<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
+}
+
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    /// The sum of each vector's numbers.
+    #[inline]
+    #[target_feature(enable = "avx")]
+    pub fn sums_of_eight([a, b, c, d]: [__m256; 4]) -> __m128 {
+        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs))
+    }
+
+    /// The sum of each vector's numbers.
+    #[inline]
+    #[target_feature(enable = "avx")]
+    pub fn sums_of_sixteen(vectors: [[__m256; 2]; 4]) -> __m128 {
+        sums_of_eight(vectors.map(|[low, high]| _mm256_add_ps(low, high)))
+    }
 }
 
 macro_rules! simd_float {

@@ -12,14 +12,17 @@ use crate::gemm::microkernel::{in_blocks, load_at, store_at};
 use crate::matmul::Operand;
 use crate::matmul::tile::K_BLOCK;
 use crate::matrix::{Matrix, MatrixMut, Raw};
-use crate::simd::{SimdFloat, instruction_set, load_up_to, prefetch, store_up_to};
+use crate::simd::{
+    CACHE_LINE, MAX_LANES, SimdFloat, instruction_set, load_up_to, prefetch, prefetch_to_second_level, store_up_to,
+};
 
 /// The most rows that are multiplied with a right operand that stands row by row.
 const MAX_ROWS: usize = 8;
 
 /// The most rows that are multiplied with a right operand that stands column by column, which has to be transposed to be packed.
-/// With 32 rows it takes about as long to transpose it as to sum across lanes; with 12 rows the sums are 1.6 times as fast.
-const MAX_ROWS_OF_DOTS: usize = 32;
+/// On a Zen 3 core it takes about as long to transpose it for 84 rows as to sum across lanes; with 42 rows the sums are 1.2 times as
+/// fast, with 21 rows 1.3 times.
+const MAX_ROWS_OF_DOTS: usize = 64;
 
 /// How far ahead memory is asked for, in numbers: as far as decoding does, which reads keys in the same way.
 const AHEAD: usize = 1024;
@@ -44,7 +47,7 @@ pub(super) fn scratch_sizes<E: Number>(rows: usize, columns: usize, pairs: &[(Op
     if is_read_in_place { [rows * k, 0] } else { [rows * k, (MAX_DOTS * k).max(K_BLOCK * columns)] }
 }
 
-/// Columns whose dot products are computed at a time.
+/// Columns that are widened or decoded at a time.
 const MAX_DOTS: usize = 8;
 
 /// sums += a · b, for rows `rows` of a and columns `columns` of b.
@@ -156,25 +159,89 @@ fn add_dots<R: SimdFloat, S: Simd>(simd: S, a: Matrix<R>, weights: Matrix<R>, mu
     let (rows, columns, k) = (a.rows(), weights.rows(), a.columns());
     assert!(weights.columns() == k && sums.rows() == rows && sums.columns() == columns, "sums of the operands' sizes");
     let (a, weights, sums) = (a.raw(), weights.raw(), sums.raw());
-    // Each block of weights is multiplied with all rows while it is in the cache. Up to 24 sums and the vectors that they are
-    // products of fill 31 of AVX-512's 32 registers; 12 sums fill AVX2's 16. A single row takes more weights at a time, as memory
-    // gives more when more of its rows are asked for.
+    // SAFETY: the assertion; the blocks lie inside the rows, the columns and k.
+    unsafe {
+        if rows == 1 {
+            // More weights at a time, as memory gives more when more of its rows are asked for.
+            in_blocks!(columns, [8, 2, 1], |column, COLUMNS| {
+                dots::<R, S, 1, COLUMNS>(simd, k, a, weights.from(column, 0), sums.from(0, column));
+            });
+            return;
+        }
+        let (len, at_once) = part_dims::<R>(k);
+        for first_column in (0..columns).step_by(at_once) {
+            let count = at_once.min(columns - first_column);
+            for first in (0..k).step_by(len) {
+                let last = k.min(first + len);
+                let dims = [rows, count, last - first];
+                let part = weights.from(first_column, first);
+                let next = if last < k {
+                    Some(weights.from(first_column, last))
+                } else if first_column + count < columns {
+                    Some(weights.from(first_column + count, 0))
+                } else {
+                    None
+                };
+                add_part::<R, S>(simd, dims, a.from(0, first), part, sums.from(0, first_column), next);
+            }
+        }
+    }
+}
+
+/// Rows of weights that are multiplied with a block of the left operand's rows.
+const COLUMNS_AT_ONCE: usize = 4;
+
+/// What is multiplied with all rows of the left operand before the next part of the weights: with a few of those rows it fills a
+/// first-level cache.
+const PART_BYTES: usize = 24 << 10;
+
+/// The numbers in a row of a part, and its rows. (A long row is cut, so that COLUMNS_AT_ONCE of them fit.)
+fn part_dims<R>(k: usize) -> (usize, usize) {
+    let longest = PART_BYTES / (COLUMNS_AT_ONCE * size_of::<R>());
+    let len = k.div_ceil(k.div_ceil(longest)).next_multiple_of(MAX_LANES);
+    (len, (PART_BYTES / (len * size_of::<R>())).max(COLUMNS_AT_ONCE) / COLUMNS_AT_ONCE * COLUMNS_AT_ONCE)
+}
+
+/// Adds the products with a part, and asks for the next one.
+///
+/// # Safety
+///
+/// `a` has `rows` rows of `k`, `weights` `columns` rows of `k`, `sums` `rows` rows of `columns`.
+#[inline(always)]
+unsafe fn add_part<R: SimdFloat, S: Simd>(
+    simd: S,
+    [rows, columns, k]: [usize; 3],
+    a: Raw<*const R>,
+    weights: Raw<*const R>,
+    sums: Raw<*mut R>,
+    next: Option<Raw<*const R>>,
+) {
+    let in_line = CACHE_LINE / size_of::<R>();
+    let lines = columns * k.div_ceil(in_line);
+    let (mut computed, mut asked, mut at) = (0, 0, (0, 0));
+    // 24 sums and the vectors that they are products of fill 31 of AVX-512's 32 registers; 12 sums fill AVX2's 16.
     macro_rules! blocks {
-        ([$($columns:expr),*], $rows:tt) => {
-            in_blocks!(columns, [$($columns),*], |column, COLUMNS| in_blocks!(rows, $rows, |row, ROWS| {
+        ($rows:tt) => {
+            in_blocks!(rows, $rows, |row, ROWS| in_blocks!(columns, [4, 1], |column, COLUMNS| {
+                computed += ROWS * COLUMNS;
+                if let Some(next) = next {
+                    while asked * rows * columns < computed * lines {
+                        prefetch_to_second_level(next.start.wrapping_add(at.0 * next.stride + at.1));
+                        asked += 1;
+                        at = if at.1 + in_line < k { (at.0, at.1 + in_line) } else { (at.0 + 1, 0) };
+                    }
+                }
                 let (a, weights, sums) = (a.from(row, 0), weights.from(column, 0), sums.from(row, column));
                 dots::<R, S, ROWS, COLUMNS>(simd, k, a, weights, sums);
             }))
         };
     }
-    // SAFETY: the assertion; the blocks lie inside the rows and columns.
+    // SAFETY: this function's own condition; the blocks lie inside the rows and columns.
     unsafe {
-        if rows == 1 {
-            blocks!([8, 2, 1], [1]);
-        } else if size_of::<R::Vector<S>>() == 64 {
-            blocks!([4, 1], [6, 4, 3, 2, 1]);
+        if size_of::<R::Vector<S>>() == 64 {
+            blocks!([6, 4, 3, 2, 1]);
         } else {
-            blocks!([4, 1], [3, 2, 1]);
+            blocks!([3, 2, 1]);
         }
     }
 }
@@ -210,14 +277,23 @@ unsafe fn dots<R: SimdFloat, S: Simd, const N: usize, const P: usize>(
                 }
             }
         }
-        for (p, dots) in dots.into_iter().enumerate() {
-            let weight = load_up_to::<R, S>(simd, std::slice::from_raw_parts(weights.at(p, whole), k - whole));
-            for (row, mut dot) in dots.into_iter().enumerate() {
-                if whole < k {
-                    let x = load_up_to::<R, S>(simd, std::slice::from_raw_parts(a.at(row, whole), k - whole));
-                    dot = R::mul_add(simd, x, weight, dot);
+        for row in 0..N {
+            if P == 4 {
+                let four = R::reduce_add_four(simd, [dots[0][row], dots[1][row], dots[2][row], dots[3][row]]);
+                for (p, sum) in four.into_iter().enumerate() {
+                    *sums.at(row, p) += sum;
                 }
-                *sums.at(row, p) += R::reduce_add(simd, dot);
+            } else {
+                for (p, dots) in dots.iter().enumerate() {
+                    *sums.at(row, p) += R::reduce_add(simd, dots[row]);
+                }
+            }
+        }
+        for row in 0..if whole < k { N } else { 0 } {
+            for p in 0..P {
+                for i in whole..k {
+                    *sums.at(row, p) += *a.at(row, i) * *weights.at(p, i);
+                }
             }
         }
     }
