@@ -1,7 +1,9 @@
 //! How the work of attention is cut into tasks: by the shape alone, so that every number is the same for any number of threads. And
 //! how tasks run.
 
+use std::convert::Infallible;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::Error;
 
@@ -19,37 +21,65 @@ const KEYS_PER_DECODE_TASK: usize = 512;
 
 /// Runs tasks 0 to `tasks`, in parallel if there is enough `work` (multiplications). The error of any task that fails is the
 /// result; some of the others may not have run then.
-///
-/// Miri runs them one after the other, or, if there is enough work, on two threads of the standard library: rayon's queues
-/// break Stacked Borrows.
 pub(crate) fn run_tasks(
     work: usize,
     tasks: usize,
     task: impl Fn(usize) -> Result<(), Error> + Send + Sync,
 ) -> Result<(), Error> {
-    if work < SERIAL_BELOW || tasks == 1 {
-        return (0..tasks).try_for_each(task);
-    }
-    #[cfg(not(miri))]
-    {
-        use rayon::prelude::*;
-        (0..tasks).into_par_iter().try_for_each(task)
-    }
-    #[cfg(miri)]
-    std::thread::scope(|scope| {
-        let task = &task;
-        let halves = [0..tasks / 2, tasks / 2..tasks].map(|mut half| scope.spawn(move || half.try_for_each(task)));
-        halves.into_iter().try_for_each(|half| half.join().expect("a task doesn't panic"))
-    })
+    if work < SERIAL_BELOW { (0..tasks).try_for_each(task) } else { in_parallel(0..tasks, task) }
 }
 
 /// Calls `f` with the number of each chunk of `size` elements and the chunk, in parallel.
 pub(crate) fn for_each_chunk<T: Send>(data: &mut [T], size: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
-    if cfg!(miri) || data.len() <= size {
-        return data.chunks_mut(size).enumerate().for_each(|(chunk, data)| f(chunk, data));
+    let chunks = data.chunks_mut(size).enumerate();
+    if cfg!(miri) {
+        return chunks.for_each(|(chunk, data)| f(chunk, data));
     }
-    use rayon::prelude::*;
-    data.par_chunks_mut(size).enumerate().for_each(|(chunk, data)| f(chunk, data));
+    let done: Result<(), Infallible> = in_parallel(chunks, |(chunk, data)| {
+        f(chunk, data);
+        Ok(())
+    });
+    let Ok(()) = done;
+}
+
+/// Calls `f` with each item, in the order in which threads are free. The calling thread is one of them: for a thread outside of
+/// rayon's pool, to wait for another one that does all the work would take longer than many of the operations.
+///
+/// Miri has two threads of the standard library: rayon's queues break Stacked Borrows.
+fn in_parallel<I, E>(items: I, f: impl Fn(I::Item) -> Result<(), E> + Send + Sync) -> Result<(), E>
+where
+    I: ExactSizeIterator + Send,
+    I::Item: Send,
+    E: Send,
+{
+    let threads = if cfg!(miri) { 2 } else { rayon::current_num_threads() }.min(items.len());
+    let (items, failed) = (Mutex::new(items), Mutex::new(None));
+    // A thread that panics is the end of the scope, not of the others' items.
+    let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some(item) = next() {
+            if let Err(error) = f(item) {
+                while next().is_some() {}
+                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+        }
+    };
+    if threads <= 1 {
+        work();
+    } else if cfg!(miri) {
+        std::thread::scope(|scope| {
+            scope.spawn(work);
+            work();
+        });
+    } else {
+        rayon::in_place_scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(|_| work());
+            }
+            work();
+        });
+    }
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
 /// Keys cut into `count` splits of equal length, but for the last ones.
