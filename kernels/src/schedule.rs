@@ -3,9 +3,11 @@
 
 use std::convert::Infallible;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::Error;
+use crate::matrix::Shared;
 
 /// Below this many multiplications a second thread costs more to wake than it saves: about 10 µs of work. (Less for
 /// miri, so that a small test goes to several threads.)
@@ -26,60 +28,68 @@ pub(crate) fn run_tasks(
     tasks: usize,
     task: impl Fn(usize) -> Result<(), Error> + Send + Sync,
 ) -> Result<(), Error> {
-    if work < SERIAL_BELOW { (0..tasks).try_for_each(task) } else { in_parallel(0..tasks, task) }
+    in_parallel(work / SERIAL_BELOW + 1, tasks, task)
 }
 
 /// Calls `f` with the number of each chunk of `size` elements and the chunk, in parallel.
 pub(crate) fn for_each_chunk<T: Send>(data: &mut [T], size: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
-    let chunks = data.chunks_mut(size).enumerate();
-    if cfg!(miri) {
-        return chunks.for_each(|(chunk, data)| f(chunk, data));
-    }
-    let done: Result<(), Infallible> = in_parallel(chunks, |(chunk, data)| {
-        f(chunk, data);
-        Ok(())
+    let len = data.len();
+    let shared = Shared::new(data);
+    let max_threads = if cfg!(miri) { 1 } else { usize::MAX };
+    let done = in_parallel(max_threads, len.div_ceil(size), |chunk| {
+        let first = chunk * size;
+        let count = size.min(len - first);
+        // SAFETY: chunks don't overlap, and each is given to one thread.
+        f(chunk, unsafe { shared.rows(first, 1, count, count) }.into_row(0));
+        Ok::<(), Infallible>(())
     });
     let Ok(()) = done;
 }
 
-/// Calls `f` with each item, in the order in which threads are free. The calling thread is one of them: for a thread outside of
-/// rayon's pool, to wait for another one that does all the work would take longer than many of the operations.
+/// Runs tasks 0 to `tasks` on at most `max_threads` threads: each takes the next task when it has done one. The calling thread is one
+/// of them, since handing all tasks to other threads and waiting for them takes 20 to 45 µs, longer than many operations do.
 ///
-/// Miri has two threads of the standard library: rayon's queues break Stacked Borrows.
-fn in_parallel<I, E>(items: I, f: impl Fn(I::Item) -> Result<(), E> + Send + Sync) -> Result<(), E>
-where
-    I: ExactSizeIterator + Send,
-    I::Item: Send,
-    E: Send,
-{
-    let threads = if cfg!(miri) { 2 } else { rayon::current_num_threads() }.min(items.len());
-    let (items, failed) = (Mutex::new(items), Mutex::new(None));
-    // A thread that panics is the end of the scope, not of the others' items.
-    let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+/// Under miri the second thread is one of the standard library, as rayon's queues break Stacked Borrows.
+fn in_parallel<E: Send>(
+    max_threads: usize,
+    tasks: usize,
+    task: impl Fn(usize) -> Result<(), E> + Send + Sync,
+) -> Result<(), E> {
+    if max_threads <= 1 || tasks <= 1 {
+        return (0..tasks).try_for_each(task);
+    }
+    // Relaxed, so that it orders nothing, and miri sees a race between any two tasks.
+    let (next, failed) = (AtomicUsize::new(0), Mutex::new(None));
     let work = || {
-        while let Some(item) = next() {
-            if let Err(error) = f(item) {
-                while next().is_some() {}
-                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        while let Some(index) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&index| index < tasks) {
+            if let Err(error) = task(index) {
+                next.store(tasks, Ordering::Relaxed);
+                *failed.lock().expect("no thread panics while it writes an error") = Some(error);
             }
         }
     };
-    if threads <= 1 {
+    #[cfg(miri)]
+    std::thread::scope(|scope| {
+        scope.spawn(work);
         work();
-    } else if cfg!(miri) {
-        std::thread::scope(|scope| {
-            scope.spawn(work);
-            work();
-        });
-    } else {
-        rayon::in_place_scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|_| work());
-            }
-            work();
-        });
+    });
+    #[cfg(not(miri))]
+    match max_threads.min(tasks).min(rayon::current_num_threads()) {
+        1 => work(),
+        threads => rayon::in_place_scope(|scope| on_threads(scope, threads, &work)),
     }
-    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    failed.into_inner().expect("no thread panics while it writes an error").map_or(Ok(()), Err)
+}
+
+/// Runs `work` on `threads` threads, of which this one is one. Each wakes others before it works, so that none wakes many.
+#[cfg(not(miri))]
+fn on_threads<'scope>(scope: &rayon::Scope<'scope>, mut threads: usize, work: &'scope (impl Fn() + Sync)) {
+    while threads > 1 {
+        let half = threads / 2;
+        scope.spawn(move |scope| on_threads(scope, half, work));
+        threads -= half;
+    }
+    work();
 }
 
 /// Keys cut into `count` splits of equal length, but for the last ones.
@@ -222,26 +232,68 @@ mod tests {
         }
     }
 
-    #[test]
-    fn every_task_runs_once() {
-        for work in [0, SERIAL_BELOW] {
-            let done = Mutex::new(vec![0; 9]);
-            run_tasks(work, 9, |task| {
-                done.lock().unwrap()[task] += 1;
-                Ok(())
-            })
-            .unwrap();
-            assert_eq!(done.into_inner().unwrap(), [1; 9]);
+    /// In pools of several sizes, from outside of them all and, under miri, on its two threads.
+    fn everywhere(test: impl Fn() + Send + Sync) {
+        test();
+        for threads in if cfg!(miri) { [].as_slice() } else { &[1, 2, 5] } {
+            rayon::ThreadPoolBuilder::new().num_threads(*threads).build().unwrap().install(&test);
         }
     }
 
     #[test]
+    fn every_task_runs_once() {
+        everywhere(|| {
+            for work in [0, SERIAL_BELOW, 20 * SERIAL_BELOW] {
+                let done = Mutex::new(vec![0; 9]);
+                run_tasks(work, 9, |task| {
+                    done.lock().unwrap()[task] += 1;
+                    Ok(())
+                })
+                .unwrap();
+                assert_eq!(done.into_inner().unwrap(), [1; 9]);
+            }
+        });
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "rayon's queues break Stacked Borrows")]
+    fn tasks_may_have_tasks() {
+        everywhere(|| {
+            let done = AtomicUsize::new(0);
+            let inner = |_| {
+                done.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            };
+            run_tasks(20 * SERIAL_BELOW, 7, |_| run_tasks(20 * SERIAL_BELOW, 5, inner)).unwrap();
+            assert_eq!(done.into_inner(), 35);
+        });
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "rayon's queues break Stacked Borrows")]
+    fn panic_of_a_task_goes_on_when_the_others_are_done() {
+        everywhere(|| {
+            let done = AtomicUsize::new(0);
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                run_tasks(20 * SERIAL_BELOW, 9, |task| {
+                    assert!(task != 8, "the last task panics");
+                    done.fetch_add(1, Ordering::Relaxed);
+                    Ok(())
+                })
+            }));
+            assert!(result.is_err() && done.into_inner() == 8);
+        });
+    }
+
+    #[test]
     fn error_of_a_task_is_the_result() {
-        for work in [0, SERIAL_BELOW] {
-            let error = Error::Memory { what: "test", bytes: 5 };
-            let result = run_tasks(work, 9, |task| if task == 7 { Err(error.clone()) } else { Ok(()) });
-            assert_eq!(result, Err(error));
-        }
+        everywhere(|| {
+            for work in [0, SERIAL_BELOW] {
+                let error = Error::Memory { what: "test", bytes: 5 };
+                let result = run_tasks(work, 9, |task| if task >= 7 { Err(error.clone()) } else { Ok(()) });
+                assert_eq!(result, Err(error));
+            }
+        });
     }
 
     #[test]

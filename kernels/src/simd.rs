@@ -1,7 +1,5 @@
 //! What the kernels compute in, f32 or f64, as vectors of any instruction set.
 
-use std::any::TypeId;
-use std::mem::transmute_copy;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 use std::sync::OnceLock;
 
@@ -130,22 +128,15 @@ pub trait SimdFloat:
     fn add_to_exponent<S: Simd>(simd: S, x: Self::Vector<S>, n: Self::Vector<S>) -> Self::Vector<S>;
     /// The sum of a vector's numbers.
     fn reduce_add<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
-    /// The sum of each vector's numbers.
+    /// The sum of each vector's numbers. The order of a sum isn't that of [`SimdFloat::reduce_add`].
     #[inline(always)]
     fn reduce_add_four<S: Simd>(simd: S, vectors: [Self::Vector<S>; 4]) -> [Self; 4] {
-        // SAFETY: the types are the same, and the processor has AVX, as vectors of its size are used.
         #[cfg(all(target_arch = "x86_64", not(miri)))]
-        unsafe {
-            if TypeId::of::<Self>() == TypeId::of::<f32>() {
-                if size_of::<Self::Vector<S>>() == 32 {
-                    return transmute_copy(&x86::sums_of_eight(transmute_copy(&vectors)));
-                }
-                if size_of::<Self::Vector<S>>() == 64 {
-                    return transmute_copy(&x86::sums_of_sixteen(transmute_copy(&vectors)));
-                }
-            }
+        if let Some(sums) = x86::reduce_add_four(simd, &vectors) {
+            return sums;
         }
-        vectors.map(|vector| Self::reduce_add(simd, vector))
+        let [a, b, c, d] = vectors;
+        [Self::reduce_add(simd, a), Self::reduce_add(simd, b), Self::reduce_add(simd, c), Self::reduce_add(simd, d)]
     }
     /// The greatest of a vector's numbers, of which none is NaN.
     fn reduce_max<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
@@ -153,21 +144,50 @@ pub trait SimdFloat:
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod x86 {
+    use std::any::TypeId;
     use std::arch::x86_64::*;
+    use std::mem::transmute_copy;
 
-    /// The sum of each vector's numbers.
+    use pulp::Simd;
+    use pulp::x86::{V3, V4};
+
+    use super::SimdFloat;
+
+    /// The sum of each vector's numbers, if they are f32 and the vectors those of AVX2 or AVX-512.
+    #[inline(always)]
+    pub fn reduce_add_four<R: SimdFloat, S: Simd>(_: S, vectors: &[R::Vector<S>; 4]) -> Option<[R; 4]> {
+        let simd = TypeId::of::<S>();
+        if TypeId::of::<R>() != TypeId::of::<f32>() {
+            return None;
+        }
+        // SAFETY: the types are those that are asked for, and a value of S is the proof that the processor has AVX.
+        unsafe {
+            if simd == TypeId::of::<V3>() {
+                Some(transmute_copy(&sums_of_eight(transmute_copy(vectors))))
+            } else if simd == TypeId::of::<V4>() {
+                Some(transmute_copy(&sums_of_sixteen(transmute_copy(vectors))))
+            } else {
+                None
+            }
+        }
+    }
+
     #[inline]
     #[target_feature(enable = "avx")]
-    pub fn sums_of_eight([a, b, c, d]: [__m256; 4]) -> __m128 {
+    fn sums_of_eight([a, b, c, d]: [__m256; 4]) -> __m128 {
         let pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
         _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs))
     }
 
-    /// The sum of each vector's numbers.
     #[inline]
     #[target_feature(enable = "avx")]
-    pub fn sums_of_sixteen(vectors: [[__m256; 2]; 4]) -> __m128 {
-        sums_of_eight(vectors.map(|[low, high]| _mm256_add_ps(low, high)))
+    fn sums_of_sixteen([a, b, c, d]: [[__m256; 2]; 4]) -> __m128 {
+        sums_of_eight([
+            _mm256_add_ps(a[0], a[1]),
+            _mm256_add_ps(b[0], b[1]),
+            _mm256_add_ps(c[0], c[1]),
+            _mm256_add_ps(d[0], d[1]),
+        ])
     }
 }
 

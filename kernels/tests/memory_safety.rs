@@ -5,7 +5,7 @@
 //! from beyond shows in the numbers.
 //!
 //! `cargo +nightly miri test -p attention-kernels` needs no flags: under miri, tasks run on one thread, or, in
-//! `threads_write_apart`, on two of the standard library. Miri takes seconds for what takes a millisecond, so it gets each
+//! `threads_write_apart`, on two that aren't rayon's. Miri takes seconds for what takes a millisecond, so it gets each
 //! way through the unsafe code once.
 
 mod common;

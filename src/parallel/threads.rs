@@ -15,7 +15,8 @@ use crate::error::{AttentionError, Error, Result};
 /// Runs `work` on `size` ranks, each in a thread of its own, and returns their results in order.
 ///
 /// A rank that ends, by an error, a panic or early, hangs nobody: the others' calls return
-/// [`AttentionError::Communication`](crate::AttentionError::Communication). All ranks use the same pool of threads to compute.
+/// [`AttentionError::Communication`](crate::AttentionError::Communication). Each rank computes in its own thread, and
+/// all use the same pool of threads beside it.
 ///
 /// # Errors
 ///

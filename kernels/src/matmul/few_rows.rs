@@ -1,5 +1,5 @@
-//! Products with so few rows that each number of the right operand is read once, from where it is: what takes the time is its
-//! way from memory, or what packing would cost.
+//! Products with so few rows that the right operand is read where it is: what takes the time is its way from memory, or what
+//! packing would cost.
 // Indices, since a closure of an iterator isn't inlined into the code that the instruction set was chosen for.
 #![allow(clippy::needless_range_loop)]
 
@@ -62,23 +62,23 @@ pub(super) fn add_product<E: Number>(
     if k == 0 {
         return;
     }
-    let arch = instruction_set();
+    let (arch, is_one_row) = (instruction_set(), a.dims()[0] == 1);
     let a = rows_of(a, rows, k, left);
     if b.is_quantised() {
-        return add_decoded(a, b, columns, right, sums);
+        return add_decoded(a, is_one_row, b, columns, right, sums);
     }
     let [row_stride, column_stride] = b.strides();
     if row_stride == 1 {
         let weights = Matrix::new(b.from(0, columns.start), columns.len(), k, column_stride);
         if let Some(weights) = weights.downcast::<E::Float>() {
-            return arch.dispatch(AddDots { a, weights, sums });
+            return arch.dispatch(AddDots { is_one_row, a, weights, sums });
         }
         for first in (0..columns.len()).step_by(MAX_DOTS) {
             let count = MAX_DOTS.min(columns.len() - first);
             let weights = widen_rows(weights.skip(first).take(count), right);
             let rows = sums.rows();
             let sums = sums.reborrow().into_block(0..rows, first..first + count);
-            arch.dispatch(AddDots { a, weights, sums });
+            arch.dispatch(AddDots { is_one_row, a, weights, sums });
         }
         return;
     }
@@ -93,6 +93,7 @@ pub(super) fn add_product<E: Number>(
 /// sums += a · b, for columns `columns` of a quantised b. It is decoded a strip at a time, which stays in the second-level cache.
 fn add_decoded<E: Number>(
     a: Matrix<E::Float>,
+    is_one_row: bool,
     b: &Operand<E>,
     columns: Range<usize>,
     strip: &mut [E::Float],
@@ -105,7 +106,7 @@ fn add_decoded<E: Number>(
             b.decode_to(0..k, first..end, strip, k);
             let weights = Matrix::new(&*strip, end - first, k, k);
             let sums = sums.reborrow().into_block(0..rows, first - columns.start..end - columns.start);
-            arch.dispatch(AddDots { a, weights, sums });
+            arch.dispatch(AddDots { is_one_row, a, weights, sums });
         }
         return;
     }
@@ -140,6 +141,8 @@ fn rows_of<'m, E: Number>(
 
 /// sums\[row\]\[c\] += Σ_k a\[row\]\[k\] · weights\[c\]\[k\]
 struct AddDots<'a, R> {
+    /// Whether the result, and not only this tile of it, is one row: its sums have another order.
+    is_one_row: bool,
     a: Matrix<'a, R>,
     weights: Matrix<'a, R>,
     sums: MatrixMut<'a, R>,
@@ -150,18 +153,24 @@ impl<R: SimdFloat> WithSimd for AddDots<'_, R> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        add_dots(simd, self.a, self.weights, self.sums);
+        add_dots(simd, self.is_one_row, self.a, self.weights, self.sums);
     }
 }
 
 #[inline(always)]
-fn add_dots<R: SimdFloat, S: Simd>(simd: S, a: Matrix<R>, weights: Matrix<R>, mut sums: MatrixMut<R>) {
+fn add_dots<R: SimdFloat, S: Simd>(
+    simd: S,
+    is_one_row: bool,
+    a: Matrix<R>,
+    weights: Matrix<R>,
+    mut sums: MatrixMut<R>,
+) {
     let (rows, columns, k) = (a.rows(), weights.rows(), a.columns());
     assert!(weights.columns() == k && sums.rows() == rows && sums.columns() == columns, "sums of the operands' sizes");
     let (a, weights, sums) = (a.raw(), weights.raw(), sums.raw());
     // SAFETY: the assertion; the blocks lie inside the rows, the columns and k.
     unsafe {
-        if rows == 1 {
+        if is_one_row {
             // More weights at a time, as memory gives more when more of its rows are asked for.
             in_blocks!(columns, [8, 2, 1], |column, COLUMNS| {
                 dots::<R, S, 1, COLUMNS>(simd, k, a, weights.from(column, 0), sums.from(0, column));
@@ -199,7 +208,7 @@ const PART_BYTES: usize = 24 << 10;
 fn part_dims<R>(k: usize) -> (usize, usize) {
     let longest = PART_BYTES / (COLUMNS_AT_ONCE * size_of::<R>());
     let len = k.div_ceil(k.div_ceil(longest)).next_multiple_of(MAX_LANES);
-    (len, (PART_BYTES / (len * size_of::<R>())).max(COLUMNS_AT_ONCE) / COLUMNS_AT_ONCE * COLUMNS_AT_ONCE)
+    (len, PART_BYTES / (len * size_of::<R>()) / COLUMNS_AT_ONCE * COLUMNS_AT_ONCE)
 }
 
 /// Adds the products with a part, and asks for the next one.
@@ -222,7 +231,7 @@ unsafe fn add_part<R: SimdFloat, S: Simd>(
     // 24 sums and the vectors that they are products of fill 31 of AVX-512's 32 registers; 12 sums fill AVX2's 16.
     macro_rules! blocks {
         ($rows:tt) => {
-            in_blocks!(rows, $rows, |row, ROWS| in_blocks!(columns, [4, 1], |column, COLUMNS| {
+            in_blocks!(rows, $rows, |row, ROWS| in_blocks!(columns, [COLUMNS_AT_ONCE, 1], |column, COLUMNS| {
                 computed += ROWS * COLUMNS;
                 if let Some(next) = next {
                     while asked * rows * columns < computed * lines {
@@ -278,7 +287,7 @@ unsafe fn dots<R: SimdFloat, S: Simd, const N: usize, const P: usize>(
             }
         }
         for row in 0..N {
-            if P == 4 {
+            if P == COLUMNS_AT_ONCE {
                 let four = R::reduce_add_four(simd, [dots[0][row], dots[1][row], dots[2][row], dots[3][row]]);
                 for (p, sum) in four.into_iter().enumerate() {
                     *sums.at(row, p) += sum;
@@ -291,9 +300,11 @@ unsafe fn dots<R: SimdFloat, S: Simd, const N: usize, const P: usize>(
         }
         for row in 0..if whole < k { N } else { 0 } {
             for p in 0..P {
+                let mut rest = R::ZERO;
                 for i in whole..k {
-                    *sums.at(row, p) += *a.at(row, i) * *weights.at(p, i);
+                    rest += *a.at(row, i) * *weights.at(p, i);
                 }
+                *sums.at(row, p) += rest;
             }
         }
     }

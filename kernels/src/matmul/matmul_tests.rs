@@ -275,7 +275,10 @@ pub(super) fn in_pool<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> 
 #[test]
 #[cfg_attr(miri, ignore = "rayon's queues break Stacked Borrows")]
 fn any_number_of_threads_gives_the_same_bits() {
-    for [m, k, n] in [[300, 500, 700], [1, 900, 3000], [20, 400, 600], [70, 90, 2000], [2000, 300, 33]] {
+    let large = [[300, 500, 700], [1, 900, 3000], [20, 400, 600], [70, 90, 2000], [2000, 300, 33]];
+    // With some numbers of threads the last tile is one row.
+    let few_rows = [[13, 400, 32], [25, 400, 20], [13, 1600, 32], [61, 2000, 40]];
+    for [m, k, n] in large.into_iter().chain(few_rows) {
         for orders in [[Order::Rows, Order::Columns], [Order::Columns, Order::Rows]] {
             let (a, b) = (Stored::<f32>::new(1, [m, k], orders[0]), Stored::<f32>::new(2, [k, n], orders[1]));
             let of = |threads| in_pool(threads, || matmul(a.operand(), b.operand(), &Plain).unwrap());
