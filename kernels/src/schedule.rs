@@ -47,7 +47,7 @@ pub(crate) fn for_each_chunk<T: Send>(data: &mut [T], size: usize, f: impl Fn(us
 }
 
 /// Runs tasks 0 to `tasks` on at most `max_threads` threads: each takes the next task when it has done one. The calling thread is one
-/// of them, since handing all tasks to other threads and waiting for them takes 20 to 45 µs, longer than many operations do.
+/// of them: to hand all tasks to other threads and wait takes 20 to 45 µs (on Zen 3), longer than many operations do.
 ///
 /// Under miri the second thread is one of the standard library, as rayon's queues break Stacked Borrows.
 fn in_parallel<E: Send>(
@@ -58,10 +58,14 @@ fn in_parallel<E: Send>(
     if max_threads <= 1 || tasks <= 1 {
         return (0..tasks).try_for_each(task);
     }
-    // Relaxed, so that it orders nothing, and miri sees a race between any two tasks.
+    // Relaxed: the counter orders no memory accesses, so it hides no race between two tasks from miri.
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(None));
     let work = || {
-        while let Some(index) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&index| index < tasks) {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= tasks {
+                break;
+            }
             if let Err(error) = task(index) {
                 next.store(tasks, Ordering::Relaxed);
                 *failed.lock().expect("no thread panics while it writes an error") = Some(error);
@@ -81,7 +85,8 @@ fn in_parallel<E: Send>(
     failed.into_inner().expect("no thread panics while it writes an error").map_or(Ok(()), Err)
 }
 
-/// Runs `work` on `threads` threads, of which this one is one. Each wakes others before it works, so that none wakes many.
+/// Runs `work` on `threads` threads, this one included. Half of them are woken by the first thread that is woken, and so on, so that
+/// this one wakes only a few before it works.
 #[cfg(not(miri))]
 fn on_threads<'scope>(scope: &rayon::Scope<'scope>, mut threads: usize, work: &'scope (impl Fn() + Sync)) {
     while threads > 1 {
@@ -232,7 +237,7 @@ mod tests {
         }
     }
 
-    /// In pools of several sizes, from outside of them all and, under miri, on its two threads.
+    /// Runs a test outside of rayon's pools and, but for miri, in pools of several sizes.
     fn everywhere(test: impl Fn() + Send + Sync) {
         test();
         for threads in if cfg!(miri) { [].as_slice() } else { &[1, 2, 5] } {

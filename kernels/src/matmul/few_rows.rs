@@ -227,6 +227,7 @@ unsafe fn add_part<R: SimdFloat, S: Simd>(
 ) {
     let in_line = CACHE_LINE / size_of::<R>();
     let lines = columns * k.div_ceil(in_line);
+    // The sums so far, the cache lines of the next part that have been asked for, and the row and column of the next one.
     let (mut computed, mut asked, mut at) = (0, 0, (0, 0));
     // 24 sums and the vectors that they are products of fill 31 of AVX-512's 32 registers; 12 sums fill AVX2's 16.
     macro_rules! blocks {

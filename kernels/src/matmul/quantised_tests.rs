@@ -162,7 +162,7 @@ fn groups_mix_quantised_weights_and_others() {
 #[cfg_attr(miri, ignore = "rayon's queues break Stacked Borrows")]
 fn any_number_of_threads_gives_the_same_bits_with_quantised_weights() {
     fn check_bits<E: MatmulElement>() {
-        for (m, dims) in [(1, [3000, 768]), (20, [900, 512]), (150, [700, 1024])] {
+        for (m, dims) in [(1, [3000, 768]), (13, [64, 1792]), (20, [900, 512]), (150, [700, 1024])] {
             let weight = Weight::<E>::new(3, Format::Q4K, dims);
             for right in [weight.quantised(true), weight.quantised(false)] {
                 let a = Stored::<E>::new(1, [m, right.dims()[0]], Order::Rows);
